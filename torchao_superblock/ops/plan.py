@@ -1,0 +1,78 @@
+"""The plan: everything a kernel wants to know about the indices, worked out once.
+
+A BSR index answers "which blocks are in this block row". The forward also wants to start with the longest rows,
+and the backward asks the transposed question, "which blocks are in this block column". Both answers depend on the
+indices alone, so they are computed once, packed in one int32 tensor, and passed to the op beside the indices.
+
+Legend: R block rows, C block columns, nnz stored blocks.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Plan(NamedTuple):
+    """Views of a packed plan, in the order in which they are stored.
+
+    Attributes:
+        row_order: ``(R,)`` block rows, those with most blocks first (stable).
+        col_order: ``(C,)`` block columns, those with most blocks first (stable).
+        row_indices: ``(nnz,)`` block row of each stored block.
+        crow_t: ``(C + 1,)`` for each block column, where its blocks start in ``row_t`` and ``perm_t``.
+        row_t: ``(nnz,)`` block row of each stored block, block column after block column.
+        perm_t: ``(nnz,)`` position in ``values`` of each stored block, block column after block column.
+    """
+
+    row_order: Tensor
+    col_order: Tensor
+    row_indices: Tensor
+    crow_t: Tensor
+    row_t: Tensor
+    perm_t: Tensor
+
+
+def plan_length(n_block_rows: int, n_block_cols: int, nnz: int) -> int:
+    """Number of int32 entries of a plan."""
+    return n_block_rows + 2 * n_block_cols + 1 + 3 * nnz
+
+
+def build_plan(crow_indices: Tensor, col_indices: Tensor, n_block_cols: int) -> Tensor:
+    """Pack the plan of a BSR index into one int32 tensor.
+
+    Runs on the device of the indices without a host synchronisation, so it may be called inside a CUDA graph capture.
+
+    Args:
+        crow_indices: ``(R + 1,)`` int32.
+        col_indices: ``(nnz,)`` int32.
+        n_block_cols: C, the number of block columns.
+
+    Returns:
+        int32 tensor of ``plan_length(R, C, nnz)`` entries; see :class:`Plan` for its parts.
+
+    Example:
+        >>> crow, col = torch.tensor([0, 1, 3]).int(), torch.tensor([1, 0, 1]).int()
+        >>> split_plan(build_plan(crow, col, 2), 2, 2, 3).row_order.tolist()
+        [1, 0]
+    """
+    n_block_rows, nnz = crow_indices.numel() - 1, col_indices.numel()
+    device = crow_indices.device
+    position = torch.arange(nnz, device=device, dtype=torch.int32)
+    row_indices = torch.searchsorted(crow_indices, position, right=True, out_int32=True) - 1
+    row_order = torch.argsort(crow_indices.diff(), descending=True, stable=True)
+    col_sorted, perm_t = torch.sort(col_indices, stable=True)
+    boundaries = torch.arange(n_block_cols + 1, device=device, dtype=torch.int32)
+    crow_t = torch.searchsorted(col_sorted, boundaries, out_int32=True)
+    col_order = torch.argsort(crow_t.diff(), descending=True, stable=True)
+    row_t = row_indices[perm_t]
+    parts = (row_order, col_order, row_indices, crow_t, row_t, perm_t)
+    plan = torch.cat([part.to(torch.int32) for part in parts])
+    assert plan.numel() == plan_length(n_block_rows, n_block_cols, nnz)
+    return plan
+
+
+def split_plan(plan: Tensor, n_block_rows: int, n_block_cols: int, nnz: int) -> Plan:
+    """Name the parts of a packed plan (views, no copy)."""
+    sizes = (n_block_rows, n_block_cols, nnz, n_block_cols + 1, nnz, nnz)
+    return Plan(*plan.split(sizes))
