@@ -1,0 +1,201 @@
+"""BSR products in plain PyTorch: gather the blocks a product needs, then one batched GEMM.
+
+This path serves wherever a compiled kernel does not: no compiler, a stale build, a platform nobody
+tried. Its speed is limited by the copies the gather makes, so block rows with the same number of
+stored blocks share one `torch.bmm` (no padding, few calls) and the copies are kept small enough to
+stay in a core's cache.
+
+Dimension letters: M tokens, N out_features, K in_features, R and C block rows and columns, r and c
+rows and columns of a block, B block rows in one batch, n stored blocks in each of them.
+"""
+
+import torch
+from torch import Tensor
+
+from torchao_superblock.ops.activations import ACTIVATIONS
+from torchao_superblock.ops.plan import split_plan
+
+# Elements gathered for one bmm. Larger batches save calls, smaller ones keep the copy in the cache.
+_MAX_GATHER = 1 << 20
+
+
+def backend_info() -> dict[str, object]:
+    """Describe this path for `backends()`.
+
+    Returns:
+        `name` and `reason`.
+
+    Example:
+        >>> backend_info()["name"]
+        'pytorch'
+    """
+    return {"name": "pytorch", "reason": "plain PyTorch: gather and batched GEMM, any device"}
+
+
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_indices(crow: Tensor, col: Tensor, n_block_cols: int, what: str = "") -> None:
+    """Refuse index contents that would reach outside of the tensors.
+
+    Args:
+        crow: block row pointers, integer, `(R + 1,)`.
+        col: block column of each stored block, integer, `(nnz,)`.
+        n_block_cols: number of block columns C.
+        what: prefix for the names in the messages, for example `"transposed "`.
+
+    Raises:
+        ValueError: if the pointers do not rise from 0 to nnz or a column lies outside of `[0, C)`.
+    """
+    nnz = col.numel()
+    if int(crow[0]) != 0 or int(crow[-1]) != nnz or bool((crow[1:] < crow[:-1]).any()):
+        raise ValueError(
+            f"{what}crow_indices must start at 0, never decrease and end at nnz = {nnz}; "
+            f"got {crow[:3].tolist()} ... {crow[-3:].tolist()}"
+        )
+    if nnz:
+        low, high = (int(v) for v in torch.aminmax(col))
+        if low < 0 or high >= n_block_cols:
+            raise ValueError(
+                f"{what}col_indices must lie in [0, {n_block_cols}) for {n_block_cols} block "
+                f"columns; got {low if low < 0 else high}"
+            )
+
+
+def _product(x: Tensor, crow: Tensor, col: Tensor, blocks: Tensor, perm: Tensor | None) -> Tensor:
+    """x (M, K) times the transpose of a BSR matrix, as (N, M).
+
+    `blocks` is (nnz, r, c); with `perm`, stored block j of row i is `blocks[perm[j]]`.
+    """
+    M, K = x.shape
+    R = crow.numel() - 1
+    _, r, c = blocks.shape
+    dtype = _accumulation_dtype(x.dtype)
+    # A block column becomes one contiguous slab, so that the gather below is a few long copies.
+    x_CcM = x.t().to(dtype).contiguous().view(K // c, c, M)
+    y_RrM = x_CcM.new_zeros(R, r, M)
+    crow, col = crow.long(), col.long()
+    counts = crow.diff()
+    for n in torch.unique(counts).tolist():
+        if n == 0:
+            continue
+        rows = (counts == n).nonzero().squeeze(1)
+        for rows_B in rows.split(max(1, _MAX_GATHER // (n * c * (M + r)))):
+            stored_Bn = (crow[rows_B, None] + torch.arange(n, device=x.device)).flatten()
+            x_BkM = x_CcM.index_select(0, col[stored_Bn]).view(-1, n * c, M)
+            w = blocks.index_select(0, stored_Bn if perm is None else perm[stored_Bn])
+            w_Brk = w.to(dtype).view(-1, n, r, c).transpose(1, 2).reshape(-1, r, n * c)
+            y_RrM.index_copy_(0, rows_B, torch.bmm(w_Brk, x_BkM))
+    return y_RrM.view(R * r, M)
+
+
+def forward(
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    plan: Tensor | None,
+) -> Tensor:
+    """act(x @ W.T + bias) for a block-sparse W, in plain PyTorch.
+
+    Args:
+        x: `(M, K)`, any strides.
+        crow: int32 `(R + 1,)`, block row pointers.
+        col: int32 `(nnz,)`, block columns.
+        values: `(nnz, r, c)`, the stored blocks of W `(N, K)`.
+        bias: `(N,)` or None.
+        activation: "none", "relu", "gelu", "gelu_tanh" or "silu".
+        plan: not needed here.
+
+    Returns:
+        `(M, N)`, contiguous, in the dtype of x; float16 and bfloat16 accumulate in float32.
+
+    Raises:
+        ValueError: if an index lies outside of the matrix.
+
+    Example:
+        >>> y = forward(x, crow, col, values, None, "gelu", None)
+    """
+    check_indices(crow, col, x.shape[1] // values.shape[2])
+    y = _product(x, crow, col, values, None).t().contiguous()
+    if bias is not None:
+        y += bias
+    return ACTIVATIONS[activation](y).to(x.dtype)
+
+
+def grad_x(
+    grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, plan: Tensor, n_block_cols: int
+) -> Tensor:
+    """grad @ W: the gradient with respect to x, with the arguments of `forward`.
+
+    Args:
+        grad: `(M, N)`, any strides.
+        crow: int32 `(R + 1,)`.
+        col: int32 `(nnz,)`.
+        values: `(nnz, r, c)`.
+        plan: int32, from `build_plan`; its transposed index is what this product walks.
+        n_block_cols: number of block columns C.
+
+    Returns:
+        `(M, K = C * c)`, contiguous.
+
+    Raises:
+        ValueError: if an index lies outside of the matrix.
+
+    Example:
+        >>> gx = grad_x(grad, crow, col, values, build_plan(crow, col, 12), 12)
+    """
+    p = split_plan(plan, crow.numel() - 1, n_block_cols, col.numel())
+    check_indices(p.crow_t, p.row_t, crow.numel() - 1, "transposed ")
+    blocks = values.transpose(1, 2)
+    return (
+        _product(grad, p.crow_t, p.row_t, blocks, p.perm_t.long()).t().to(grad.dtype).contiguous()
+    )
+
+
+def grad_values(
+    grad: Tensor,
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    plan: Tensor,
+    block_rows: int,
+    block_cols: int,
+) -> Tensor:
+    """The stored blocks of grad.T @ x: the gradient with respect to `values`.
+
+    Args:
+        grad: `(M, N)`, any strides.
+        x: `(M, K)`, any strides.
+        crow: int32 `(R + 1,)`.
+        col: int32 `(nnz,)`.
+        plan: int32, from `build_plan`; gives the block row of each stored block.
+        block_rows: r.
+        block_cols: c.
+
+    Returns:
+        `(nnz, r, c)`, contiguous.
+
+    Raises:
+        ValueError: if an index lies outside of the matrix.
+
+    Example:
+        >>> gv = grad_values(grad, x, crow, col, build_plan(crow, col, 12), 64, 64)
+    """
+    M, K = x.shape
+    nnz, r, c = col.numel(), block_rows, block_cols
+    check_indices(crow, col, K // c)
+    row = split_plan(plan, crow.numel() - 1, K // c, nnz).row_indices
+    dtype = _accumulation_dtype(x.dtype)
+    grad_RrM = grad.t().to(dtype).contiguous().view(-1, r, M)
+    x_CcM = x.t().to(dtype).contiguous().view(-1, c, M)
+    out = x.new_empty(nnz, r, c)
+    step = max(1, _MAX_GATHER // ((r + c) * M))
+    for j in range(0, nnz, step):
+        g_jrM = grad_RrM.index_select(0, row[j : j + step])
+        x_jcM = x_CcM.index_select(0, col[j : j + step])
+        out[j : j + step] = torch.bmm(g_jrM, x_jcM.transpose(1, 2))
+    return out
