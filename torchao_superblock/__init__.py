@@ -1,1 +1,26 @@
-"""Learned block sparsity for PyTorch: find a block mask in training, use it at inference."""
+"""Learned block sparsity for PyTorch: find a block mask in training, use it at inference.
+
+sparsifier.prepare(model, config)  ->  train as before  ->  sparsifier.squash_mask()  ->  swap_to_bsr(model)
+"""
+
+from torchao_superblock.bsr import (
+    BSRLinear,
+    BSRWeight,
+    SwapReport,
+    load_bsr,
+    save_bsr,
+    swap_to_bsr,
+    to_bsr_linear,
+)
+from torchao_superblock.ops import backends
+
+__all__ = [
+    "BSRLinear",
+    "BSRWeight",
+    "SwapReport",
+    "backends",
+    "load_bsr",
+    "save_bsr",
+    "swap_to_bsr",
+    "to_bsr_linear",
+]

@@ -1,0 +1,17 @@
+"""Use the mask: block-sparse weights in BSR format and the layers that multiply only their stored blocks."""
+
+from torchao_superblock.bsr.linear import BSRLinear
+from torchao_superblock.bsr.serialization import load_bsr, save_bsr
+from torchao_superblock.bsr.swap import SwapEntry, SwapReport, swap_to_bsr, to_bsr_linear
+from torchao_superblock.bsr.weight import BSRWeight
+
+__all__ = [
+    "BSRLinear",
+    "BSRWeight",
+    "SwapEntry",
+    "SwapReport",
+    "load_bsr",
+    "save_bsr",
+    "swap_to_bsr",
+    "to_bsr_linear",
+]

@@ -24,8 +24,9 @@ def backends() -> Backends:
     """Say which kernels ``bsr_linear`` uses on this machine.
 
     Returns:
-        A dict ``device type -> info`` that prints readably. Each info holds at least ``name`` (for example ``"pytorch"``)
-        and ``reason`` (a sentence), and what else the backend has to say of itself, such as its instruction set.
+        A dict ``device type -> info`` that prints readably. Each info holds at least ``name`` (for example
+        ``"pytorch"``) and ``reason`` (a sentence), and what else the backend has to say of itself, such as its
+        instruction set.
 
     Example:
         >>> print(backends())  # doctest: +SKIP

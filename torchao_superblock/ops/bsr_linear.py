@@ -57,10 +57,11 @@ def bsr_linear(
     """Linear layer with a weight in BSR (block compressed sparse row) format: ``activation(x @ weight.T + bias)``.
 
     The same as ``torch.ops.torchao_superblock.bsr_linear``, which exported programs contain. Differentiable, twice,
-    in ``x``, ``values`` (the gradient of the stored blocks only) and ``bias``. float16 and bfloat16 accumulate in float32.
+    in ``x``, ``values`` (the gradient of the stored blocks only) and ``bias``. float16 and bfloat16 accumulate in
+    float32.
 
-    The contents of the indices are trusted to be a valid BSR index (:func:`torchao_superblock.bsr.format.check_bsr` checks
-    them): kernels never read out of bounds because of a bad index, but what they then compute is not specified.
+    The contents of the indices are trusted to be a valid BSR index (:func:`torchao_superblock.bsr.format.check_bsr`
+    checks them): kernels never read out of bounds because of a bad index, but what they then compute is not specified.
 
     Args:
         x: ``(..., K)``, any strides.
@@ -91,10 +92,13 @@ def bsr_linear(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checks: shape, dtype and device on every call; what the indices hold is checked where they enter (construction, loading).
+# Checks: shape, dtype and device on every call; what the indices hold is checked where they enter (construction,
+# loading).
 
 
-def _check_index(crow_indices: Tensor, col_indices: Tensor, nnz: int, plan: Tensor | None, C: int) -> None:
+def _check_index(
+    crow_indices: Tensor, col_indices: Tensor, nnz: int, plan: Tensor | None, C: int
+) -> None:
     if crow_indices.dtype != torch.int32 or col_indices.dtype != torch.int32:
         raise TypeError(
             "bsr_linear: crow_indices and col_indices must be int32, got "
@@ -114,7 +118,7 @@ def _check_index(crow_indices: Tensor, col_indices: Tensor, nnz: int, plan: Tens
         or plan.shape[0] != plan_length(crow_indices.shape[0] - 1, C, nnz)
     ):
         raise ValueError(
-            f"bsr_linear: plan must be int32 of shape ({plan_length(crow_indices.shape[0] - 1, C, nnz)},) for this index, "
+            f"bsr_linear: plan must be int32 of shape ({plan_length(crow_indices.shape[0] - 1, C, nnz)},), "
             f"got {plan.dtype} of shape {tuple(plan.shape)}; make it with build_plan, or pass None"
         )
 
@@ -158,7 +162,9 @@ def _check_forward(
             f"it must lie in [{max(0, whole - r + 1)}, {whole}]"
         )
     if x.dtype not in DTYPES:
-        raise TypeError(f"bsr_linear: x must be float32, float64, float16 or bfloat16, got {x.dtype}")
+        raise TypeError(
+            f"bsr_linear: x must be float32, float64, float16 or bfloat16, got {x.dtype}"
+        )
     if values.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         raise TypeError(
             f"bsr_linear: x, values and bias must have one dtype, got x {x.dtype}, values {values.dtype}"
@@ -220,7 +226,7 @@ def _forward(
         x, crow_indices, col_indices, values, bias, out_features, activation, plan
     )
     lead = x.shape[:-1]
-    if x.numel() == 0 and math.prod(lead) == 0 or N == 0:
+    if N == 0 or math.prod(lead) == 0:
         return x.new_empty((*lead, N))
     R, r, c = crow_indices.shape[0] - 1, values.shape[1], values.shape[2]
     if bias is not None:
@@ -390,6 +396,9 @@ def _activation_backward(activation: str, grad: Tensor, z: Tensor) -> Tensor:
     if activation == "relu":
         return torch.ops.aten.threshold_backward(grad, z, 0)
     if activation == "silu":
+        if torch.is_grad_enabled():  # aten's silu_backward cannot be differentiated again
+            sigmoid = torch.sigmoid(z)
+            return grad * sigmoid * (1 + z * (1 - sigmoid))
         return torch.ops.aten.silu_backward(grad, z)
     approximate = "tanh" if activation == "gelu_tanh" else "none"
     return torch.ops.aten.gelu_backward(grad, z, approximate=approximate)
@@ -471,9 +480,7 @@ class _GradValuesFunction(torch.autograd.Function):
     @staticmethod
     def forward(grad, x, crow_indices, col_indices, block_rows, block_cols, plan):
         with torch._C._AutoDispatchBelowAutograd():
-            return _grad_values_op(
-                grad, x, crow_indices, col_indices, block_rows, block_cols, plan
-            )
+            return _grad_values_op(grad, x, crow_indices, col_indices, block_rows, block_cols, plan)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -1,0 +1,217 @@
+"""The BSR format: dense <-> BSR, its invariants, and reading the block size off a weight's zeros.
+
+BSR (block compressed sparse row; see Saad, "Iterative Methods for Sparse Linear Systems", 2003, and
+``torch.sparse_bsr``) stores the nonzero blocks of a matrix, block row after block row:
+
+    crow_indices  int32 (R + 1,)     where each block row starts in col_indices and values
+    col_indices   int32 (nnz,)       block column of each stored block, sorted and unique in each row
+    values        (nnz, r, c)        the stored blocks, contiguous and row-major
+
+Legend: N out features, K in features, R x C the block grid, r x c the block size, nnz stored blocks.
+"""
+
+import torch
+from torch import Tensor
+
+# What `infer_blocksize` tries, for rows and for columns.
+CANDIDATE_SIZES = (8, 16, 32, 64, 128, 256)
+# A larger block may store this much more than the smallest one and still be taken for the real one: single blocks that
+# training happened to leave at zero must not make the block size look smaller than it is.
+STORED_TOLERANCE = 1.02
+
+
+def parse_blocksize(blocksize: int | tuple[int, int]) -> tuple[int, int]:
+    """``64`` -> ``(64, 64)``; checks that both sizes are integers of at least 1.
+
+    Args:
+        blocksize: int for a square block, or ``(rows, cols)`` = (out, in).
+
+    Raises:
+        TypeError: not an int or a pair of ints.
+        ValueError: a size below 1.
+    """
+    pair = (blocksize, blocksize) if isinstance(blocksize, int) else blocksize
+    if (
+        isinstance(blocksize, bool)
+        or not isinstance(pair, tuple | list)
+        or len(pair) != 2
+        or not all(isinstance(size, int) and not isinstance(size, bool) for size in pair)
+    ):
+        raise TypeError(
+            f"blocksize must be an int or a pair (rows, cols) of ints, got {blocksize!r}; "
+            "for example blocksize=64 or blocksize=(64, 32)"
+        )
+    if min(pair) < 1:
+        raise ValueError(f"blocksize must be at least 1, got {blocksize!r}")
+    return pair[0], pair[1]
+
+
+def block_grid(
+    weight: Tensor | torch.Size | tuple[int, int], blocksize: tuple[int, int]
+) -> tuple[int, int]:
+    """``(R, C)`` of a ``(N, K)`` weight; ValueError unless it is made of whole blocks."""
+    N, K = weight.shape if isinstance(weight, Tensor) else weight
+    r, c = blocksize
+    if N % r or K % c:
+        raise ValueError(f"shape ({N}, {K}) is not a multiple of the block size {r}x{c}")
+    return N // r, K // c
+
+
+def nonzero_blocks(weight: Tensor, blocksize: tuple[int, int]) -> Tensor:
+    """Bool ``(R, C)``: which blocks of a ``(N, K)`` weight hold anything but zeros (NaN counts, -0.0 does not)."""
+    R, C = block_grid(weight, blocksize)
+    r, c = blocksize
+    return (weight.detach() != 0).view(R, r, C, c).any(3).any(1)
+
+
+def dense_to_bsr(weight: Tensor, blocksize: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Store the blocks of a dense weight that hold anything but zeros.
+
+    Args:
+        weight: ``(N, K)``, any dtype, N and K multiples of the block size.
+        blocksize: ``(r, c)``.
+
+    Returns:
+        ``(crow_indices, col_indices, values)`` on the device of the weight; a copy, detached.
+
+    Raises:
+        ValueError: the shape is not a multiple of the block size.
+    """
+    weight = weight.detach()
+    mask = nonzero_blocks(weight, blocksize)
+    (R, C), (r, c) = mask.shape, blocksize
+    crow_indices = torch.zeros(R + 1, dtype=torch.int32, device=weight.device)
+    crow_indices[1:] = mask.sum(1).cumsum(0)
+    row, col = mask.nonzero(as_tuple=True)
+    values = weight.reshape(R, r, C, c)[row, :, col, :]
+    return crow_indices, col.to(torch.int32), values.contiguous()
+
+
+def bsr_to_dense(
+    crow_indices: Tensor, col_indices: Tensor, values: Tensor, shape: tuple[int, int]
+) -> Tensor:
+    """The dense ``(N, K)`` weight of a BSR one; differentiable in ``values``.
+
+    Args:
+        crow_indices: ``(R + 1,)`` int32.
+        col_indices: ``(nnz,)`` int32.
+        values: ``(nnz, r, c)``.
+        shape: ``(N, K)``.
+    """
+    _, r, c = values.shape
+    R, C = block_grid(shape, (r, c))
+    position = torch.arange(values.shape[0], device=values.device, dtype=torch.int32)
+    row = torch.searchsorted(crow_indices, position, right=True) - 1
+    blocks = values.new_zeros(R, C, r, c).index_put((row, col_indices.long()), values)
+    return blocks.transpose(1, 2).reshape(shape)
+
+
+def check_bsr(
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    shape: tuple[int, int],
+    blocksize: tuple[int, int],
+    name: str = "BSR weight",
+) -> None:
+    """Check every invariant of the format, contents of the indices included (reads them: a host synchronisation).
+
+    Args:
+        crow_indices, col_indices, values: as in the module's description.
+        shape: ``(N, K)`` of the weight.
+        blocksize: ``(r, c)``.
+        name: what error messages call the weight, for example a layer's FQN.
+
+    Raises:
+        TypeError: indices that are not int32, or values that are not floating point.
+        ValueError: any other broken invariant; the message says which.
+    """
+    R, C = block_grid(shape, blocksize)
+    for label, index in (("crow_indices", crow_indices), ("col_indices", col_indices)):
+        if index.dtype != torch.int32:
+            raise TypeError(
+                f"{name}: {label} must be int32, got {index.dtype}; convert it with .to(torch.int32)"
+            )
+        if index.dim() != 1:
+            raise ValueError(f"{name}: {label} must be 1-D, got shape {tuple(index.shape)}")
+    if not values.is_floating_point():
+        raise TypeError(f"{name}: values must be floating point, got {values.dtype}")
+    nnz = col_indices.shape[0]
+    if tuple(values.shape) != (nnz, *blocksize):
+        raise ValueError(
+            f"{name}: values must have shape (nnz, rows, cols) = {(nnz, *blocksize)} to match "
+            f"col_indices and the block size, got {tuple(values.shape)}"
+        )
+    if crow_indices.shape[0] != R + 1:
+        raise ValueError(
+            f"{name}: crow_indices must have {R + 1} entries, one more than the {R} block rows of "
+            f"shape {tuple(shape)} in blocks of {blocksize[0]}x{blocksize[1]}, got {crow_indices.shape[0]}"
+        )
+    if not crow_indices.device == col_indices.device == values.device:
+        raise ValueError(
+            f"{name}: crow_indices, col_indices and values must be on one device, got "
+            f"{crow_indices.device}, {col_indices.device} and {values.device}"
+        )
+    crow, col = crow_indices.detach().cpu().long(), col_indices.detach().cpu().long()
+    if crow[0] != 0:
+        raise ValueError(f"{name}: crow_indices must start with 0, got {crow[0].item()}")
+    if crow[-1] != nnz:
+        raise ValueError(
+            f"{name}: crow_indices must end with nnz = {nnz}, the number of col_indices, got {crow[-1].item()}"
+        )
+    lengths = crow.diff()
+    if (lengths < 0).any():
+        row = int((lengths < 0).nonzero()[0])
+        raise ValueError(
+            f"{name}: crow_indices must not decrease, got {crow[row].item()} then {crow[row + 1].item()} "
+            f"at block row {row}"
+        )
+    if nnz == 0:
+        return
+    outside = (col < 0) | (col >= C)
+    if outside.any():
+        raise ValueError(
+            f"{name}: col_indices must lie in [0, {C}), the block columns of shape {tuple(shape)}, "
+            f"got {col[outside][0].item()}"
+        )
+    row = torch.repeat_interleave(torch.arange(R), lengths)
+    unsorted = (row[1:] == row[:-1]) & (col[1:] <= col[:-1])
+    if unsorted.any():
+        at = int(unsorted.nonzero()[0])
+        raise ValueError(
+            f"{name}: col_indices must be sorted and unique in each block row, got {col[at].item()} then "
+            f"{col[at + 1].item()} in block row {row[at].item()}"
+        )
+
+
+def infer_blocksize(weight: Tensor) -> tuple[int, int] | None:
+    """Read the block size off the zeros of a weight.
+
+    Rows and columns are looked at separately, over the powers of two from 8 to 256 that divide the shape. The largest
+    size that stores at most 1.02x the elements of the smallest one is taken.
+
+    Args:
+        weight: ``(N, K)``.
+
+    Returns:
+        ``(r, c)``, or None where no candidate divides the shape. A weight without a block of zeros gives the largest
+        candidates that divide its shape.
+    """
+    row_sizes = [size for size in CANDIDATE_SIZES if weight.shape[0] % size == 0]
+    col_sizes = [size for size in CANDIDATE_SIZES if weight.shape[1] % size == 0]
+    if not row_sizes or not col_sizes or weight.numel() == 0:
+        return None
+    smallest = nonzero_blocks(weight, (row_sizes[0], col_sizes[0]))
+    limit = STORED_TOLERANCE * int(smallest.sum())
+
+    def largest(sizes: list[int], mask: Tensor) -> int:
+        """Merge blocks along the first dimension of ``mask`` while that stores hardly more."""
+        best = sizes[0]
+        for size in sizes[1:]:
+            factor = size // sizes[0]
+            merged = mask.view(-1, factor, mask.shape[1]).any(1)
+            if int(merged.sum()) * factor <= limit:
+                best = size
+        return best
+
+    return largest(row_sizes, smallest), largest(col_sizes, smallest.t().contiguous())

@@ -1,0 +1,372 @@
+"""``BSRLinear``: ``nn.Linear`` with its weight in BSR format."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrize
+
+from torchao_superblock.bsr.format import (
+    bsr_to_dense,
+    check_bsr,
+    dense_to_bsr,
+    infer_blocksize,
+    nonzero_blocks,
+    parse_blocksize,
+)
+from torchao_superblock.bsr.weight import BSRWeight, TracedBSRWeight
+from torchao_superblock.ops import ACTIVATIONS, bsr_linear, build_plan
+from torchao_superblock.ops.bsr_linear import DTYPES
+
+# nn.MultiheadAttention's out_proj is an nn.Linear under another name.
+LINEAR_TYPES = (nn.Linear, NonDynamicallyQuantizableLinear)
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def has_block_mask(module: nn.Module) -> bool:
+    """Whether a tensor of this module (children not counted) still wears a block mask that is not squashed."""
+    return parametrize.is_parametrized(module) and any(
+        getattr(parametrization, "_is_block_mask", False)
+        for parametrizations in module.parametrizations.values()
+        for parametrization in parametrizations
+    )
+
+
+def conversion_obstacle(linear: nn.Module) -> tuple[str, str] | None:
+    """Why this module cannot become a BSRLinear whatever its zeros: ``(code, reason)``, or None."""
+    if parametrize.is_parametrized(linear):
+        if has_block_mask(linear):
+            return "not_squashed", "its block mask is not squashed yet; call squash_mask() first"
+        names = ", ".join(linear.parametrizations)
+        return "parametrized", f"it has another parametrization (of {names}); remove it first"
+    if type(linear) not in LINEAR_TYPES:
+        return "linear_subclass", f"it is a {type(linear).__name__}, not exactly an nn.Linear"
+    weight = linear._parameters.get("weight")
+    if weight is None:
+        return "parametrized", "its weight is not a Parameter (torch.nn.utils.prune?); make it one"
+    if isinstance(weight, DTensor):
+        return "sharded", "its weight is sharded (DTensor); swap before distributing the model"
+    if type(weight) not in (nn.Parameter, Tensor) or type(weight.data) is not Tensor:
+        return (
+            "weight_subclass",
+            f"its weight is a {type(weight.data).__name__}, not a plain tensor",
+        )
+    if weight.is_meta:
+        return "meta_device", "its weight is on the meta device and has no zeros to look at"
+    if weight.dtype not in DTYPES:
+        return "unsupported_dtype", f"its dtype is {weight.dtype}"
+    return None
+
+
+class BSRLinear(nn.Module):
+    """``y = activation(x @ weight.T + bias)`` with ``weight`` in BSR format: only stored blocks are multiplied.
+
+    Trainable: ``values`` is a Parameter, so a swapped model can be fine-tuned with its sparsity fixed. The weight is
+    kept in the canonical order of :mod:`torchao_superblock.bsr.format`, which is also what ``state_dict`` holds.
+
+    Loading a ``state_dict`` is atomic for the layer: bad content raises and changes nothing of it. Content with another
+    number of blocks replaces the ``values`` Parameter; build the optimizer after loading.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        blocksize: int, or ``(rows, cols)`` = (out, in); must divide ``(N, K)``.
+        crow_indices: ``(R + 1,)`` int32, R = N / rows.
+        col_indices: ``(nnz,)`` int32, sorted and unique in each block row.
+        values: ``(nnz, rows, cols)``, float32, float64, float16 or bfloat16. A Parameter is taken as it is.
+        bias: ``(N,)`` of the same dtype, or None. A Parameter is taken as it is.
+        activation: ``"none"``, ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``, applied to the output.
+
+    Attributes:
+        weight: a :class:`BSRWeight` that stands for the ``(N, K)`` weight.
+
+    Raises:
+        ValueError, TypeError: the arguments break an invariant; the message says which.
+
+    Example:
+        >>> linear = torch.nn.Linear(128, 64)
+        >>> with torch.no_grad():
+        ...     _ = linear.weight[:, 32:].zero_()
+        >>> layer = BSRLinear.from_dense(linear, blocksize=32)
+        >>> layer
+        BSRLinear(in_features=128, out_features=64, bias=True, blocksize=(32, 32), sparsity=0.7500)
+        >>> torch.allclose(layer(torch.ones(128)), linear(torch.ones(128)), atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        blocksize: int | tuple[int, int],
+        crow_indices: Tensor,
+        col_indices: Tensor,
+        values: Tensor,
+        bias: Tensor | None = None,
+        *,
+        activation: str = "none",
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.blocksize = parse_blocksize(blocksize)
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"BSRLinear: unknown activation {activation!r}; choose one of {', '.join(map(repr, ACTIVATIONS))}"
+            )
+        self.activation = activation
+        self._check(crow_indices, col_indices, values, bias, "BSRLinear")
+        self.values = _as_parameter(values)
+        self.bias = None if bias is None else _as_parameter(bias)
+        self._set_indices(crow_indices, col_indices)
+
+    def _check(
+        self,
+        crow_indices: Tensor,
+        col_indices: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        name: str,
+    ) -> None:
+        shape = (self.out_features, self.in_features)
+        check_bsr(crow_indices, col_indices, values, shape, self.blocksize, name)
+        if values.dtype not in DTYPES:
+            raise TypeError(
+                f"{name}: values must be float32, float64, float16 or bfloat16, got {values.dtype}"
+            )
+        if bias is None:
+            return
+        if tuple(bias.shape) != (self.out_features,):
+            raise ValueError(
+                f"{name}: bias must have shape ({self.out_features},), got {tuple(bias.shape)}"
+            )
+        if bias.dtype != values.dtype or bias.device != values.device:
+            raise ValueError(
+                f"{name}: bias must have the dtype and device of values ({values.dtype}, {values.device}), "
+                f"got {bias.dtype}, {bias.device}"
+            )
+
+    def _set_indices(self, crow_indices: Tensor, col_indices: Tensor) -> None:
+        self.register_buffer("crow_indices", crow_indices.contiguous())
+        self.register_buffer("col_indices", col_indices.contiguous())
+        plan = build_plan(crow_indices, col_indices, self.in_features // self.blocksize[1])
+        self.register_buffer("plan", plan, persistent=False)
+
+    @classmethod
+    def from_dense(
+        cls, linear: nn.Linear, blocksize: int | tuple[int, int] | None = None
+    ) -> "BSRLinear":
+        """Convert a linear layer whose weight has blocks of zeros.
+
+        ``training``, ``requires_grad``, device, dtype and hooks carry over; the ``bias`` Parameter is the same object.
+
+        Args:
+            linear: an ``nn.Linear``.
+            blocksize: int, ``(rows, cols)``, or None to read it off the zeros
+                (:func:`torchao_superblock.bsr.format.infer_blocksize`).
+
+        Raises:
+            TypeError: ``linear`` is not exactly an ``nn.Linear``, or its dtype is not supported.
+            ValueError: the shape is not a multiple of the block size, or there is no block of zeros to read it off.
+            RuntimeError: the block mask of ``linear`` is not squashed yet.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"expected an nn.Linear, got {type(linear).__name__}")
+        obstacle = conversion_obstacle(linear)
+        if obstacle is not None:
+            code, reason = obstacle
+            error = {"not_squashed": RuntimeError, "meta_device": ValueError}.get(code, TypeError)
+            raise error(f"cannot convert this linear layer to BSRLinear: {reason}")
+        shape = tuple(linear.weight.shape)
+        if blocksize is None:
+            blocksize = infer_blocksize(linear.weight)
+            if blocksize is None:
+                raise ValueError(
+                    f"cannot convert this linear layer to BSRLinear: its shape {shape} is not a multiple of 8; "
+                    "pass a blocksize that divides it"
+                )
+            if nonzero_blocks(linear.weight, blocksize).all():
+                raise ValueError(
+                    f"cannot convert this linear layer to BSRLinear: its weight of shape {shape} has no block of zeros "
+                    "to read the block size off; pass blocksize to convert it all the same"
+                )
+        blocksize = parse_blocksize(blocksize)
+        crow_indices, col_indices, values = dense_to_bsr(linear.weight, blocksize)
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            blocksize,
+            crow_indices,
+            col_indices,
+            nn.Parameter(values, requires_grad=linear.weight.requires_grad),
+            linear.bias,
+        )
+        layer.train(linear.training)
+        for name in _HOOKS:
+            # Copied, not shared: the caller may go on using `linear`.
+            setattr(layer, name, copy.copy(getattr(linear, name)))
+        return layer
+
+    @property
+    def weight(self) -> BSRWeight | TracedBSRWeight:
+        """A stand-in for the ``(N, K)`` weight: works in ``F.linear``, knows its shape, dtype and device."""
+        stand_in = TracedBSRWeight if torch.compiler.is_compiling() else BSRWeight
+        return stand_in(
+            (self.out_features, self.in_features),
+            self.crow_indices,
+            self.col_indices,
+            self.values,
+            self.plan,
+        )
+
+    @property
+    def nnz(self) -> int:
+        """Number of stored blocks."""
+        return self.values.shape[0]
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of blocks that are not stored."""
+        r, c = self.blocksize
+        return 1.0 - self.nnz / ((self.out_features // r) * (self.in_features // c))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in_features)`` -> ``(..., out_features)``, contiguous."""
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(
+                f"BSRLinear: x must have {self.in_features} features in its last dimension, got shape {tuple(x.shape)}"
+            )
+        activation = self.activation
+        if activation != "none" and torch.is_grad_enabled():
+            # Keeping what the activation needs for its backward is faster than computing it again.
+            activation = "none"
+        y = bsr_linear(
+            x,
+            self.crow_indices,
+            self.col_indices,
+            self.values,
+            self.bias,
+            self.out_features,
+            activation,
+            self.plan,
+        )
+        return y if activation == self.activation else ACTIVATIONS[self.activation](y)
+
+    def to_dense(self) -> Tensor:
+        """The dense ``(out_features, in_features)`` weight; differentiable in ``values``."""
+        shape = (self.out_features, self.in_features)
+        return bsr_to_dense(self.crow_indices, self.col_indices, self.values, shape)
+
+    def extra_repr(self) -> str:
+        activation = "" if self.activation == "none" else f", activation={self.activation!r}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"blocksize={self.blocksize}, sparsity={self.sparsity:.4f}{activation}"
+        )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
+            )
+        name = prefix.removesuffix(".") or "BSRLinear"
+        own = {key: getattr(self, key) for key in ("crow_indices", "col_indices", "values", "bias")}
+        own = {key: tensor for key, tensor in own.items() if tensor is not None}
+        if f"{prefix}weight" in state_dict:
+            error_msgs.append(
+                f"{name}: the state dict holds a dense weight, but this layer stores blocks; load it into the dense "
+                "model and swap that, or save the swapped model"
+            )
+            return
+        if strict:
+            missing_keys += [prefix + key for key in own if prefix + key not in state_dict]
+            known = {prefix + key for key in own}
+            unexpected_keys += [
+                key for key in state_dict if key.startswith(prefix) and key not in known
+            ]
+        new = {key: state_dict.get(prefix + key, tensor) for key, tensor in own.items()}
+        loaded = [key for key in own if prefix + key in state_dict]
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        try:
+            if not all(isinstance(tensor, Tensor) for tensor in new.values()):
+                raise TypeError(f"{name}: the state dict holds something other than tensors")
+            if any(new[key].is_meta for key in loaded):
+                raise ValueError(f"{name}: the state dict holds tensors on the meta device")
+            if not assign:
+                if any(own[key].is_meta for key in loaded):
+                    raise ValueError(
+                        f"{name}: this layer is on the meta device; load with load_state_dict(..., assign=True)"
+                    )
+                # The layer keeps its dtype and device; indices of another dtype are an error, not a cast.
+                new = {
+                    key: tensor.to(
+                        device=own[key].device,
+                        dtype=own[key].dtype if tensor.is_floating_point() else tensor.dtype,
+                    )
+                    for key, tensor in new.items()
+                }
+            self._check(
+                new["crow_indices"], new["col_indices"], new["values"], new.get("bias"), name
+            )
+        except (TypeError, ValueError) as error:
+            error_msgs.append(str(error))
+            return
+        if not loaded:
+            return
+        with torch.no_grad():
+            for key in ("values", "bias"):
+                if key not in loaded:
+                    continue
+                old = own[key]
+                if assign or old.shape != new[key].shape:
+                    tensor = new[key].detach()
+                    if not assign:
+                        tensor = tensor.clone()
+                    setattr(self, key, nn.Parameter(tensor.contiguous(), old.requires_grad))
+                else:
+                    old.copy_(new[key])
+            if "crow_indices" in loaded or "col_indices" in loaded:
+                crow_indices, col_indices = new["crow_indices"], new["col_indices"]
+                if not assign:
+                    crow_indices, col_indices = crow_indices.clone(), col_indices.clone()
+                self._set_indices(crow_indices, col_indices)
+
+
+def _as_parameter(tensor: Tensor) -> nn.Parameter:
+    if isinstance(tensor, nn.Parameter):
+        return tensor if tensor.is_contiguous() else nn.Parameter(tensor.data.contiguous())
+    return nn.Parameter(tensor.contiguous())
+
+
+def move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give ``new`` the hooks of ``old``, which it replaces; handles that callers hold keep working."""
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))

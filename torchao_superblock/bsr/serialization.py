@@ -1,0 +1,305 @@
+"""Swapped models on disk: one safetensors file, checked in full before a model is touched.
+
+The file holds the ``state_dict`` of the swapped model. Its metadata says which layers are block-sparse, so that a
+freshly built dense model of the same architecture (also one on the meta device) can be loaded from it directly.
+"""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from torchao_superblock.bsr.linear import LINEAR_TYPES, BSRLinear, move_hooks
+
+FORMAT = "torchao_superblock.bsr"
+VERSION = 1
+
+
+def save_bsr(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Save a model with :class:`BSRLinear` layers to one safetensors file.
+
+    An existing file is replaced only once the new one is complete. Shared tensors are stored once.
+
+    Args:
+        model: a swapped model; a model without a BSRLinear is saved as well.
+        path: the file to write, usually ``*.safetensors``.
+
+    Raises:
+        TypeError: the ``state_dict`` holds something that is not a tensor (safetensors stores tensors only).
+        ValueError: a tensor is on the meta device.
+
+    Example:
+        >>> save_bsr(model, "model.safetensors")  # doctest: +SKIP
+        >>> load_bsr(build_model(), "model.safetensors")  # doctest: +SKIP
+    """
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first_name: dict[tuple[Any, ...], str] = {}
+    for key, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"save_bsr: {key!r} of the state dict is a {type(value).__name__}, not a tensor; "
+                "use torch.save(model.state_dict(), path) for this model"
+            )
+        if value.is_meta:
+            raise ValueError(f"save_bsr: {key!r} is on the meta device and has no content to save")
+        identity = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+        if value.numel() and identity in first_name:
+            aliases[key] = first_name[identity]
+            continue
+        first_name[identity] = key
+        # A clone: views into one storage would be refused.
+        tensors[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    layers = {
+        fqn: {
+            "in_features": module.in_features,
+            "out_features": module.out_features,
+            "blocksize": list(module.blocksize),
+            "activation": module.activation,
+            "bias": module.bias is not None,
+        }
+        for fqn, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, BSRLinear)
+    }
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "layers": json.dumps(layers),
+        "aliases": json.dumps(aliases),
+    }
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load_bsr(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Load a file written by :func:`save_bsr` into a model of the same architecture, in place.
+
+    The model may be dense (its linear layers become :class:`BSRLinear` where the file says so), swapped already, or on
+    the meta device (it then takes the tensors of the file as they are). Parameters keep the dtype and device of the
+    model otherwise. The file is checked in full first: on any error the model is as it was.
+
+    Args:
+        model: the model to load into.
+        path: the file to read.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not one of :func:`save_bsr`, is damaged, belongs to another model (missing, unexpected
+            or misshapen entries, all named), breaks a BSR invariant, or leaves a tensor of a meta-device model
+            unfilled.
+
+    Example:
+        >>> with torch.device("meta"):  # doctest: +SKIP
+        ...     model = build_model()
+        >>> load_bsr(model, "model.safetensors")  # doctest: +SKIP
+    """
+    tensors, layers = _read(path)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    new_layers: dict[nn.Module, BSRLinear] = {}
+    for fqn, spec in layers.items():
+        old = modules.get(fqn)
+        if old in new_layers:
+            continue
+        new_layers[old] = _build_layer(fqn, old, spec, tensors, path)
+
+    def belongs_to_layer(key: str) -> bool:
+        return key.rpartition(".")[0] in layers
+
+    rest = {key: tensor for key, tensor in tensors.items() if not belongs_to_layer(key)}
+    _check_rest(model, rest, layers, path)
+    _check_no_meta_left(model, rest, set(new_layers), path)
+
+    # Nothing above has changed the model. From here on, what is changed is put back on any error.
+    own = {key: tensor for key, tensor in model.state_dict().items() if key in rest}
+    snapshot = {key: tensor.clone() for key, tensor in own.items() if not tensor.is_meta}
+    replaced: list[tuple[nn.Module, str, nn.Module]] = []
+    try:
+        for parent in list(modules.values()):
+            for name, child in list(parent._modules.items()):
+                if child in new_layers:
+                    replaced.append((parent, name, child))
+                    setattr(parent, name, new_layers[child])
+        on_meta = {key: tensor for key, tensor in rest.items() if own[key].is_meta}
+        in_place = {key: tensor for key, tensor in rest.items() if not own[key].is_meta}
+        # Each part is loaded with strict=False because it is only a part; the whole was compared above.
+        if in_place:
+            model.load_state_dict(in_place, strict=False)
+        if on_meta:
+            tied = _tied_parameters(model)
+            model.load_state_dict(on_meta, strict=False, assign=True)
+            for (first, first_name), *others in tied:
+                for module, name in others:
+                    setattr(module, name, getattr(first, first_name))
+    except BaseException:
+        for parent, name, child in replaced:
+            setattr(parent, name, child)
+        with torch.no_grad():
+            for key, tensor in snapshot.items():
+                own[key].copy_(tensor)
+        raise
+    for old, new in new_layers.items():
+        move_hooks(old, new)
+    return model
+
+
+def _tied_parameters(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """Places of each Parameter that has several: loading by assignment would untie them."""
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(parameter, []).append((module, name))
+    return [group for group in places.values() if len(group) > 1]
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """All tensors of the file (aliases resolved), and what it says of its block-sparse layers."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"load_bsr: no such file: {os.fspath(path)!r}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(
+                    f"load_bsr: {os.fspath(path)!r} was not written by save_bsr; load an ordinary checkpoint with "
+                    "model.load_state_dict and swap the model afterwards"
+                )
+            if metadata.get("version") != str(VERSION):
+                raise ValueError(
+                    f"load_bsr: {os.fspath(path)!r} has format version {metadata.get('version')}, this release reads "
+                    f"version {VERSION}; upgrade torchao_superblock"
+                )
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            layers = json.loads(metadata["layers"])
+            aliases = json.loads(metadata["aliases"])
+            tensors |= {key: tensors[target] for key, target in aliases.items()}
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"load_bsr: {os.fspath(path)!r} is damaged: {error}") from error
+    return tensors, layers
+
+
+def _build_layer(
+    fqn: str,
+    old: nn.Module | None,
+    spec: dict[str, Any],
+    tensors: dict[str, Tensor],
+    path: str | os.PathLike[str],
+) -> BSRLinear:
+    """The BSRLinear that the file describes, with the dtype, device and mode of the layer it replaces."""
+    shape = (spec["out_features"], spec["in_features"])
+    if old is None:
+        raise ValueError(
+            f"load_bsr: {os.fspath(path)!r} has a block-sparse layer {fqn!r}, the model has no such module; "
+            "it must have the architecture of the model that was saved"
+        )
+    if type(old) not in (*LINEAR_TYPES, BSRLinear):
+        raise ValueError(
+            f"load_bsr: {fqn!r} is block-sparse in the file, but a {type(old).__name__} in the model; "
+            "it must be a plain nn.Linear or a BSRLinear"
+        )
+    if (old.out_features, old.in_features) != shape:
+        raise ValueError(
+            f"load_bsr: {fqn!r} has shape {shape} in the file, but {(old.out_features, old.in_features)} in the model"
+        )
+    if (old.bias is not None) != spec["bias"]:
+        raise ValueError(
+            f"load_bsr: {fqn!r} has {'a' if spec['bias'] else 'no'} bias in the file, unlike in the model"
+        )
+    reference = old.values if isinstance(old, BSRLinear) else old.weight
+    names = ["crow_indices", "col_indices", "values"] + (["bias"] if spec["bias"] else [])
+    missing = [f"{fqn}.{name}" for name in names if f"{fqn}.{name}" not in tensors]
+    if missing:
+        raise ValueError(f"load_bsr: {os.fspath(path)!r} is damaged: missing {', '.join(missing)}")
+    parts = {name: tensors[f"{fqn}.{name}"] for name in names}
+    if not reference.is_meta:
+        parts = {
+            name: tensor.to(
+                reference.device, reference.dtype if tensor.is_floating_point() else tensor.dtype
+            )
+            for name, tensor in parts.items()
+        }
+    try:
+        layer = BSRLinear(
+            shape[1],
+            shape[0],
+            tuple(spec["blocksize"]),
+            parts["crow_indices"],
+            parts["col_indices"],
+            nn.Parameter(parts["values"], reference.requires_grad),
+            nn.Parameter(parts["bias"], old.bias.requires_grad) if spec["bias"] else None,
+            activation=spec["activation"],
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"load_bsr: {fqn!r} in {os.fspath(path)!r}: {error}") from error
+    return layer.train(old.training)
+
+
+def _check_rest(
+    model: nn.Module,
+    rest: dict[str, Tensor],
+    layers: dict[str, dict[str, Any]],
+    path: str | os.PathLike[str],
+) -> None:
+    """Compare all but the block-sparse layers with the model: names and shapes."""
+    own = {
+        key: tensor
+        for key, tensor in model.state_dict().items()
+        if key.rpartition(".")[0] not in layers
+    }
+    problems = []
+    missing = [key for key in own if key not in rest]
+    if missing:
+        problems.append(f"missing in the file: {', '.join(missing)}")
+    unexpected = [key for key in rest if key not in own]
+    if unexpected:
+        problems.append(f"not in the model: {', '.join(unexpected)}")
+    problems += [
+        f"{key} has shape {tuple(rest[key].shape)} in the file, but {tuple(tensor.shape)} in the model"
+        for key, tensor in own.items()
+        if key in rest and isinstance(tensor, Tensor) and tensor.shape != rest[key].shape
+    ]
+    if problems:
+        raise ValueError(
+            f"load_bsr: {os.fspath(path)!r} belongs to another model: {'; '.join(problems)}"
+        )
+
+
+def _check_no_meta_left(
+    model: nn.Module,
+    rest: dict[str, Tensor],
+    replaced: set[nn.Module],
+    path: str | os.PathLike[str],
+) -> None:
+    """A buffer that no state dict holds cannot be filled from a file: name it rather than leave it empty."""
+    left = []
+    for prefix, module in model.named_modules():
+        if module in replaced:
+            continue
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            key = f"{prefix}.{name}" if prefix else name
+            if tensor is not None and tensor.is_meta and key not in rest:
+                left.append(key)
+    if left:
+        raise ValueError(
+            f"load_bsr: {os.fspath(path)!r} does not hold {', '.join(left)}, which the model has on the meta device; "
+            "build the model on a real device, or move these there and fill them, before loading"
+        )

@@ -1,0 +1,274 @@
+"""Replace the linear layers of a model by :class:`BSRLinear` where that pays, and say what became of each."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from torchao_superblock.bsr.format import (
+    block_grid,
+    infer_blocksize,
+    nonzero_blocks,
+    parse_blocksize,
+)
+from torchao_superblock.bsr.linear import (
+    BSRLinear,
+    conversion_obstacle,
+    has_block_mask,
+    move_hooks,
+)
+from torchao_superblock.ops.break_even import break_even_sparsity
+
+
+@dataclass(frozen=True)
+class SwapEntry:
+    """What became of one linear layer.
+
+    Attributes:
+        fqn: its fully qualified name.
+        shape: ``(out_features, in_features)``.
+        blocksize: ``(rows, cols)``, or None where none was found.
+        sparsity: fraction of blocks that hold only zeros, or None where it was not looked at.
+        reason: a sentence.
+        code: a short stable word: ``swapped``, or why not: ``filtered_out``, ``linear_subclass``, ``meta_device``,
+            ``parametrized``, ``shape_not_multiple``, ``sharded``, ``slower_than_dense``, ``tied_weight``,
+            ``too_few_zero_blocks``, ``unsupported_dtype``, ``weight_subclass``.
+    """
+
+    fqn: str
+    shape: tuple[int, int]
+    blocksize: tuple[int, int] | None
+    sparsity: float | None
+    reason: str
+    code: str
+
+
+@dataclass
+class SwapReport:
+    """What :func:`swap_to_bsr` did; prints as a table.
+
+    Attributes:
+        swapped: one :class:`SwapEntry` for each layer that is a :class:`BSRLinear` now.
+        skipped: one for each layer that was left alone, with the reason.
+        notes: sentences about anything else that was changed in the model.
+    """
+
+    swapped: list[SwapEntry] = field(default_factory=list)
+    skipped: list[SwapEntry] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.swapped)} of {len(self.swapped) + len(self.skipped)} linear layers swapped to BSR"
+        ]
+        rows = [("layer", "shape", "block", "sparsity", "result")]
+        for entry in [*self.swapped, *self.skipped]:
+            rows.append(
+                (
+                    entry.fqn,
+                    "x".join(map(str, entry.shape)),
+                    "x".join(map(str, entry.blocksize)) if entry.blocksize else "-",
+                    f"{entry.sparsity:.1%}" if entry.sparsity is not None else "-",
+                    "swapped" if entry.code == "swapped" else f"skipped: {entry.reason}",
+                )
+            )
+        if len(rows) > 1:
+            widths = [max(len(row[column]) for row in rows) for column in range(4)]
+            for row in rows:
+                cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+                lines.append("  ".join([*cells, row[4]]))
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+
+def to_bsr_linear(linear: nn.Linear, blocksize: int | tuple[int, int] | None = None) -> BSRLinear:
+    """Convert one linear layer, or raise with the reason; the same as :meth:`BSRLinear.from_dense`.
+
+    Args:
+        linear: an ``nn.Linear`` whose weight has blocks of zeros. It is left as it is.
+        blocksize: int, ``(rows, cols)``, or None to read it off the zeros.
+
+    Returns:
+        A :class:`BSRLinear` that computes the same, with a copy of the stored blocks and the same ``bias`` Parameter.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: it cannot be converted; the message says why and what to do.
+
+    Example:
+        >>> linear = nn.Linear(64, 64)
+        >>> with torch.no_grad():
+        ...     _ = linear.weight[:32].zero_()
+        >>> to_bsr_linear(linear).sparsity
+        0.5
+    """
+    return BSRLinear.from_dense(linear, blocksize)
+
+
+def swap_to_bsr(
+    model: nn.Module,
+    blocksize: int | tuple[int, int] | None = None,
+    *,
+    min_sparsity: float | None = None,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+) -> SwapReport:
+    """Replace, in place, every linear layer with enough zero blocks by a :class:`BSRLinear`.
+
+    The weights are looked at as they are: where the zeros come from does not matter. If anything fails, the model is as
+    it was. An optimizer built before holds the dense weights: build it again to fine-tune the stored blocks.
+
+    Args:
+        model: any module, not itself an ``nn.Linear``.
+        blocksize: int or ``(rows, cols)`` for all layers; None reads each layer's off its zeros.
+        min_sparsity: a layer with a smaller fraction of zero blocks is skipped. None means "where it is faster than
+            dense": a table of measured break-even points by device, block size and dtype.
+        filter_fn: ``filter_fn(module, fqn) -> bool``; a layer for which it is False is skipped.
+
+    Returns:
+        A :class:`SwapReport` that accounts for every ``nn.Linear`` of the model.
+
+    Raises:
+        RuntimeError: a block mask is not squashed yet.
+        ValueError: ``model`` is itself an ``nn.Linear`` (it cannot be replaced in place), or ``min_sparsity`` is
+            outside [0, 1], or ``blocksize`` is below 1.
+        TypeError: ``model`` is not a module, or ``blocksize`` is not an int or a pair.
+
+    Example:
+        >>> sparsifier.squash_mask()  # doctest: +SKIP
+        >>> print(swap_to_bsr(model))  # doctest: +SKIP
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"swap_to_bsr: model must be an nn.Module, got {type(model).__name__}")
+    if blocksize is not None:
+        blocksize = parse_blocksize(blocksize)
+    if min_sparsity is not None and not 0.0 <= min_sparsity <= 1.0:
+        raise ValueError(f"swap_to_bsr: min_sparsity must lie in [0, 1], got {min_sparsity}")
+    for fqn, module in model.named_modules():
+        if has_block_mask(module):
+            raise RuntimeError(
+                f"swap_to_bsr: the block mask of {_clean(fqn) or 'the model'!r} is not squashed yet; call "
+                "sparsifier.squash_mask(), or torchao_superblock.squash(model), first"
+            )
+    if isinstance(model, nn.Linear):
+        raise ValueError(
+            "swap_to_bsr: the model is itself an nn.Linear and cannot be replaced in place; "
+            "use to_bsr_linear(model), which returns the new layer"
+        )
+
+    report = SwapReport()
+    replacements: dict[nn.Module, BSRLinear] = {}
+    owners = _weight_owners(model)
+    for fqn, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        entry = _judge(module, _clean(fqn), blocksize, min_sparsity, filter_fn, owners)
+        if entry.code == "swapped":
+            replacements[module] = BSRLinear.from_dense(module, entry.blocksize)
+            report.swapped.append(entry)
+        else:
+            report.skipped.append(entry)
+    _replace(model, replacements, report)
+    return report
+
+
+def _clean(fqn: str) -> str:
+    """The FQN without what torch.compile puts in front of it."""
+    return ".".join(part for part in fqn.split(".") if part != "_orig_mod")
+
+
+def _weight_owners(model: nn.Module) -> dict[tuple[object, int], list[str]]:
+    """Storage address -> FQNs of the parameters that live there; a module registered twice counts once."""
+    owners: dict[tuple[object, int], list[str]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                fqn = f"{prefix}.{name}" if prefix else name
+                owners.setdefault(_address(parameter), []).append(_clean(fqn))
+    return owners
+
+
+def _address(parameter: nn.Parameter) -> tuple[object, int]:
+    # A Parameter without memory of its own (meta, sharded, empty) is known by its identity alone.
+    try:
+        address = parameter.data_ptr()
+    except (RuntimeError, NotImplementedError):
+        address = 0
+    return (parameter.device, address) if address else ("identity", id(parameter))
+
+
+def _judge(
+    linear: nn.Linear,
+    fqn: str,
+    blocksize: tuple[int, int] | None,
+    min_sparsity: float | None,
+    filter_fn: Callable[[nn.Module, str], bool] | None,
+    owners: dict[tuple[object, int], list[str]],
+) -> SwapEntry:
+    """Decide about one layer without touching it."""
+    shape = (linear.out_features, linear.in_features)
+
+    def entry(code: str, reason: str, sparsity: float | None = None) -> SwapEntry:
+        return SwapEntry(fqn, shape, blocksize, sparsity, reason, code)
+
+    if filter_fn is not None and not filter_fn(linear, fqn):
+        return entry("filtered_out", "filter_fn returned False for it")
+    obstacle = conversion_obstacle(linear)
+    if obstacle is not None:
+        return entry(*obstacle)
+    others = [owner for owner in owners[_address(linear.weight)] if owner != f"{fqn}.weight"]
+    if others:
+        return entry("tied_weight", f"its weight is shared with {', '.join(others)}")
+    if blocksize is None:
+        blocksize = infer_blocksize(linear.weight)
+        if blocksize is None:
+            return entry(
+                "shape_not_multiple",
+                f"its shape {shape} is not a multiple of any block size from 8 to 256",
+            )
+    try:
+        block_grid(shape, blocksize)
+    except ValueError as error:
+        return entry("shape_not_multiple", f"its {error}")
+    sparsity = 1.0 - nonzero_blocks(linear.weight, blocksize).float().mean().item()
+    if min_sparsity is not None:
+        needed, code, rule = min_sparsity, "too_few_zero_blocks", "min_sparsity is"
+    elif sparsity == 0.0:
+        return entry("too_few_zero_blocks", "no block of its weight is all zeros", sparsity)
+    else:
+        device = linear.weight.device
+        needed = break_even_sparsity(device.type, blocksize, linear.weight.dtype)
+        code, rule = "slower_than_dense", f"on {device.type} blocks of this size break even at"
+    if sparsity < needed:
+        return entry(code, f"{sparsity:.1%} of its blocks are zero, {rule} {needed:.1%}", sparsity)
+    return entry("swapped", f"{sparsity:.1%} of its blocks are zero", sparsity)
+
+
+def _replace(
+    model: nn.Module, replacements: dict[nn.Module, BSRLinear], report: SwapReport
+) -> None:
+    """Put the new layers in place of the old ones; undo everything if anything fails."""
+    undo: list[Callable[[], None]] = []
+    try:
+        for parent_fqn, parent in list(model.named_modules()):
+            for name, child in list(parent._modules.items()):
+                if child in replacements:
+                    undo.append(
+                        lambda parent=parent, name=name, old=child: setattr(parent, name, old)
+                    )
+                    setattr(parent, name, replacements[child])
+            # The encoder decides on nested tensors from its first layer alone, and BSRLinear has no kernel for them.
+            if (
+                isinstance(parent, nn.TransformerEncoder)
+                and getattr(parent, "use_nested_tensor", False)
+                and any(isinstance(module, BSRLinear) for module in parent.modules())
+            ):
+                undo.append(lambda parent=parent: setattr(parent, "use_nested_tensor", True))
+                parent.use_nested_tensor = False
+                report.notes.append(
+                    f"{_clean(parent_fqn) or 'the model'}: use_nested_tensor is False now, since a swapped layer "
+                    "takes no nested tensors; padding is computed and masked instead"
+                )
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+    for old, new in replacements.items():
+        move_hooks(old, new)
