@@ -1,0 +1,820 @@
+"""CUDA backend: which kernel serves a call, with which tile sizes, and how it is launched with little host time.
+
+Two kernels can serve the forward: the Gluon one in ``hopper.py`` where it exists, supports the case and is the faster,
+and the plain Triton one (``triton_kernels.py``), which serves every case on every GPU and all backward passes.
+
+A call at small M takes the GPU a few microseconds, so the host must not take twenty. What is decided once is
+therefore kept: a :class:`_Product` or :class:`_BlockGradient` holds the compiled kernel and its constants, and is found
+again by a key made of what the decision rests on. M enters that key as a bucket (powers of two), so serving many batch
+sizes neither compiles nor decides again.
+
+Legend: M tokens, N out features, K in features, R x C the block grid, r x c the block size, nnz stored blocks;
+BM x BN x BK the tile.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from torchao_superblock.ops import triton_kernels as kernels
+from torchao_superblock.ops.plan import split_plan
+from torchao_superblock.ops.triton_kernels import FMA, NATIVE, TF32, TF32X3
+
+# Read when a kernel is decorated, so it cannot change later: kernels then run on CPU tensors.
+INTERPRET: bool = triton.knobs.runtime.interpret
+# What offsets within a tile must stay below for 32-bit arithmetic.
+INT32_LIMIT = 2**31
+
+
+def allows_tf32() -> bool:
+    """Whether torch lets float32 matrix products on CUDA use TF32.
+
+    There are three ways to set it (``torch.backends.cuda.matmul.fp32_precision``, ``.allow_tf32`` and
+    ``torch.set_float32_matmul_precision``). The last two have getters that raise once the first was used; the first
+    one's getter follows all three and never raises.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+class _Device(NamedTuple):
+    capability: int  # 90 for sm_90
+    n_processors: int
+
+
+_devices: dict[int, _Device] = {}
+
+
+def _device(index: int) -> _Device:
+    device = _devices.get(index)
+    if device is None:
+        if INTERPRET:
+            device = _Device(90, 132)
+        else:
+            properties = torch.cuda.get_device_properties(index)
+            device = _Device(
+                properties.major * 10 + properties.minor, properties.multi_processor_count
+            )
+        _devices[index] = device
+    return device
+
+
+def _precision(dtype: torch.dtype, index: int) -> int:
+    if dtype != torch.float32:
+        return NATIVE
+    if _device(index).capability < 80:
+        return FMA
+    return TF32 if allows_tf32() else TF32X3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rules: tile sizes for a problem.
+
+
+class Problem(NamedTuple):
+    """What the choice of tile sizes rests on. For the gradient of x, the block grid is the transposed one."""
+
+    kind: str  # "forward", "grad_x" or "grad_values"
+    M: int  # bucket: a power of two, at least 16
+    R: int
+    C: int
+    r: int
+    c: int
+    nnz: int
+    itemsize: int  # bytes
+    precision: int
+    capability: int
+    n_processors: int
+
+
+class Tile(NamedTuple):
+    """Launch parameters of ``bsr_matmul_kernel``."""
+
+    BM: int
+    BN: int
+    BK: int
+    GROUP_M: int
+    num_warps: int
+    num_stages: int
+    splits: int = 1
+
+
+class GradTile(NamedTuple):
+    """Launch parameters of ``grad_values_kernel``."""
+
+    BM: int
+    BR: int
+    BC: int
+    num_warps: int
+    num_stages: int
+    waves: int = 4  # programs per processor to aim at, by splitting the tokens
+
+
+def m_bucket(M: int) -> int:
+    """The power of two at or above M, between 16 and 65536."""
+    return min(1 << max(M - 1, 15).bit_length(), 65536)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def matmul_tile(problem: Problem) -> Tile:
+    """The shipped rule for ``bsr_matmul_kernel``."""
+    M, r, c = problem.M, problem.r, problem.c
+    BN = min(max(_power_of_two(r), 16), 128)
+    if problem.itemsize == 8:
+        return Tile(min(M, 32), min(BN, 32), 16, 8, 4, 2)
+    widest = 64 if problem.itemsize == 2 else 32
+    if M <= 64:
+        # Few tokens: the time is that of streaming the values once, so cut the block rows finely to have many programs
+        # and keep many loads in flight.
+        BM, BN = min(M, 64), min(BN, 32 if problem.precision != FMA else 16)
+        BK = widest if c % widest == 0 else 2 * widest
+        programs = problem.R * -(-r // BN)
+        steps = -(-problem.nnz * c // max(problem.R, 1)) // BK
+        splits = min(-(-2 * problem.n_processors // max(programs, 1)), steps // 8, 16)
+        return Tile(BM, BN, BK, 1, 4, 4, max(splits, 1))
+    BM = min(M, 128)
+    if problem.precision == TF32X3:
+        return Tile(BM, min(BN, 64), widest, 8, 8 if BM == 128 and BN >= 64 else 4, 3)
+    return Tile(BM, BN, widest, 8, 8 if BM * BN >= 128 * 128 else 4, 3)
+
+
+def grad_values_tile(problem: Problem) -> GradTile:
+    """The shipped rule for ``grad_values_kernel``."""
+    BR = min(max(_power_of_two(problem.r), 16), 128)
+    BC = min(max(_power_of_two(problem.c), 16), 128)
+    if problem.itemsize == 8:
+        return GradTile(16, min(BR, 32), min(BC, 32), 4, 2)
+    BM = 64 if problem.itemsize == 2 else 32
+    if BR * BC <= 1024:
+        BM *= 2
+    if problem.precision == TF32X3:
+        return GradTile(BM, min(BR, 64), min(BC, 64), 8 if BR * BC >= 4096 else 4, 3)
+    return GradTile(BM, BR, BC, 8 if BR * BC >= 128 * 128 else 4, 3)
+
+
+# Filled by tuning.py from the user's cache: problem -> tile. Looked at only when a launch is first prepared.
+_tuned: dict[Problem, Tile | GradTile] = {}
+_tuned_loader: Callable[[int], None] | None = None
+
+
+def _tile(problem: Problem, rule: Callable[[Problem], Any]) -> Any:
+    return _tuned.get(problem) or rule(problem)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launching.
+
+# Versions whose CompiledKernel.run takes what _Kernel.__call__ gives it; others go through the public, slower way.
+_DIRECT_LAUNCH = tuple(map(int, triton.__version__.split(".")[:2])) in ((3, 6), (3, 7), (3, 8))
+
+
+class _Kernel:
+    """A kernel with its compile-time constants; after the first launch, a launch is one call into the driver."""
+
+    def __init__(self, function: Any, constants: dict[str, Any], num_warps: int, num_stages: int):
+        self.function = function
+        names = [name for name in function.arg_names if name in constants]
+        assert len(names) == len(constants), (names, constants)
+        self.constants = tuple(constants[name] for name in names)
+        self.options = {"num_warps": num_warps, "num_stages": num_stages}
+        self.compiled: Any = None
+
+    def __call__(self, grid: tuple[int, int, int], *args: Any) -> None:
+        compiled = self.compiled
+        if compiled is None:
+            compiled = self.function[grid](*args, *self.constants, **self.options)
+            if not INTERPRET:
+                self.compiled = compiled
+            return
+        hooks = triton.knobs.runtime
+        enter = hooks.launch_enter_hook
+        if not _DIRECT_LAUNCH or (enter is not None and enter.calls):
+            compiled[grid](*args, *self.constants)
+            return
+        compiled.run(
+            *grid,
+            torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice()),
+            compiled.function,
+            compiled.packed_metadata,
+            None,
+            None,
+            None,
+            *args,
+            *self.constants,
+        )
+
+
+def _smaller(tile: Any) -> Any:
+    """A tile that needs less shared memory, for GPUs that have less of it than those the rules were made on."""
+    if tile.num_stages > 2:
+        return tile._replace(num_stages=tile.num_stages - 1)
+    if tile.BM > 16:
+        return tile._replace(BM=tile.BM // 2)
+    if tile.num_stages > 1:
+        return tile._replace(num_stages=1)
+    raise RuntimeError(
+        f"torchao_superblock: this GPU has too little shared memory for the smallest tile, {tile}"
+    )
+
+
+class _Product:
+    """A prepared ``bsr_matmul_kernel`` launch: everything but the tensors and M."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        transposed: bool,
+        has_perm: bool,
+        has_order: bool,
+        has_bias: bool,
+        has_low: bool,
+        activation: str,
+        wide: bool,
+    ) -> None:
+        self.problem = problem
+        self.N = problem.R * problem.r
+        self.activation = kernels.ACTIVATION_CODES[activation]
+        self.has_bias = has_bias
+        self.constants = {
+            "r": problem.r,
+            "c": problem.c,
+            "STRIDE_N": 1 if transposed else problem.c,
+            "STRIDE_K": problem.r if transposed else 1,
+            "HAS_PERM": has_perm,
+            "HAS_ORDER": has_order,
+            "HAS_LOW": has_low,
+            "PRECISION": problem.precision,
+            "FLOAT64": problem.itemsize == 8,
+            "WIDE": wide,
+        }
+        self.accumulator = torch.float64 if problem.itemsize == 8 else torch.float32
+        self.ready = False
+        self.set_tile(_tile(problem, matmul_tile))
+
+    def set_tile(self, tile: Tile) -> None:
+        self.tile = tile
+        self.splits = tile.splits
+        self.n_columns = self.problem.R * -(-self.problem.r // tile.BN)
+        split = tile.splits > 1
+        constants = self.constants | {
+            "HAS_BIAS": self.has_bias and not split,
+            "ACTIVATION": 0 if split else self.activation,
+            "SPLIT": split,
+            "BM": tile.BM,
+            "BN": tile.BN,
+            "BK": tile.BK,
+            "GROUP_M": tile.GROUP_M,
+        }
+        self.kernel = _Kernel(kernels.bsr_matmul_kernel, constants, tile.num_warps, tile.num_stages)
+        self.reduce = (
+            _Kernel(
+                kernels.sum_splits_kernel,
+                {"HAS_BIAS": self.has_bias, "ACTIVATION": self.activation, "BLOCK": 256},
+                4,
+                2,
+            )
+            if split
+            else None
+        )
+
+    def __call__(
+        self,
+        x: Tensor,
+        start: Tensor,
+        block: Tensor,
+        perm: Tensor,
+        order: Tensor,
+        values: Tensor,
+        low: Tensor,
+        bias: Tensor | None,
+        M: int,
+        stride_m: int,
+        stride_k: int,
+    ) -> Tensor:
+        if not self.ready:
+            return self._first(
+                x, start, block, perm, order, values, low, bias, M, stride_m, stride_k
+            )
+        N, splits, problem = self.N, self.splits, self.problem
+        y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+        out = y
+        if splits > 1:
+            out = torch.empty((splits, M, N), dtype=self.accumulator, device=x.device)
+        if bias is None:
+            bias = x
+        self.kernel(
+            (-(-M // self.tile.BM) * self.n_columns, splits, 1),
+            x,
+            start,
+            block,
+            perm,
+            order,
+            values,
+            low,
+            bias,
+            out,
+            M,
+            stride_m,
+            stride_k,
+            N,
+            problem.R,
+            problem.C,
+            problem.nnz,
+        )
+        if self.reduce is not None:
+            self.reduce((-(-M * N // 256), 1, 1), out, bias, y, M * N, N, splits)
+        return y
+
+    def _first(self, *args: Any) -> Tensor:
+        self.ready = True
+        while True:
+            try:
+                return self(*args)
+            except OutOfResources:
+                self.set_tile(_smaller(self.tile))
+
+
+class _BlockGradient:
+    """A prepared ``grad_values_kernel`` launch: everything but the tensors and M."""
+
+    def __init__(self, problem: Problem, wide: bool) -> None:
+        self.problem = problem
+        self.wide = wide
+        self.accumulator = torch.float64 if problem.itemsize == 8 else torch.float32
+        self.ready = False
+        self.set_tile(_tile(problem, grad_values_tile))
+
+    def set_tile(self, tile: GradTile) -> None:
+        self.tile = tile
+        problem = self.problem
+        self.n_tiles = problem.nnz * -(-problem.r // tile.BR) * -(-problem.c // tile.BC)
+        constants = {
+            "r": problem.r,
+            "c": problem.c,
+            "PRECISION": problem.precision,
+            "FLOAT64": problem.itemsize == 8,
+            "WIDE": self.wide,
+            "BM": tile.BM,
+            "BR": tile.BR,
+            "BC": tile.BC,
+        }
+        self.kernels = [
+            _Kernel(
+                kernels.grad_values_kernel,
+                constants | {"SPLIT": split},
+                tile.num_warps,
+                tile.num_stages,
+            )
+            for split in (False, True)
+        ]
+        self.reduce = _Kernel(
+            kernels.sum_splits_kernel, {"HAS_BIAS": False, "ACTIVATION": 0, "BLOCK": 256}, 4, 2
+        )
+
+    def __call__(
+        self, grad: Tensor, x: Tensor, row: Tensor, col: Tensor, strides: tuple[int, int, int, int]
+    ) -> Tensor:
+        if not self.ready:
+            return self._first(grad, x, row, col, strides)
+        problem, tile = self.problem, self.tile
+        M = x.shape[0]
+        numel = problem.nnz * problem.r * problem.c
+        out = torch.empty((problem.nnz, problem.r, problem.c), dtype=grad.dtype, device=grad.device)
+        # At least 8 steps a program: below that, adding up the parts costs more than the parallelism brings.
+        splits = max(
+            1,
+            min(
+                -(-tile.waves * problem.n_processors // self.n_tiles),
+                M // (8 * tile.BM),
+            ),
+        )
+        tokens = -(-M // (splits * tile.BM)) * tile.BM
+        splits = -(-M // tokens)
+        target = out
+        if splits > 1:
+            target = torch.empty((splits, numel), dtype=self.accumulator, device=grad.device)
+        self.kernels[splits > 1](
+            (self.n_tiles * splits, 1, 1),
+            grad,
+            x,
+            row,
+            col,
+            target,
+            M,
+            *strides,
+            problem.R,
+            problem.C,
+            problem.nnz,
+            tokens,
+        )
+        if splits > 1:
+            self.reduce((-(-numel // 256), 1, 1), target, out, out, numel, 1, splits)
+        return out
+
+    def _first(self, *args: Any) -> Tensor:
+        self.ready = True
+        while True:
+            try:
+                return self(*args)
+            except OutOfResources:
+                self.set_tile(_smaller(self.tile))
+
+
+_launches: dict[tuple, Any] = {}
+# A program that keeps making new strides or shapes must not grow this for ever; rebuilding an entry is cheap, because
+# Triton keeps the compiled kernels.
+_MOST_LAUNCHES = 4096
+
+
+def _remember(key: tuple, launch: Any) -> Any:
+    if len(_launches) >= _MOST_LAUNCHES:
+        _launches.clear()
+    _launches[key] = launch
+    return launch
+
+
+def forget_launches() -> None:
+    """Decide anew at the next call (after tuning)."""
+    _launches.clear()
+
+
+def _strides(x: Tensor) -> tuple[int, int]:
+    """Strides of x; a single row's own stride means nothing, so it is given the usual one."""
+    stride_m, stride_k = x.stride()
+    if x.shape[0] == 1:
+        stride_m = x.shape[1]
+    if x.shape[1] == 1:
+        stride_k = 1
+    return stride_m, stride_k
+
+
+def _problem(
+    kind: str, x: Tensor, R: int, C: int, r: int, c: int, nnz: int, precision: int, index: int
+) -> Problem:
+    capability, n_processors = _device(index)
+    return Problem(
+        kind,
+        m_bucket(x.shape[0]),
+        R,
+        C,
+        r,
+        c,
+        nnz,
+        x.element_size(),
+        precision,
+        capability,
+        n_processors,
+    )
+
+
+def _needs_64_bits(*extents: int) -> bool:
+    return max(extents) >= INT32_LIMIT
+
+
+# The tallest tile: what a tile's last row may be away from its first.
+_TALLEST = 256
+
+
+def _plain_forward(
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    plan: Tensor | None,
+    index: int,
+) -> Tensor:
+    M, K = x.shape
+    nnz, r, c = values.shape
+    R = crow.shape[0] - 1
+    stride_m, stride_k = _strides(x)
+    precision = _precision(x.dtype, index)
+    bucket = m_bucket(M)
+    key = (
+        "forward",
+        index,
+        bucket,
+        K,
+        R,
+        nnz,
+        r,
+        c,
+        stride_m,
+        stride_k,
+        x.dtype,
+        precision,
+        activation,
+        bias is None,
+        plan is None,
+        x.data_ptr() & 15 == 0,
+        values.data_ptr() & 15 == 0,
+    )
+    launch = _launches.get(key)
+    if launch is None:
+        problem = _problem("forward", x, R, K // c, r, c, nnz, precision, index)
+        wide = _needs_64_bits(
+            _TALLEST * stride_m + K * stride_k, _TALLEST * R * r, (nnz + 1) * r * c
+        )
+        launch = _Product(
+            problem,
+            transposed=False,
+            has_perm=False,
+            has_order=plan is not None,
+            has_bias=bias is not None,
+            has_low=precision == TF32X3 and bucket > 512,
+            activation=activation,
+            wide=wide,
+        )
+        _remember(key, launch)
+    low = values
+    if precision == TF32X3 and bucket > 512:
+        values, low = _split_tf32(values, None, False)
+    # The plan starts with row_order; None stands in by crow, which is then not read.
+    return launch(
+        x,
+        crow,
+        col,
+        col,
+        crow if plan is None else plan,
+        values,
+        low,
+        bias,
+        M,
+        stride_m,
+        stride_k,
+    )
+
+
+_split_kernels: dict[tuple, _Kernel] = {}
+
+
+def _split_tf32(values: Tensor, perm: Tensor | None, transpose: bool) -> tuple[Tensor, Tensor]:
+    """High and low TF32 parts of the stored blocks, permuted and transposed as asked."""
+    nnz, r, c = values.shape
+    parts = torch.empty((2, nnz, r * c), dtype=torch.float32, device=values.device)
+    if nnz == 0:
+        return parts[0], parts[1]
+    key = (values.device, r, c, transpose, perm is None, values.data_ptr() & 15 == 0)
+    kernel = _split_kernels.get(key)
+    if kernel is None:
+        kernel = _Kernel(
+            kernels.split_tf32_kernel,
+            {
+                "n": c if transpose else r,
+                "k": r if transpose else c,
+                "STRIDE_N": 1 if transpose else c,
+                "STRIDE_K": c if transpose else 1,
+                "HAS_PERM": perm is not None,
+                "BLOCK": 1024,
+            },
+            4,
+            2,
+        )
+        _split_kernels[key] = kernel
+    kernel(
+        (-(-nnz * r * c // 1024), 1, 1),
+        values,
+        values if perm is None else perm,
+        parts,
+        nnz,
+    )
+    return parts[0], parts[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Hopper kernel, if there is one.
+
+_hopper: ModuleType | None = None
+_hopper_reason: str | None = None  # None: not looked for yet
+
+
+def _load_hopper() -> ModuleType | None:
+    """``hopper.py``, or None with the reason in ``_hopper_reason``. It rests on an experimental part of Triton."""
+    global _hopper, _hopper_reason
+    if _hopper_reason is None:
+        if INTERPRET:
+            _hopper_reason = "kernels run in Triton's interpreter"
+            return None
+        try:
+            from torchao_superblock.ops import hopper
+
+            _hopper, _hopper_reason = hopper, "available"
+        except Exception as error:
+            _hopper_reason = f"not usable with triton {triton.__version__}: {error}"
+    return _hopper
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What ops/bsr_linear.py calls.
+
+
+def _index(x: Tensor) -> int:
+    return -1 if INTERPRET else x.device.index
+
+
+def forward(
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    plan: Tensor | None,
+) -> Tensor:
+    """``activation(x @ W.T + bias)`` for a BSR weight W.
+
+    Args:
+        x: ``(M, K)``, M >= 1, any strides.
+        crow: ``(R + 1,)`` int32.
+        col: ``(nnz,)`` int32.
+        values: ``(nnz, r, c)`` contiguous.
+        bias: ``(R * r,)`` contiguous or None.
+        activation: name of an activation.
+        plan: packed plan or None.
+
+    Returns:
+        ``(M, R * r)`` contiguous.
+    """
+    index = _index(x)
+    if not INTERPRET:
+        if index != torch._C._cuda_getDevice():
+            with torch.cuda.device(index):
+                return forward(x, crow, col, values, bias, activation, plan)
+        if _device(index).capability == 90:
+            hopper = _load_hopper()
+            if hopper is not None and hopper.supports(x, crow, col, values, bias, activation, plan):
+                return hopper.forward(x, crow, col, values, bias, activation, plan)
+    return _plain_forward(x, crow, col, values, bias, activation, plan, index)
+
+
+def grad_x(
+    grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, plan: Tensor, n_block_cols: int
+) -> Tensor:
+    """``grad @ W``: the same product as the forward, over the transposed index.
+
+    Args:
+        grad: ``(M, R * r)``, M >= 1, any strides.
+        crow: ``(R + 1,)`` int32.
+        col: ``(nnz,)`` int32.
+        values: ``(nnz, r, c)`` contiguous.
+        plan: packed plan.
+        n_block_cols: C.
+
+    Returns:
+        ``(M, C * c)`` contiguous.
+    """
+    index = _index(grad)
+    if not INTERPRET and index != torch._C._cuda_getDevice():
+        with torch.cuda.device(index):
+            return grad_x(grad, crow, col, values, plan, n_block_cols)
+    M = grad.shape[0]
+    nnz, r, c = values.shape
+    R = crow.shape[0] - 1
+    parts = split_plan(plan, R, n_block_cols, nnz)
+    stride_m, stride_n = _strides(grad)
+    precision = _precision(grad.dtype, index)
+    # TF32 tensor cores take no transposed operand, so float32 blocks are transposed beforehand.
+    packed = precision in (TF32, TF32X3)
+    key = (
+        "grad_x",
+        index,
+        m_bucket(M),
+        R,
+        n_block_cols,
+        nnz,
+        r,
+        c,
+        stride_m,
+        stride_n,
+        grad.dtype,
+        precision,
+        grad.data_ptr() & 15 == 0,
+        values.data_ptr() & 15 == 0,
+    )
+    launch = _launches.get(key)
+    if launch is None:
+        # The roles of rows and columns change places.
+        problem = _problem("grad_x", grad, n_block_cols, R, c, r, nnz, precision, index)
+        launch = _Product(
+            problem,
+            transposed=not packed,
+            has_perm=not packed,
+            has_order=True,
+            has_bias=False,
+            has_low=precision == TF32X3,
+            activation="none",
+            wide=_needs_64_bits(
+                _TALLEST * stride_m + R * r * stride_n,
+                _TALLEST * n_block_cols * c,
+                (nnz + 1) * r * c,
+            ),
+        )
+        _remember(key, launch)
+    low = values
+    if packed:
+        values, low = _split_tf32(values, parts.perm_t, True)
+    return launch(
+        grad,
+        parts.crow_t,
+        parts.row_t,
+        parts.perm_t,
+        parts.col_order,
+        values,
+        low,
+        None,
+        M,
+        stride_m,
+        stride_n,
+    )
+
+
+def grad_values(
+    grad: Tensor,
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    plan: Tensor,
+    block_rows: int,
+    block_cols: int,
+) -> Tensor:
+    """The stored blocks of ``grad.T @ x``.
+
+    Args:
+        grad: ``(M, R * r)``, M >= 1, any strides.
+        x: ``(M, C * c)``, any strides.
+        crow: ``(R + 1,)`` int32.
+        col: ``(nnz,)`` int32.
+        plan: packed plan.
+        block_rows: r.
+        block_cols: c.
+
+    Returns:
+        ``(nnz, r, c)`` contiguous.
+    """
+    index = _index(grad)
+    if not INTERPRET and index != torch._C._cuda_getDevice():
+        with torch.cuda.device(index):
+            return grad_values(grad, x, crow, col, plan, block_rows, block_cols)
+    nnz, r, c = col.shape[0], block_rows, block_cols
+    if nnz == 0:
+        return grad.new_empty((0, r, c))
+    R, C = crow.shape[0] - 1, x.shape[1] // c
+    parts = split_plan(plan, R, C, nnz)
+    strides = (*_strides(grad), *_strides(x))
+    precision = _precision(grad.dtype, index)
+    key = (
+        "grad_values",
+        index,
+        m_bucket(x.shape[0]),
+        R,
+        C,
+        nnz,
+        r,
+        c,
+        strides,
+        grad.dtype,
+        precision,
+        grad.data_ptr() & 15 == 0,
+        x.data_ptr() & 15 == 0,
+    )
+    launch = _launches.get(key)
+    if launch is None:
+        problem = _problem("grad_values", x, R, C, r, c, nnz, precision, index)
+        wide = _needs_64_bits(
+            _TALLEST * strides[0] + r * strides[1], _TALLEST * strides[2] + c * strides[3], r * c
+        )
+        launch = _remember(key, _BlockGradient(problem, wide))
+    return launch(grad, x, parts.row_indices, col, strides)
+
+
+def backend_info() -> dict[str, object]:
+    """What serves CUDA tensors here.
+
+    Returns:
+        ``name`` (``"triton"`` or ``"triton+gluon"``), ``reason`` (a sentence) and the versions and device behind it.
+    """
+    info: dict[str, object] = {"name": "triton", "triton": triton.__version__}
+    if INTERPRET or not torch.cuda.is_available():
+        info["reason"] = "Triton's interpreter" if INTERPRET else "no GPU is available"
+        return info
+    capability = torch.cuda.get_device_capability()
+    info["device"] = torch.cuda.get_device_name()
+    if capability != (9, 0):
+        info["reason"] = (
+            f"this GPU is sm_{capability[0]}{capability[1]}; the Gluon kernel is for sm_90"
+        )
+    elif _load_hopper() is None:
+        info["reason"] = f"the Gluon kernel is {_hopper_reason}"
+    else:
+        info["name"] = "triton+gluon"
+        info["reason"] = "Hopper: Gluon kernels where they are faster, plain Triton elsewhere"
+    return info

@@ -1,0 +1,399 @@
+"""Plain Triton kernels: one block-sparse matrix product, its weight gradient, and three small helpers.
+
+They run on every NVIDIA GPU that Triton supports, can be traced into an exported program, and run in Triton's
+interpreter, which is how they are tested on machines without a GPU. ``cuda.py`` decides how they are launched.
+
+What limits them: an x tile that was loaded for one stored block feeds only ``r`` outputs, so the product re-reads x
+from the L2 cache, about ``nnz * M * c`` elements in all. Everything here serves to keep those reads wide, in flight and
+few: asynchronous copies several steps ahead, tall tiles of tokens (each re-reads ``values`` once), programs that run
+together share their tokens, and small blocks are gathered into one wide step.
+
+Legend: M tokens, N out features, K in features, R x C the block grid, r x c the block size, nnz stored blocks;
+BM x BN the output tile of a program, BK how far it steps along the nonzeros of its block row.
+
+Integers stand for names in the launch parameters (``ACTIVATION``, ``PRECISION``): they survive every compiler.
+"""
+
+import triton
+import triton.language as tl
+
+ACTIVATION_CODES = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+
+# How two tiles are multiplied.
+NATIVE = (
+    0  # float16 and bfloat16 on tensor cores, accumulated in float32; float64 in its own precision
+)
+TF32 = 1  # float32 rounded to TF32: one product
+TF32X3 = 2  # float32 as a high and a low TF32 part: three products, float32-level error
+FMA = 3  # float32 without tensor cores, for GPUs that have no TF32
+
+
+@triton.jit
+def _activate(z, ACTIVATION: tl.constexpr):
+    if ACTIVATION == 1:
+        # Not maximum(): that would turn NaN into 0.
+        z = tl.where(z < 0, 0.0, z)
+    elif ACTIVATION == 2:
+        z = 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == 3:
+        # 0.5 * (1 + tanh(u)) = sigmoid(2 u), without the cancellation
+        u = 1.5957691216057308 * (z + 0.044715 * z * z * z)
+        z = z / (1 + tl.exp(-u))
+    elif ACTIVATION == 4:
+        z = z / (1 + tl.exp(-z))
+    return z
+
+
+@triton.jit
+def _tf32_high(x):
+    """The TF32 number nearest to x. ``x - _tf32_high(x)`` is exact and holds the other 12 bits."""
+    bits = x.to(tl.uint32, bitcast=True)
+    return ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _tf32_low(x, high):
+    # An infinite x leaves no rest (not inf - inf), so that an overflow stays an overflow.
+    return tl.where(x == high, 0.0, x - high)
+
+
+@triton.jit
+def bsr_matmul_kernel(
+    x_ptr,  # (M, C * c), any strides
+    start_ptr,  # (R + 1,) where each block row starts in block_ptr
+    block_ptr,  # (nnz,) block column of each nonzero of a row
+    perm_ptr,  # (nnz,) where in values that block is stored, if HAS_PERM
+    order_ptr,  # (R,) block rows in the order in which they are worked on, if HAS_ORDER
+    values_ptr,  # (nnz, ...) stored blocks
+    low_ptr,  # their low parts, if HAS_LOW
+    bias_ptr,  # (N,), if HAS_BIAS
+    y_ptr,  # (M, N), or with SPLIT a float workspace (splits, M, N)
+    M,
+    x_stride_m,
+    x_stride_k,
+    N,
+    n_block_rows,
+    n_block_cols,
+    nnz,
+    r: tl.constexpr,
+    c: tl.constexpr,
+    STRIDE_N: tl.constexpr,  # strides inside a stored block: (c, 1) as stored, (1, c) for its transpose
+    STRIDE_K: tl.constexpr,
+    HAS_PERM: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_LOW: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FLOAT64: tl.constexpr,
+    WIDE: tl.constexpr,  # offsets within a tile need 64 bits
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """y = act(x @ W.T + b), W in BSR; with the transposed index it is grad @ W.
+
+    Bound by L2 reads of x (see the top of the file). Programs that run together work on GROUP_M tiles of tokens and all
+    block rows, so the tokens are in L2 after the first of them; the block rows with most nonzeros go first, so that the
+    last ones to finish are short.
+    """
+    CHUNKS: tl.constexpr = (r + BN - 1) // BN  # tall blocks are cut into several output tiles
+    acc_dtype: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
+    index_dtype: tl.constexpr = tl.int64 if WIDE else tl.int32
+
+    pid = tl.program_id(0)
+    n_m_tiles = tl.cdiv(M, BM)
+    group_size = GROUP_M * n_block_rows * CHUNKS
+    first_m = (pid // group_size) * GROUP_M
+    rows_in_group = tl.minimum(n_m_tiles - first_m, GROUP_M)
+    within = pid % group_size
+    m_tile = first_m + within % rows_in_group
+    slot = within // rows_in_group
+    chunk = slot % CHUNKS
+    row = slot // CHUNKS
+    if HAS_ORDER:
+        # Clamped: a bad index may give wrong numbers, never a wild access.
+        row = tl.minimum(tl.maximum(tl.load(order_ptr + row), 0), n_block_rows - 1)
+
+    begin = tl.minimum(tl.maximum(tl.load(start_ptr + row), 0), nnz)
+    end = tl.minimum(tl.maximum(tl.load(start_ptr + row + 1), begin), nnz)
+    if SPLIT:
+        split = tl.program_id(1)
+        n_splits = tl.num_programs(1)
+        count = end - begin
+        end = begin + (count * (split + 1)) // n_splits
+        begin = begin + (count * split) // n_splits
+
+    m0 = m_tile * BM
+    m = tl.arange(0, BM)
+    n = chunk * BN + tl.arange(0, BN)
+    # Rows beyond M or r read a valid one again and are not stored: cheaper than a mask on every load. (Only where it
+    # can happen: the compiler no longer sees that clamped indices are contiguous.)
+    m_in = tl.minimum(m, M - 1 - m0).to(index_dtype)
+    n_in = n
+    if r % BN != 0:
+        n_in = tl.minimum(n, r - 1)
+    x_rows = x_ptr + m0.to(tl.int64) * x_stride_m + (m_in * x_stride_m)[:, None]
+
+    acc = tl.zeros((BM, BN), acc_dtype)
+    if PRECISION == 2:
+        # The small products are summed apart: more exact, and what an infinite x makes of them can be dropped.
+        acc_low = tl.zeros((BM, BN), tl.float32)
+
+    if c % BK == 0:
+        # A step stays within one block: its column and its place in values are numbers, fetched a step ahead.
+        STEPS: tl.constexpr = c // BK
+        k = tl.arange(0, BK)
+        x_tile = x_rows + (k.to(index_dtype) * x_stride_k)[None, :]
+        w_tile = (n_in * STRIDE_N)[None, :] + (k * STRIDE_K)[:, None]
+        column = tl.load(block_ptr + begin, mask=begin < end, other=0)
+        block = begin
+        if HAS_PERM:
+            block = tl.load(perm_ptr + begin, mask=begin < end, other=0)
+        for step in range(0, (end - begin) * STEPS):
+            offset = (step % STEPS) * BK
+            column = tl.minimum(tl.maximum(column, 0), n_block_cols - 1)
+            if HAS_PERM:
+                block = tl.minimum(tl.maximum(block, 0), nnz - 1)
+            x = tl.load(x_tile + (column.to(tl.int64) * c + offset) * x_stride_k)
+            w_base = block.to(tl.int64) * (r * c) + offset * STRIDE_K
+            w = tl.load(values_ptr + w_base + w_tile)
+            following = tl.minimum(begin + (step + 1) // STEPS, nnz - 1)
+            column = tl.load(block_ptr + following)
+            if HAS_PERM:
+                block = tl.load(perm_ptr + following)
+            else:
+                block = following
+            if PRECISION == 2:
+                x_high = _tf32_high(x)
+                x_low = _tf32_low(x, x_high)
+                if HAS_LOW:
+                    w_high = w
+                    w_low = tl.load(low_ptr + w_base + w_tile)
+                else:
+                    w_high = _tf32_high(w)
+                    w_low = _tf32_low(w, w_high)
+                acc_low = tl.dot(x_low, w_high, acc_low, input_precision="tf32")
+                acc_low = tl.dot(x_high, w_low, acc_low, input_precision="tf32")
+                acc = tl.dot(x_high, w_high, acc, input_precision="tf32")
+            elif PRECISION == 1:
+                acc = tl.dot(x, w, acc, input_precision="tf32")
+            else:
+                acc = tl.dot(x, w, acc, input_precision="ieee", out_dtype=acc_dtype)
+    else:
+        # A step gathers columns of several blocks (or of a block whose width is no multiple of 16).
+        RUN: tl.constexpr = c & -c  # columns come in aligned runs of this many, at least
+        total = (end - begin) * c
+        for k0 in range(0, total, BK):
+            k = k0 + tl.arange(0, BK)
+            inside = k < total
+            j = begin + k // c
+            offset = k % c
+            column = tl.load(block_ptr + j, mask=inside, other=0)
+            column = tl.minimum(tl.maximum(column, 0), n_block_cols - 1)
+            block = j
+            if HAS_PERM:
+                block = tl.load(perm_ptr + j, mask=inside, other=0)
+                block = tl.minimum(tl.maximum(block, 0), nnz - 1)
+            x_columns = column.to(index_dtype) * c + offset
+            x_columns = tl.max_contiguous(tl.multiple_of(x_columns, RUN), RUN)
+            x = tl.load(x_rows + (x_columns * x_stride_k)[None, :], mask=inside[None, :], other=0.0)
+            # The block's own offset may need 64 bits even where the tile's does not: it is at most nnz * r * c.
+            w_columns = block.to(index_dtype) * (r * c) + offset * STRIDE_K
+            if STRIDE_K == 1:
+                w_columns = tl.max_contiguous(tl.multiple_of(w_columns, RUN), RUN)
+            w_tile = (n_in * STRIDE_N)[None, :] + w_columns[:, None]
+            w = tl.load(values_ptr + w_tile, mask=inside[:, None], other=0.0)
+            if PRECISION == 2:
+                x_high = _tf32_high(x)
+                x_low = _tf32_low(x, x_high)
+                if HAS_LOW:
+                    w_high = w
+                    w_low = tl.load(low_ptr + w_tile, mask=inside[:, None], other=0.0)
+                else:
+                    w_high = _tf32_high(w)
+                    w_low = _tf32_low(w, w_high)
+                acc_low = tl.dot(x_low, w_high, acc_low, input_precision="tf32")
+                acc_low = tl.dot(x_high, w_low, acc_low, input_precision="tf32")
+                acc = tl.dot(x_high, w_high, acc, input_precision="tf32")
+            elif PRECISION == 1:
+                acc = tl.dot(x, w, acc, input_precision="tf32")
+            else:
+                acc = tl.dot(x, w, acc, input_precision="ieee", out_dtype=acc_dtype)
+
+    if PRECISION == 2:
+        acc += tl.where(acc_low == acc_low, acc_low, 0.0)
+    y_n = row.to(tl.int64) * r + n
+    stored = (m[:, None] < M - m0) & (n[None, :] < r)
+    y_base = y_ptr + m0.to(tl.int64) * N
+    if SPLIT:
+        y_base += split.to(tl.int64) * M * N
+    else:
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + row.to(tl.int64) * r + n_in)
+            acc += bias.to(acc_dtype)[None, :]
+        acc = _activate(acc, ACTIVATION)
+    y_tile = y_base + (m.to(index_dtype) * N)[:, None] + y_n[None, :]
+    tl.store(y_tile, acc.to(y_ptr.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def sum_splits_kernel(
+    partial_ptr,  # (splits, numel)
+    bias_ptr,  # (N,), if HAS_BIAS
+    out_ptr,  # (numel,)
+    numel,
+    N,
+    n_splits,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out = act(partial.sum(0) + b), always added in the same order. Bound by reading the partial sums, once."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < numel
+    total = tl.load(partial_ptr + i, mask=inside, other=0.0)
+    for split in range(1, n_splits):
+        total += tl.load(partial_ptr + split * numel.to(tl.int64) + i, mask=inside, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + i % N, mask=inside, other=0.0).to(total.dtype)
+    total = _activate(total, ACTIVATION)
+    tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def split_tf32_kernel(
+    values_ptr,  # (nnz, r, c)
+    perm_ptr,  # (nnz,), if HAS_PERM
+    out_ptr,  # (2, nnz, n, k): the high parts, then the low parts
+    nnz,
+    n: tl.constexpr,  # output block: (r, c) as stored, (c, r) transposed
+    k: tl.constexpr,
+    STRIDE_N: tl.constexpr,
+    STRIDE_K: tl.constexpr,
+    HAS_PERM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Stored blocks, permuted and transposed if asked for, as high and low TF32 parts.
+
+    One pass over the nonzeros, a fraction of one tile's work in the product, which then needs neither the arithmetic of
+    splitting nor a transposed operand (TF32 tensor cores take none).
+    """
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    numel = nnz.to(tl.int64) * (n * k)
+    inside = i < numel
+    j = i // (n * k)
+    within = (i % (n * k)).to(tl.int32)
+    block = j
+    if HAS_PERM:
+        block = tl.load(perm_ptr + j, mask=inside, other=0)
+        block = tl.minimum(tl.maximum(block, 0), nnz - 1).to(tl.int64)
+    source = block * (n * k) + (within // k) * STRIDE_N + (within % k) * STRIDE_K
+    value = tl.load(values_ptr + source, mask=inside, other=0.0)
+    high = _tf32_high(value)
+    tl.store(out_ptr + i, high, mask=inside)
+    tl.store(out_ptr + numel + i, _tf32_low(value, high), mask=inside)
+
+
+@triton.jit
+def grad_values_kernel(
+    grad_ptr,  # (M, R * r), any strides
+    x_ptr,  # (M, C * c), any strides
+    row_ptr,  # (nnz,) block row of each stored block
+    col_ptr,  # (nnz,) block column
+    out_ptr,  # (nnz, r, c), or with SPLIT a float workspace (splits, nnz, r, c)
+    M,
+    grad_stride_m,
+    grad_stride_n,
+    x_stride_m,
+    x_stride_k,
+    n_block_rows,
+    n_block_cols,
+    nnz,
+    tokens_per_split,  # a multiple of BM
+    r: tl.constexpr,
+    c: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FLOAT64: tl.constexpr,
+    WIDE: tl.constexpr,
+    BM: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """The stored blocks of grad.T @ x: one program per block (or tile of one) and range of tokens.
+
+    Bound by L2 reads: each block reads its r columns of grad and its c columns of x. Programs that run together work on
+    the same range of tokens, so device memory is read about once.
+    """
+    R_TILES: tl.constexpr = (r + BR - 1) // BR
+    C_TILES: tl.constexpr = (c + BC - 1) // BC
+    TILES: tl.constexpr = R_TILES * C_TILES
+    acc_dtype: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
+    index_dtype: tl.constexpr = tl.int64 if WIDE else tl.int32
+
+    pid = tl.program_id(0)
+    n_tiles = nnz * TILES
+    split = pid // n_tiles
+    tile = pid % n_tiles
+    block = tile // TILES
+    row = tl.minimum(tl.maximum(tl.load(row_ptr + block), 0), n_block_rows - 1)
+    column = tl.minimum(tl.maximum(tl.load(col_ptr + block), 0), n_block_cols - 1)
+    i = ((tile % TILES) // C_TILES) * BR + tl.arange(0, BR)
+    k = (tile % C_TILES) * BC + tl.arange(0, BC)
+    i_in = i.to(index_dtype)
+    if r % BR != 0:
+        i_in = tl.minimum(i, r - 1).to(index_dtype)
+    k_in = k.to(index_dtype)
+    if c % BC != 0:
+        k_in = tl.minimum(k, c - 1).to(index_dtype)
+    m = tl.arange(0, BM).to(index_dtype)
+
+    m0 = split.to(tl.int64) * tokens_per_split
+    m_end = tl.minimum(m0 + tokens_per_split, M)
+    grad_tile = (
+        grad_ptr
+        + row.to(tl.int64) * r * grad_stride_n
+        + m0 * grad_stride_m
+        + (i_in * grad_stride_n)[None, :]
+        + (m * grad_stride_m)[:, None]
+    )
+    x_tile = (
+        x_ptr
+        + column.to(tl.int64) * c * x_stride_k
+        + m0 * x_stride_m
+        + (k_in * x_stride_k)[None, :]
+        + (m * x_stride_m)[:, None]
+    )
+    acc = tl.zeros((BR, BC), acc_dtype)
+    if PRECISION == 2:
+        acc_low = tl.zeros((BR, BC), tl.float32)
+    left = (m_end - m0).to(tl.int32)
+    for done in range(0, left, BM):
+        inside = (m < left - done)[:, None]
+        grad = tl.load(grad_tile, mask=inside, other=0.0)
+        x = tl.load(x_tile, mask=inside, other=0.0)
+        grad_tile += tl.cast(BM, tl.int64) * grad_stride_m
+        x_tile += tl.cast(BM, tl.int64) * x_stride_m
+        grad_t = tl.trans(grad)
+        if PRECISION == 2:
+            g_high = _tf32_high(grad_t)
+            g_low = _tf32_low(grad_t, g_high)
+            x_high = _tf32_high(x)
+            x_low = _tf32_low(x, x_high)
+            acc_low = tl.dot(g_low, x_high, acc_low, input_precision="tf32")
+            acc_low = tl.dot(g_high, x_low, acc_low, input_precision="tf32")
+            acc = tl.dot(g_high, x_high, acc, input_precision="tf32")
+        elif PRECISION == 1:
+            acc = tl.dot(grad_t, x, acc, input_precision="tf32")
+        else:
+            acc = tl.dot(grad_t, x, acc, input_precision="ieee", out_dtype=acc_dtype)
+    if PRECISION == 2:
+        acc += tl.where(acc_low == acc_low, acc_low, 0.0)
+    out = out_ptr + block.to(tl.int64) * (r * c)
+    if SPLIT:
+        out += split.to(tl.int64) * nnz * (r * c)
+    stored = (i[:, None] < r) & (k[None, :] < c)
+    tl.store(out + (i * c)[:, None] + k[None, :], acc.to(out_ptr.dtype.element_ty), mask=stored)
