@@ -577,7 +577,18 @@ def _register_autocast(device_type: str, dispatch_key: str) -> None:
                 plan,
             )
 
+    def as_it_is(op):
+        # A backward inside an autocast region: its operands have the forward's dtype already, and nothing that a
+        # backend does with them may be cast.
+        def call(*args, **kwargs):
+            with torch._C._ExcludeDispatchKeyGuard(below):
+                return op(*args, **kwargs)
+
+        return call
+
     _library.impl("bsr_linear", autocast, dispatch_key)
+    _library.impl("bsr_linear_grad_x", as_it_is(_grad_x_op), dispatch_key)
+    _library.impl("bsr_linear_grad_values", as_it_is(_grad_values_op), dispatch_key)
 
 
 _register_autocast("cpu", "AutocastCPU")
