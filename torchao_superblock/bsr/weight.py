@@ -61,8 +61,9 @@ class _StandIn:
 
     @classmethod
     def _other(cls, func: Callable, args: tuple, kwargs: dict) -> Any:
+        # Not a TypeError: Python's operators would swallow it and print their own words.
         name = getattr(func, "__qualname__", None) or getattr(func, "__name__", str(func))
-        raise TypeError(
+        raise NotImplementedError(
             f"the weight of a BSRLinear is stored as blocks and does not support {name}; call the layer itself or "
             "torch.nn.functional.linear(x, layer.weight, layer.bias), train layer.values, or get a dense copy with "
             "layer.to_dense()"
@@ -97,7 +98,7 @@ class BSRWeight(_StandIn, Tensor):
 
     Has the shape, dtype, device and ``requires_grad`` of the weight, and :meth:`to_dense`. ``F.linear`` (also inside
     ``F.multi_head_attention_forward``) calls :func:`torchao_superblock.ops.bsr_linear`, with gradients reaching
-    ``values``. Every other function raises TypeError with advice.
+    ``values``. Every other function raises NotImplementedError with advice.
 
     Args:
         shape: ``(N, K)``.
