@@ -119,8 +119,10 @@ def swapped(model: nn.Module, blocksize: int) -> nn.Module:
 def with_torch_bsr(model: nn.Module, blocksize: int) -> nn.Module:
     """A copy of ``model`` whose MLP weights are torch.sparse_bsr tensors."""
     model = copy.deepcopy(model)
-    for _, linear in mlp_linears(model):
-        linear.weight = nn.Parameter(linear.weight.to_sparse_bsr(blocksize), requires_grad=False)
+    with quiet():
+        for _, linear in mlp_linears(model):
+            sparse = linear.weight.to_sparse_bsr(blocksize)
+            linear.weight = nn.Parameter(sparse, requires_grad=False)
     return model
 
 
