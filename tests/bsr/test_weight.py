@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.reference import relative_error
 from tests.bsr.common import CountCalls, prune
+from tests.reference import relative_error
 from torchao_superblock.bsr import BSRLinear, BSRWeight
 
 

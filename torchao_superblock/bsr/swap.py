@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import nn
 
@@ -246,24 +247,24 @@ def _replace(
 ) -> None:
     """Put the new layers in place of the old ones; undo everything if anything fails."""
     undo: list[Callable[[], None]] = []
+    modules = list(model.named_modules())
     try:
-        for parent_fqn, parent in list(model.named_modules()):
+        for _, parent in modules:
             for name, child in list(parent._modules.items()):
                 if child in replacements:
-                    undo.append(
-                        lambda parent=parent, name=name, old=child: setattr(parent, name, old)
-                    )
+                    undo.append(partial(setattr, parent, name, child))
                     setattr(parent, name, replacements[child])
-            # The encoder decides on nested tensors from its first layer alone, and BSRLinear has no kernel for them.
+        # An encoder decides on nested tensors from its first layer alone, and BSRLinear has no kernel for them.
+        for fqn, encoder in modules:
             if (
-                isinstance(parent, nn.TransformerEncoder)
-                and getattr(parent, "use_nested_tensor", False)
-                and any(isinstance(module, BSRLinear) for module in parent.modules())
+                isinstance(encoder, nn.TransformerEncoder)
+                and getattr(encoder, "use_nested_tensor", False)
+                and any(isinstance(module, BSRLinear) for module in encoder.modules())
             ):
-                undo.append(lambda parent=parent: setattr(parent, "use_nested_tensor", True))
-                parent.use_nested_tensor = False
+                undo.append(partial(setattr, encoder, "use_nested_tensor", True))
+                encoder.use_nested_tensor = False
                 report.notes.append(
-                    f"{_clean(parent_fqn) or 'the model'}: use_nested_tensor is False now, since a swapped layer "
+                    f"{_clean(fqn) or 'the model'}: use_nested_tensor is False now, since a swapped layer "
                     "takes no nested tensors; padding is computed and masked instead"
                 )
     except BaseException:

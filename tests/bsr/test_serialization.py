@@ -1,0 +1,228 @@
+import copy
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from tests.bsr.common import prune
+from torchao_superblock.bsr import BSRLinear, load_bsr, save_bsr, serialization, swap_to_bsr
+
+
+class Model(nn.Module):
+    def __init__(self, width: int = 32, extra_buffer: bool = False):
+        super().__init__()
+        self.embedding = nn.Embedding(10, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.up = nn.Linear(width, 64)
+        self.down = nn.Linear(64, width, bias=False)
+        self.head = nn.Linear(width, 10)
+        self.head.weight = self.embedding.weight
+        if extra_buffer:
+            self.register_buffer("scale", torch.ones(1), persistent=False)
+
+    def forward(self, tokens):
+        x = self.norm(self.embedding(tokens))
+        return self.head(self.down(torch.relu(self.up(x))))
+
+
+@pytest.fixture
+def swapped():
+    torch.manual_seed(3)
+    model = Model().eval()
+    prune(model.up, 16)
+    prune(model.down, (8, 16))
+    swap_to_bsr(model, min_sparsity=0.25)
+    return model
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(10, (7,))
+
+
+def test_round_trip_into_a_dense_model(swapped, tokens, tmp_path):
+    save_bsr(swapped, tmp_path / "model.safetensors")
+    seen = []
+    fresh = Model().eval()
+    fresh.up.register_forward_hook(lambda *_: seen.append("hook"))
+    assert load_bsr(fresh, tmp_path / "model.safetensors") is fresh
+    assert isinstance(fresh.up, BSRLinear)
+    assert fresh.down.blocksize == (8, 16)
+    assert fresh.head.weight is fresh.embedding.weight
+    assert not fresh.up.training
+    assert torch.equal(fresh(tokens), swapped(tokens))
+    assert seen == ["hook"]
+
+
+def test_round_trip_into_a_swapped_model_with_other_blocks(swapped, tokens, tmp_path):
+    save_bsr(swapped, tmp_path / "model.safetensors")
+    torch.manual_seed(9)
+    other = Model().eval()
+    prune(other.up, 32, 0.5)
+    swap_to_bsr(other, min_sparsity=0.25)
+    load_bsr(other, str(tmp_path / "model.safetensors"))
+    assert torch.equal(other(tokens), swapped(tokens))
+
+
+def test_round_trip_into_a_meta_model_keeps_ties(swapped, tokens, tmp_path):
+    save_bsr(swapped.double(), tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        fresh = Model().eval()
+    load_bsr(fresh, tmp_path / "model.safetensors")
+    assert fresh.up.values.dtype == torch.float64
+    assert fresh.head.weight is fresh.embedding.weight
+    assert torch.equal(fresh(tokens), swapped(tokens))
+
+
+def test_parameters_keep_the_dtype_of_the_model(swapped, tmp_path):
+    save_bsr(swapped, tmp_path / "model.safetensors")
+    fresh = load_bsr(Model().bfloat16(), tmp_path / "model.safetensors")
+    assert {p.dtype for p in fresh.parameters()} == {torch.bfloat16}
+
+
+def test_activation_is_kept(tmp_path):
+    layer = prune(nn.Linear(32, 32), 16)
+    model = nn.Sequential(BSRLinear.from_dense(layer, 16))
+    model[0].activation = "gelu"
+    save_bsr(model, tmp_path / "m.safetensors")
+    fresh = load_bsr(nn.Sequential(nn.Linear(32, 32)), tmp_path / "m.safetensors")
+    assert fresh[0].activation == "gelu"
+
+
+def test_a_file_is_replaced_only_by_a_complete_one(swapped, tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    save_bsr(swapped, path)
+    before = path.read_bytes()
+
+    def failing(tensors, filename, metadata):
+        with open(filename, "w") as file:
+            file.write("half of it")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(serialization, "save_file", failing)
+    with pytest.raises(OSError, match="disk full"):
+        save_bsr(swapped, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_safetensors_cannot_store_is_named(tmp_path):
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return {"a": 1}
+
+    with pytest.raises(TypeError, match=r"'0\._extra_state'.*dict, not a tensor"):
+        save_bsr(nn.Sequential(Extra(4, 4)), tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="'weight' is on the meta device"):
+        save_bsr(nn.Linear(4, 4, device="meta"), tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def assert_load_fails(model, path, words, error=ValueError):
+    before = copy.deepcopy(model)
+    identities = [id(module) for module in model.modules()]
+    with pytest.raises(error, match=words):
+        load_bsr(model, path)
+    assert [id(module) for module in model.modules()] == identities
+    for (key, tensor), expected in zip(
+        model.state_dict().items(), before.state_dict().values(), strict=True
+    ):
+        assert tensor.is_meta or torch.equal(tensor, expected), key
+
+
+def rewrite(path, change_tensors=lambda t: None, change_metadata=lambda m: None):
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        metadata = file.metadata()
+    change_tensors(tensors)
+    change_metadata(metadata)
+    save_file(tensors, path, metadata=metadata)
+
+
+def test_a_missing_foreign_or_damaged_file_is_refused(swapped, tmp_path):
+    path = tmp_path / "model.safetensors"
+    assert_load_fails(Model(), path, "no such file", FileNotFoundError)
+    save_file({"a": torch.zeros(1)}, path)
+    assert_load_fails(Model(), path, "not written by save_bsr")
+    path.write_bytes(b"nonsense")
+    assert_load_fails(Model(), path, "damaged")
+    save_bsr(swapped, path)
+    path.write_bytes(path.read_bytes()[:-10])
+    assert_load_fails(Model(), path, "damaged")
+    save_bsr(swapped, path)
+    rewrite(path, change_metadata=lambda metadata: metadata.update(version="99"))
+    assert_load_fails(Model(), path, "version 99.*upgrade")
+    save_bsr(swapped, path)
+    rewrite(path, change_metadata=lambda metadata: metadata.update(layers="{"))
+    assert_load_fails(Model(), path, "damaged")
+    save_bsr(swapped, path)
+    rewrite(path, lambda tensors: tensors.pop("up.values"))
+    assert_load_fails(Model(), path, r"missing up\.values")
+
+
+def test_a_file_that_breaks_the_format_is_refused(swapped, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_bsr(swapped, path)
+    rewrite(path, lambda tensors: tensors["up.col_indices"].fill_(7))
+    assert_load_fails(Model(), path, r"'up'.*col_indices must lie in \[0, 2\), .*got 7")
+
+
+def test_a_file_of_another_model_is_refused(swapped, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_bsr(swapped, path)
+    assert_load_fails(Model(width=48), path, r"'(up|down)' has shape")
+    assert_load_fails(nn.Sequential(nn.Linear(4, 4)), path, "no such module")
+    model = Model()
+    model.up = nn.Identity()
+    assert_load_fails(model, path, "'up' is block-sparse in the file, but a Identity")
+    model = Model()
+    model.down = nn.Linear(64, 32)
+    assert_load_fails(model, path, "'down' has no bias in the file")
+    model = Model()
+    model.norm = nn.LayerNorm(16)
+    assert_load_fails(
+        model, path, r"not in the model: .*norm\.running_mean.*norm\.weight has shape"
+    )
+    model = Model()
+    model.more = nn.Linear(2, 2)
+    assert_load_fails(model, path, r"missing in the file: more\.weight, more\.bias")
+
+
+def test_a_meta_buffer_that_no_file_can_fill_is_named(swapped, tmp_path):
+    save_bsr(swapped, tmp_path / "m.safetensors")
+    with torch.device("meta"):
+        model = Model(extra_buffer=True)
+    assert_load_fails(model, tmp_path / "m.safetensors", "does not hold scale.*meta device")
+
+
+def test_a_failure_while_loading_is_undone(swapped, tmp_path, monkeypatch):
+    save_bsr(swapped, tmp_path / "m.safetensors")
+    model = Model()
+    real = model.load_state_dict
+
+    def failing(*args, **kwargs):
+        real(*args, **kwargs)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model, "load_state_dict", failing)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="out of memory"):
+        load_bsr(model, tmp_path / "m.safetensors")
+    assert type(model.up) is nn.Linear
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_metadata_describes_the_layers(swapped, tmp_path):
+    save_bsr(swapped, tmp_path / "m.safetensors")
+    with safe_open(tmp_path / "m.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["layers"])["down"] == {
+        "in_features": 64,
+        "out_features": 32,
+        "blocksize": [8, 16],
+        "activation": "none",
+        "bias": False,
+    }

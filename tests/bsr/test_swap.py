@@ -1,0 +1,387 @@
+import copy
+import warnings
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import nn
+from torch.nn.utils import parametrize
+
+from tests.bsr.common import CountCalls, prune, prune_all
+from tests.reference import relative_error
+from torchao_superblock.bsr import BSRLinear, swap_to_bsr, to_bsr_linear
+from torchao_superblock.bsr import swap as swap_module
+
+
+def mlp() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
+    return prune_all(model, 16, 0.75)
+
+
+def snapshot(model):
+    return (
+        {key: tensor.clone() for key, tensor in model.state_dict().items()},
+        [type(module) for module in model.modules()],
+        [id(module) for module in model.modules()],
+    )
+
+
+def assert_unchanged(model, before):
+    state, types, identities = before
+    assert [type(module) for module in model.modules()] == types
+    assert [id(module) for module in model.modules()] == identities
+    assert model.state_dict().keys() == state.keys()
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[key]), key
+
+
+@pytest.mark.parametrize("blocksize", [None, 16, (16, 16), (8, 16)])
+def test_swaps_in_place_and_computes_the_same(blocksize):
+    model = mlp()
+    x = torch.randn(2, 9, 64)
+    expected = model(x)
+    report = swap_to_bsr(model, blocksize, min_sparsity=0.5)
+    assert [entry.fqn for entry in report.swapped] == ["0", "2"]
+    assert not report.skipped
+    assert all(isinstance(model[index], BSRLinear) for index in (0, 2))
+    with CountCalls() as calls:
+        assert relative_error(model(x), expected) <= 1e-6
+    assert calls.count == 2
+
+
+def test_report_accounts_for_every_linear_and_prints_as_a_table():
+    class Special(nn.Linear):
+        pass
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(64, 32)
+            self.mlp = prune(nn.Linear(64, 64), 16, 0.75)
+            self.dense = nn.Linear(64, 64)
+            self.odd = nn.Linear(30, 64)
+            self.special = prune(Special(64, 64), 16)
+            self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(64, 64))
+            self.head = nn.Linear(32, 64)
+            self.head.weight = self.embedding.weight
+            self.kept = prune(nn.Linear(64, 64), 16)
+            self.thin = prune(nn.Linear(64, 64), 16, 0.25)
+            self.integer = nn.Linear(64, 64, dtype=torch.complex64)
+
+    model = Model()
+    untouched = {name: module for name, module in model.named_children() if name != "mlp"}
+    report = swap_to_bsr(model, filter_fn=lambda module, fqn: fqn != "kept", min_sparsity=0.5)
+    assert_expected_inline(
+        str(report),
+        """\
+1 of 9 linear layers swapped to BSR
+layer    shape  block  sparsity  result
+mlp      64x64  16x16  75.0%     swapped
+dense    64x64  64x64  0.0%      skipped: 0.0% of its blocks are zero, min_sparsity is 50.0%
+odd      64x30  -      -         skipped: its shape (64, 30) is not a multiple of any block size from 8 to 256
+special  64x64  -      -         skipped: it is a Special, not exactly an nn.Linear
+normed   64x64  -      -         skipped: it has another parametrization (of weight); remove it first
+head     64x32  -      -         skipped: its weight is shared with embedding.weight
+kept     64x64  -      -         skipped: filter_fn returned False for it
+thin     64x64  16x16  25.0%     skipped: 25.0% of its blocks are zero, min_sparsity is 50.0%
+integer  64x64  -      -         skipped: its dtype is torch.complex64""",
+    )
+    assert {entry.fqn: entry.code for entry in report.skipped} == {
+        "dense": "too_few_zero_blocks",
+        "odd": "shape_not_multiple",
+        "special": "linear_subclass",
+        "normed": "parametrized",
+        "head": "tied_weight",
+        "kept": "filtered_out",
+        "thin": "too_few_zero_blocks",
+        "integer": "unsupported_dtype",
+    }
+    entry = report.swapped[0]
+    assert (entry.shape, entry.blocksize, entry.sparsity, entry.code) == (
+        (64, 64),
+        (16, 16),
+        0.75,
+        "swapped",
+    )
+    assert all(getattr(model, name) is module for name, module in untouched.items())
+
+
+def test_an_explicit_block_size_that_does_not_divide_is_a_skip():
+    model = mlp()
+    report = swap_to_bsr(model, 48, min_sparsity=0.0)
+    assert {entry.code for entry in report.skipped} == {"shape_not_multiple"}
+    assert "(128, 64) is not a multiple of the block size 48x48" in report.skipped[0].reason
+
+
+def test_without_min_sparsity_the_break_even_table_decides(monkeypatch):
+    asked = []
+
+    def break_even(device_type, blocksize, dtype):
+        asked.append((device_type, blocksize, dtype))
+        return 0.6
+
+    monkeypatch.setattr(swap_module, "break_even_sparsity", break_even)
+    model = nn.Sequential(
+        prune(nn.Linear(64, 64), 16, 0.75), prune(nn.Linear(64, 64), 16, 0.5), nn.Linear(64, 64)
+    )
+    report = swap_to_bsr(model)
+    assert [entry.code for entry in [*report.swapped, *report.skipped]] == [
+        "swapped",
+        "slower_than_dense",
+        "too_few_zero_blocks",
+    ]
+    assert "break even at 60.0%" in report.skipped[0].reason
+    assert asked == [("cpu", (16, 16), torch.float32)] * 2
+
+
+def test_what_a_module_has_carries_over():
+    model = mlp().eval()
+    model[0].weight.requires_grad_(False)
+    model.to(torch.float64)
+    seen = []
+    post = model[0].register_forward_hook(
+        lambda module, args, kwargs, y: seen.append("post"), with_kwargs=True
+    )
+    model[0].register_forward_pre_hook(lambda module, args: seen.append("pre"))
+    model[2].register_full_backward_hook(lambda module, gi, go: seen.append("backward"))
+    bias = model[0].bias
+    swap_to_bsr(model, min_sparsity=0.5)
+    assert not model[0].training
+    assert not model[0].values.requires_grad
+    assert model[2].values.requires_grad
+    assert model[0].values.dtype == torch.float64
+    assert model[0].bias is bias
+    x = torch.randn(1, 64, dtype=torch.float64)
+    model(x).sum().backward()
+    assert seen == ["pre", "post", "backward"]
+    post.remove()  # a handle from before the swap
+    seen.clear()
+    model(x)
+    assert seen == ["pre"]
+
+
+def test_a_module_registered_twice_stays_one_module():
+    shared = prune(nn.Linear(32, 32), 16)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
+    report = swap_to_bsr(model, min_sparsity=0.25)
+    assert [entry.fqn for entry in report.swapped] == ["a"]
+    assert isinstance(model["a"], BSRLinear)
+    assert model["a"] is model["b"][0]
+
+
+def test_weights_that_share_memory_are_tied():
+    a, b = prune(nn.Linear(32, 32), 16), nn.Linear(32, 32)
+    b.weight = nn.Parameter(a.weight.data)
+    report = swap_to_bsr(nn.ModuleDict({"a": a, "b": b}), min_sparsity=0.0)
+    assert [entry.code for entry in report.skipped] == ["tied_weight", "tied_weight"]
+
+
+def test_an_unsquashed_mask_is_an_error_before_anything_is_touched():
+    class Mask(nn.Module):
+        _is_block_mask = True
+
+        def forward(self, weight):
+            return weight * 0
+
+    model = mlp()
+    model.append(nn.Linear(64, 64))
+    parametrize.register_parametrization(model[3], "weight", Mask())
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match=r"'3' is not squashed yet.*squash_mask\(\)"):
+        swap_to_bsr(model, min_sparsity=0.0)
+    assert_unchanged(model, before)
+    with pytest.raises(RuntimeError, match="not squashed yet"):
+        to_bsr_linear(model[3])
+
+
+@pytest.mark.parametrize("fail_at", [1, 2, 3])
+def test_a_failure_half_way_leaves_the_model_as_it_was(fail_at, monkeypatch):
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2, enable_nested_tensor=True
+    )
+    model = prune_all(nn.Sequential(encoder, nn.Linear(32, 32)), 16, 0.75).eval()
+    before = snapshot(model)
+    real, calls = nn.Module.__setattr__, 0
+
+    def failing(self, name, value):
+        nonlocal calls
+        if isinstance(value, BSRLinear):
+            calls += 1
+            if calls == fail_at:
+                raise RuntimeError("out of memory")
+        real(self, name, value)
+
+    monkeypatch.setattr(nn.Module, "__setattr__", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        swap_to_bsr(model, min_sparsity=0.5)
+    monkeypatch.undo()
+    assert_unchanged(model, before)
+    assert encoder.use_nested_tensor
+
+
+def test_a_failing_filter_leaves_the_model_as_it_was():
+    model = mlp()
+    before = snapshot(model)
+
+    def filter_fn(module, fqn):
+        if fqn == "2":
+            raise KeyError(fqn)
+        return True
+
+    with pytest.raises(KeyError):
+        swap_to_bsr(model, min_sparsity=0.0, filter_fn=filter_fn)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"min_sparsity": 1.5}, ValueError, r"min_sparsity must lie in \[0, 1\], got 1.5"),
+        ({"min_sparsity": -0.1}, ValueError, "got -0.1"),
+        ({"blocksize": 0}, ValueError, "at least 1, got 0"),
+        ({"blocksize": "16"}, TypeError, "got '16'"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, error, words):
+    model = mlp()
+    before = snapshot(model)
+    with pytest.raises(error, match=words):
+        swap_to_bsr(model, **arguments)
+    assert_unchanged(model, before)
+
+
+def test_a_root_linear_and_a_non_module_are_refused():
+    with pytest.raises(ValueError, match="to_bsr_linear"):
+        swap_to_bsr(prune(nn.Linear(32, 32), 16))
+    with pytest.raises(TypeError, match="got dict"):
+        swap_to_bsr({})
+
+
+def test_swapping_twice_does_nothing_more():
+    model = mlp()
+    swap_to_bsr(model, min_sparsity=0.5)
+    before = snapshot(model)
+    report = swap_to_bsr(model, min_sparsity=0.5)
+    assert not report.swapped
+    assert not report.skipped
+    assert_unchanged(model, before)
+
+
+def test_compiled_models_show_their_own_names():
+    model = torch.compile(mlp(), backend="eager")
+    report = swap_to_bsr(model, min_sparsity=0.5)
+    assert [entry.fqn for entry in report.swapped] == ["0", "2"]
+    assert model(torch.randn(2, 64)).shape == (2, 64)
+
+
+def test_to_bsr_linear_leaves_the_linear_alone():
+    linear = prune(nn.Linear(64, 64), 16)
+    weight = linear.weight.clone()
+    layer = to_bsr_linear(linear)
+    with torch.no_grad():
+        layer.values.zero_()
+    assert torch.equal(linear.weight, weight)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models whose parents read a child's weight instead of calling the child.
+
+
+def encoder_model(norm_first: bool, batch_first: bool = True) -> nn.TransformerEncoder:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(
+        32, 4, 64, dropout=0.0, batch_first=batch_first, norm_first=norm_first
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about nested tensors with norm_first
+        encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=True)
+    for index, sublayer in enumerate(encoder.layers):
+        torch.manual_seed(index)
+        prune_all(sublayer, 16, 0.5)
+    return encoder
+
+
+MODES = {
+    "train": (True, torch.enable_grad),
+    "eval": (False, torch.enable_grad),
+    "no_grad": (False, torch.no_grad),
+    "inference_mode": (False, torch.inference_mode),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize(
+    "which", ["all", "first only", "all but the first", "one linear of the last"]
+)
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_transformer_encoder_gives_the_same_output(norm_first, which, padding, mode):
+    training, grad = MODES[mode]
+    encoder = encoder_model(norm_first).train(training)
+    x = torch.randn(3, 7, 32)
+    mask = None
+    if padding:
+        mask = torch.zeros(3, 7, dtype=torch.bool)
+        mask[0, 5:] = mask[2, 2:] = True
+    chosen = {
+        "all": lambda fqn: True,
+        "first only": lambda fqn: fqn.startswith("layers.0"),
+        "all but the first": lambda fqn: not fqn.startswith("layers.0"),
+        "one linear of the last": lambda fqn: fqn == "layers.2.linear2",
+    }[which]
+    kept = torch.ones(3, 7, dtype=torch.bool) if mask is None else ~mask
+    with grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nested tensors are a prototype
+        expected = encoder(x, src_key_padding_mask=mask)
+        had_nested = encoder.use_nested_tensor
+        report = swap_to_bsr(encoder, filter_fn=lambda _, fqn: chosen(fqn), min_sparsity=0.25)
+        with CountCalls() as calls:
+            y = encoder(x, src_key_padding_mask=mask)
+    assert calls.count == len(report.swapped) > 0
+    assert relative_error(y[kept], expected[kept]) <= 1e-6
+    assert not encoder.use_nested_tensor
+    assert bool(report.notes) == had_nested
+
+
+def test_encoder_notes_are_printed():
+    encoder = encoder_model(norm_first=False)
+    report = swap_to_bsr(nn.ModuleDict({"body": encoder}), min_sparsity=0.25)
+    assert "note: body: use_nested_tensor is False now" in str(report)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_swin_gives_the_same_output(training):
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    model = torchvision.models.swin_t().train(training)
+    for module in model.modules():
+        if isinstance(module, torchvision.ops.StochasticDepth):
+            module.p = 0.0
+    prune_all(model, 16, 0.5)
+    x = torch.randn(1, 3, 64, 64)
+    dense = copy.deepcopy(model)
+    report = swap_to_bsr(model, min_sparsity=0.25)
+    assert len(report.swapped) > 40
+    with torch.no_grad(), CountCalls() as calls:
+        assert relative_error(model(x), dense(x)) <= 1e-5
+    assert calls.count == len(report.swapped)
+
+
+def test_vit_gives_the_same_output():
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    model = torchvision.models.VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=64, mlp_dim=128
+    ).eval()
+    prune_all(model, 16, 0.75)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        model.heads.head.weight.normal_()
+        expected = model(x)
+        report = swap_to_bsr(model, min_sparsity=0.5)
+        assert sorted(entry.fqn.rpartition(".")[2] for entry in report.swapped) == sorted(
+            ["0", "3", "out_proj"] * 2
+        )
+        with CountCalls() as calls:
+            assert relative_error(model(x), expected) <= 1e-6
+    assert calls.count == len(report.swapped)
