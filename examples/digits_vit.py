@@ -32,9 +32,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, random_split
-from torchao_superblock.visualize import plot_block_masks
 
 from torchao_superblock import SupermaskSparsifier, backends, swap_to_bsr
+from torchao_superblock.visualize import plot_block_masks
 
 try:
     import torchvision
