@@ -1,9 +1,38 @@
+import runpy
+import sysconfig
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+
+ROOT = Path(__file__).parent
 
 EXAMPLES = ["torchvision>=0.26", "scikit-learn>=1.4", "tqdm>=4.66", "matplotlib>=3.8", "rich>=13"]
 TORCHAO = ["torchao>=0.18"]
+
+
+def cpu_kernel() -> Extension:
+    """The compiled CPU kernel: plain C, no torch headers; the package works (slower) without it."""
+    csrc = Path("torchao_superblock", "ops", "csrc")
+    source_hash = runpy.run_path(str(ROOT / "torchao_superblock" / "ops" / "source_hash.py"))[
+        "source_hash"
+    ]
+    macros = [("SB_SOURCE_HASH", f'"{source_hash(ROOT / csrc)}"')]
+    # One file for all versions of Python from 3.11 on; free-threaded builds have no stable ABI.
+    stable_abi = not sysconfig.get_config_var("Py_GIL_DISABLED")
+    if stable_abi:
+        macros.append(("Py_LIMITED_API", "0x030B0000"))
+    return Extension(
+        "torchao_superblock.ops._cpu",
+        sources=[str(path.relative_to(ROOT)) for path in sorted((ROOT / csrc).glob("*.c"))],
+        depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / csrc).glob("*.h"))],
+        define_macros=macros,
+        # Never -ffast-math or -march=native: each file names the instruction set it is for.
+        extra_compile_args=["-O3", "-std=gnu11", "-fvisibility=hidden", "-Wno-psabi"],
+        libraries=["m", "dl", "pthread"],
+        py_limited_api=stable_abi,
+        optional=True,
+    )
+
 
 setup(
     name="torchao_superblock",
@@ -16,6 +45,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["torchao_superblock", "torchao_superblock.*"]),
     package_data={"torchao_superblock": ["py.typed"]},
+    ext_modules=[cpu_kernel()],
     install_requires=["torch>=2.11", "numpy", "safetensors>=0.4"],
     extras_require={
         "torchao": TORCHAO,

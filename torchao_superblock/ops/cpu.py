@@ -1,18 +1,271 @@
-"""The CPU backend: the compiled kernel of `csrc/` if it is there and current, else PyTorch."""
+"""The CPU backend: the compiled kernel of `csrc/` if it is there and current, else plain PyTorch.
 
-from torchao_superblock.ops.gather_gemm import forward, grad_values, grad_x
+Environment variables, read at import:
+
+- `TORCHAO_SUPERBLOCK_CPU_BACKEND`: `c` or `pytorch`; unset takes the compiled kernel where it can.
+- `TORCHAO_SUPERBLOCK_CPU_ISA`: `baseline`, `avx2` or `avx512`; unset takes the best of the processor.
+
+Dimension letters: M tokens, N out_features, K in_features, R and C block rows and columns, r and c
+rows and columns of a block.
+"""
+
+import os
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, get_num_threads
+
+from torchao_superblock.ops import gather_gemm
+from torchao_superblock.ops.plan import split_plan
+from torchao_superblock.ops.source_hash import source_hash
 
 __all__ = ["backend_info", "forward", "grad_values", "grad_x"]
+
+BACKEND_VARIABLE = "TORCHAO_SUPERBLOCK_CPU_BACKEND"
+ISA_VARIABLE = "TORCHAO_SUPERBLOCK_CPU_ISA"
+
+# The order of the enums in csrc/superblock.h.
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+_ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+
+_REBUILD = "rebuild it with `pip install -e .` (or `pip install .`) in the source directory"
+
+
+def _load() -> tuple[ModuleType | None, dict[str, object]]:
+    """The compiled kernel, or None, and what `backend_info` says about it."""
+    sources = source_hash(Path(__file__).with_name("csrc"))
+    pytorch = {"name": "pytorch", "source_hash": sources}
+    wanted = os.environ.get(BACKEND_VARIABLE, "").lower()
+    if wanted not in ("", "c", "pytorch"):
+        raise ValueError(
+            f"{BACKEND_VARIABLE}={wanted!r}: expected 'c' or 'pytorch', or leave it unset"
+        )
+    if wanted == "pytorch":
+        return None, {**pytorch, "reason": f"{BACKEND_VARIABLE}=pytorch asks for it"}
+    try:
+        kernel = import_module("torchao_superblock.ops._cpu")
+    except ImportError as error:
+        return None, {
+            **pytorch,
+            "reason": f"the compiled kernel is not there ({error}); install a C compiler and {_REBUILD}",
+        }
+    built = {
+        "built_from": kernel.source_hash,
+        "matches_source": sources in (None, kernel.source_hash),
+    }
+    if not built["matches_source"]:
+        return None, {
+            **pytorch,
+            **built,
+            "reason": "the compiled kernel is stale: it was built from other sources than those in "
+            f"ops/csrc; {_REBUILD}",
+        }
+    isa = os.environ.get(ISA_VARIABLE, "").lower()
+    if isa:
+        if isa not in kernel.supported_isas():
+            raise ValueError(
+                f"{ISA_VARIABLE}={isa!r}: this processor has {', '.join(kernel.supported_isas())}"
+            )
+        kernel.select_isa(isa)
+    reason = (
+        "the compiled kernel is there, without its sources to compare with"
+        if sources is None
+        else "the compiled kernel is built from this very source"
+    )
+    if isa:
+        reason += f"; {ISA_VARIABLE}={isa} chose the instruction set"
+    return kernel, {
+        "name": f"c-{kernel.isa()}",
+        "reason": reason,
+        "source_hash": kernel.source_hash,
+        **built,
+    }
+
+
+_kernel, _info = _load()
 
 
 def backend_info() -> dict[str, object]:
     """Say which kernel serves the CPU, and why.
 
     Returns:
-        `name` and `reason`.
+        `name` (`c-avx512`, `c-avx2`, `c-baseline` or `pytorch`), `reason` (a sentence), `source_hash` (of the
+        C sources next to this file), and for a compiled kernel `built_from`, `matches_source`, `isa`,
+        `supported_isas` and `threading`.
 
     Example:
-        >>> backend_info()["name"]
-        'pytorch'
+        >>> backend_info()["reason"]
+        'the compiled kernel is built from this very source'
     """
-    return {"name": "pytorch", "reason": "no compiled kernel in this installation"}
+    info = dict(_info)
+    if _kernel is not None:
+        info["name"] = f"c-{_kernel.isa()}"
+        info["isa"] = _kernel.isa()
+        info["supported_isas"] = _kernel.supported_isas()
+        info["threading"] = _kernel.threading()
+    return info
+
+
+def forward(
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    plan: Tensor | None,
+) -> Tensor:
+    """act(x @ W.T + bias) for a block-sparse W.
+
+    Args:
+        x: `(M, K)`, any strides.
+        crow: int32 `(R + 1,)`, contiguous block row pointers.
+        col: int32 `(nnz,)`, contiguous block columns.
+        values: `(nnz, r, c)`, contiguous, the stored blocks of W `(N, K)`.
+        bias: `(N,)`, contiguous, or None.
+        activation: "none", "relu", "gelu", "gelu_tanh" or "silu".
+        plan: not needed here.
+
+    Returns:
+        `(M, N)`, contiguous, in the dtype of x; float16 and bfloat16 accumulate in float32.
+
+    Raises:
+        ValueError: if an index lies outside of the matrix.
+
+    Example:
+        >>> y = forward(x, crow, col, values, None, "gelu", None)
+    """
+    if _kernel is None:
+        return gather_gemm.forward(x, crow, col, values, bias, activation, plan)
+    M, K = x.shape
+    nnz, r, c = values.shape
+    R = crow.shape[0] - 1
+    y = x.new_empty((M, R * r))
+    _kernel.product(
+        x.data_ptr(),
+        *x.stride(),
+        crow.data_ptr(),
+        col.data_ptr(),
+        0,
+        values.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        M,
+        R,
+        K // c,
+        r,
+        c,
+        nnz,
+        _DTYPES[x.dtype],
+        _ACTIVATIONS[activation],
+        get_num_threads(),
+    )
+    return y
+
+
+def grad_x(
+    grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, plan: Tensor, n_block_cols: int
+) -> Tensor:
+    """grad @ W: the gradient with respect to x.
+
+    Args:
+        grad: `(M, N)`, any strides.
+        crow: int32 `(R + 1,)`.
+        col: int32 `(nnz,)`.
+        values: `(nnz, r, c)`, contiguous.
+        plan: int32, from `build_plan`; its transposed index is what the kernel walks.
+        n_block_cols: number of block columns C.
+
+    Returns:
+        `(M, K = C * c)`, contiguous.
+
+    Raises:
+        ValueError: if an index lies outside of the matrix.
+
+    Example:
+        >>> gx = grad_x(grad, crow, col, values, build_plan(crow, col, 12), 12)
+    """
+    if _kernel is None:
+        return gather_gemm.grad_x(grad, crow, col, values, plan, n_block_cols)
+    M = grad.shape[0]
+    nnz, r, c = values.shape
+    R = crow.shape[0] - 1
+    transposed = split_plan(plan, R, n_block_cols, nnz)
+    out = grad.new_empty((M, n_block_cols * c))
+    _kernel.product(
+        grad.data_ptr(),
+        *grad.stride(),
+        transposed.crow_t.data_ptr(),
+        transposed.row_t.data_ptr(),
+        # An empty tensor's address may be 0, which would mean "not transposed".
+        transposed.perm_t.data_ptr() if nnz else 0,
+        values.data_ptr(),
+        0,
+        out.data_ptr(),
+        M,
+        n_block_cols,
+        R,
+        c,
+        r,
+        nnz,
+        _DTYPES[grad.dtype],
+        0,
+        get_num_threads(),
+    )
+    return out
+
+
+def grad_values(
+    grad: Tensor,
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    plan: Tensor,
+    block_rows: int,
+    block_cols: int,
+) -> Tensor:
+    """The stored blocks of grad.T @ x: the gradient with respect to `values`.
+
+    Args:
+        grad: `(M, N)`, any strides.
+        x: `(M, K)`, any strides.
+        crow: int32 `(R + 1,)`.
+        col: int32 `(nnz,)`.
+        plan: int32, from `build_plan`.
+        block_rows: r.
+        block_cols: c.
+
+    Returns:
+        `(nnz, r, c)`, contiguous.
+
+    Raises:
+        ValueError: if an index lies outside of the matrix.
+
+    Example:
+        >>> gv = grad_values(grad, x, crow, col, build_plan(crow, col, 12), 64, 64)
+    """
+    if _kernel is None:
+        return gather_gemm.grad_values(grad, x, crow, col, plan, block_rows, block_cols)
+    M, K = x.shape
+    nnz = col.shape[0]
+    out = x.new_empty((nnz, block_rows, block_cols))
+    _kernel.grad_values(
+        grad.data_ptr(),
+        *grad.stride(),
+        x.data_ptr(),
+        *x.stride(),
+        crow.data_ptr(),
+        col.data_ptr(),
+        out.data_ptr(),
+        M,
+        crow.shape[0] - 1,
+        K // block_cols,
+        block_rows,
+        block_cols,
+        nnz,
+        _DTYPES[x.dtype],
+        get_num_threads(),
+    )
+    return out

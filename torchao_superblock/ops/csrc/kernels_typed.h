@@ -1,0 +1,612 @@
+/* The kernels for sums of type T (float or double), W lanes a vector V. Included by kernels.h.
+ *
+ * What limits them is the number of multiply-adds a core can start in a cycle, so everything serves one
+ * loop, `rank_updates`: a tile of sums stays in registers while, for each k of each stored block, two
+ * vectors of packed weights meet one broadcast element from each row of x. That needs
+ *   - weights k-major ([k][lane]). `values` is n-major, so a thread packs the strips it works on into
+ *     its scratch and uses them for all rows of x; few rows take `small` below instead, which reads
+ *     the canonical order;
+ *   - x in panels of 12 rows, [k / KC][row][k % KC]: KC elements are one cache line, so packing is a copy
+ *     of whole lines (any dtype, any strides), rows lie at constant offsets, and rows that are 4096
+ *     bytes apart no longer fight for the same lines of the cache.
+ */
+
+/* acc[i][v] += a[i * a_row + k * a_step] * w[k * w_step + v * W] for k < n */
+SB_INLINE void TYPED(rank_updates)(V acc[SB_PANEL][2], const int rows, const int vectors, const T *a,
+                                   const int64_t a_row, const int64_t a_step, const T *w,
+                                   const int64_t w_step, int64_t n) {
+    for (int64_t k = 0; k < n; k++) {
+        V b[2];
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) b[v] = LOAD(w, v * W, -1);
+#pragma GCC unroll 12
+        for (int i = 0; i < rows; i++) {
+            const T s = a[i * a_row];
+#pragma GCC unroll 2
+            for (int v = 0; v < vectors; v++) acc[i][v] += b[v] * s;
+        }
+        a += a_step;
+        w += w_step;
+    }
+}
+
+/* Runs a macro with the number of rows as a constant, for the smallest register tile that holds
+ * `rows` of them. */
+#define SB_ROWS_TALL(rows, CASE) \
+    if ((rows) > 8) { CASE(12) } \
+    else if ((rows) > 6) { CASE(8) } \
+    else if ((rows) > 4) { CASE(6) } \
+    else if ((rows) > 2) { CASE(4) } \
+    else if ((rows) > 1) { CASE(2) } \
+    else { CASE(1) }
+#define SB_ROWS_SHORT(rows, CASE) \
+    if ((rows) > 4) { CASE(6) } \
+    else if ((rows) > 2) { CASE(4) } \
+    else if ((rows) > 1) { CASE(2) } \
+    else { CASE(1) }
+
+/* ------------------------------------------------------------------------------------------------
+ * Packing. */
+
+/* Rows [m0, m0 + rows) of x (m, k) -> panels; only the lines of KC columns that `needed` marks. */
+SB_INLINE void TYPED(pack_x_as)(const void *x, int64_t x_row, int64_t x_col, int64_t m0, int64_t rows,
+                                int64_t K, const unsigned char *needed, T *out, const int dtype) {
+    const int64_t n_lines = sb_ceil_div(K, KC);
+    for (int64_t m = 0; m < sb_ceil_div(rows, SB_PANEL) * SB_PANEL; m++) {
+        T *to = out + m / SB_PANEL * n_lines * SB_PANEL * KC + m % SB_PANEL * KC;
+        const int64_t from = (m0 + m) * x_row;
+        for (int64_t line = 0; line < n_lines; line++, to += SB_PANEL * KC) {
+            if (!needed[line]) continue;
+            const int64_t k = line * KC;
+            if (m < rows && x_col == 1 && k + KC <= K) {
+#pragma GCC unroll 4
+                for (int i = 0; i < KC; i += W) *(V *)(to + i) = LOAD(x, from + k + i, dtype);
+            } else {
+                const int64_t n = m < rows ? sb_min(KC, K - k) : 0;
+                for (int64_t i = 0; i < KC; i++)
+                    to[i] = i < n ? ONE(x, from + (k + i) * x_col, dtype) : 0;
+            }
+        }
+    }
+}
+
+/* Lanes [n0, n0 + width) of stored block `values[j]`, k-major and zero-padded to `lanes`. */
+SB_INLINE void TYPED(pack_block_as)(const sb_product *p, int64_t j, int64_t n0, int64_t width, int64_t lanes,
+                                    T *out, const int dtype) {
+    const int64_t r = p->r, c = p->c;
+    const int64_t block = (p->perm ? p->perm[j] : j) * r * c;
+    if (p->perm) { /* stored as (c, r): already k-major */
+        for (int64_t k = 0; k < c; k++) {
+            const int64_t from = block + k * r + n0;
+            int64_t n = 0;
+            for (; n + W <= width; n += W) *(V *)(out + k * lanes + n) = LOAD(p->values, from + n, dtype);
+            for (; n < lanes; n++) out[k * lanes + n] = n < width ? ONE(p->values, from + n, dtype) : 0;
+        }
+        return;
+    }
+    const int64_t first = block + n0 * c;
+    int64_t n = 0;
+#ifndef SB_DOUBLE
+    for (; n + SB_SQUARE <= width; n += SB_SQUARE) {
+        int64_t k = 0;
+        for (; k + SB_SQUARE <= c; k += SB_SQUARE)
+            turn_square(p->values, first + n * c + k, c, out + k * lanes + n, lanes, dtype);
+        for (; k < c; k++)
+            for (int64_t i = n; i < n + SB_SQUARE; i++)
+                out[k * lanes + i] = ONE(p->values, first + i * c + k, dtype);
+    }
+#endif
+    for (; n < lanes; n++)
+        for (int64_t k = 0; k < c; k++)
+            out[k * lanes + n] = n < width ? ONE(p->values, first + n * c + k, dtype) : 0;
+}
+
+static void TYPED(pack_x)(const sb_product *p, int64_t m0, int64_t rows, const unsigned char *needed, T *out) {
+    const int64_t K = p->C * p->c;
+    switch (p->dtype) {
+#ifdef SB_DOUBLE
+    default:
+        TYPED(pack_x_as)(p->x, p->x_row, p->x_col, m0, rows, K, needed, out, SB_FLOAT64);
+#else
+    case SB_BFLOAT16:
+        TYPED(pack_x_as)(p->x, p->x_row, p->x_col, m0, rows, K, needed, out, SB_BFLOAT16);
+        break;
+    case SB_FLOAT16:
+        TYPED(pack_x_as)(p->x, p->x_row, p->x_col, m0, rows, K, needed, out, SB_FLOAT16);
+        break;
+    default:
+        TYPED(pack_x_as)(p->x, p->x_row, p->x_col, m0, rows, K, needed, out, SB_FLOAT32);
+#endif
+    }
+}
+
+static void TYPED(pack_block)(const sb_product *p, int64_t j, int64_t n0, int64_t width, int64_t lanes, T *out) {
+    switch (p->dtype) {
+#ifdef SB_DOUBLE
+    default:
+        TYPED(pack_block_as)(p, j, n0, width, lanes, out, SB_FLOAT64);
+#else
+    case SB_BFLOAT16:
+        TYPED(pack_block_as)(p, j, n0, width, lanes, out, SB_BFLOAT16);
+        break;
+    case SB_FLOAT16:
+        TYPED(pack_block_as)(p, j, n0, width, lanes, out, SB_FLOAT16);
+        break;
+    default:
+        TYPED(pack_block_as)(p, j, n0, width, lanes, out, SB_FLOAT32);
+#endif
+    }
+}
+
+SB_INLINE int64_t TYPED(padded)(int64_t width) { return width > W ? 2 * W : W; }
+
+/* ------------------------------------------------------------------------------------------------
+ * The product: y tile = act(x panel @ packed strip + bias). */
+
+/* Activation and store of `rows` rows of sums, for everything but plain float stores. Not inlined: it
+ * would be repeated in every tile. */
+static __attribute__((noinline)) void TYPED(finish)(const sb_product *p, const T *sums, int vectors, int64_t m,
+                                                    int64_t rows, int64_t n, int64_t width) {
+    const int64_t N = p->R * p->r;
+    for (int64_t i = 0; i < rows; i++)
+        for (int v = 0; v < vectors; v++) {
+            const V y = ACTIVATE(*(const V *)(sums + (i * 2 + v) * W), p->activation);
+            const int64_t at = (m + i) * N + n + v * W;
+            if (width >= (v + 1) * W)
+                STORE(p->y, at, y, p->dtype);
+            else
+                STORE_PART(p->y, at, (int)(width - v * W), y, p->dtype);
+        }
+}
+
+SB_INLINE void TYPED(tile_as)(const sb_product *p, const sb_item *item, const T *panel, const T *strip,
+                              const int tile_rows, const int vectors, int64_t m, int64_t rows) {
+    const int64_t n0 = item->row * p->r + item->n0;
+    V bias[2] = {{0}, {0}};
+    if (p->bias)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++)
+            bias[v] = item->width >= (v + 1) * W
+                          ? LOAD(p->bias, n0 + v * W, p->dtype)
+                          : LOAD_PART(p->bias, n0 + v * W, (int)(item->width - v * W), p->dtype);
+    V acc[SB_PANEL][2];
+#pragma GCC unroll 12
+    for (int i = 0; i < tile_rows; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) acc[i][v] = bias[v];
+
+    const int32_t *col = p->col + p->crow[item->row], *const last = p->col + p->crow[item->row + 1];
+    for (; col < last; col++) {
+        int64_t k = *col * p->c;
+        const int64_t stop = k + p->c;
+        while (k < stop) { /* one line of a panel at a time; whole lines if c is a multiple of KC */
+            const int64_t offset = k % KC, n = sb_min(KC - offset, stop - k);
+            TYPED(rank_updates)(acc, tile_rows, vectors, panel + (k - offset) * SB_PANEL + offset, KC, 1,
+                                strip, vectors * W, n);
+            strip += n * vectors * W;
+            k += n;
+        }
+    }
+
+    if (sizeof(T) == sb_dtype_size(p->dtype) && p->activation == SB_NONE && item->width == vectors * W) {
+        T *y = (T *)p->y + m * p->R * p->r + n0;
+#pragma GCC unroll 12
+        for (int i = 0; i < tile_rows; i++) {
+            if (i >= rows) break;
+#pragma GCC unroll 2
+            for (int v = 0; v < vectors; v++) STORE(y, v * W, acc[i][v], -1);
+            y += p->R * p->r;
+        }
+        return;
+    }
+    T sums[SB_PANEL * 2 * W] __attribute__((aligned(64)));
+#pragma GCC unroll 12
+    for (int i = 0; i < tile_rows; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) *(V *)(sums + (i * 2 + v) * W) = acc[i][v];
+    TYPED(finish)(p, sums, vectors, m, rows, n0, item->width);
+}
+
+/* One function for each register tile. */
+#define SB_TILE(rows_, vectors_)                                                                        \
+    static __attribute__((noinline)) void TYPED(tile##rows_##x##vectors_)(                              \
+        const sb_product *p, const sb_item *item, const T *panel, const T *strip, int64_t m, int64_t rows) { \
+        TYPED(tile_as)(p, item, panel, strip, rows_, vectors_, m, rows);                                \
+    }
+SB_TILE(1, 1) SB_TILE(2, 1) SB_TILE(4, 1) SB_TILE(6, 1) SB_TILE(8, 1) SB_TILE(12, 1)
+SB_TILE(1, 2) SB_TILE(2, 2) SB_TILE(4, 2) SB_TILE(6, 2)
+#if SB_TALL
+SB_TILE(8, 2) SB_TILE(12, 2)
+#endif
+
+/* `rows` rows of one panel, at most SB_PANEL. */
+static void TYPED(panel_rows)(const sb_product *p, const sb_item *item, const T *panel, const T *strip, int64_t m,
+                              int64_t rows) {
+    if (item->width <= W) {
+#define SB_CASE(n) TYPED(tile##n##x1)(p, item, panel, strip, m, rows);
+        SB_ROWS_TALL(rows, SB_CASE)
+#undef SB_CASE
+        return;
+    }
+#define SB_CASE(n) TYPED(tile##n##x2)(p, item, panel, strip, m, rows);
+#if SB_TALL
+    SB_ROWS_TALL(rows, SB_CASE)
+#else
+    if (rows > 6) {
+        TYPED(tile6x2)(p, item, panel, strip, m, 6);
+        panel += 6 * KC, m += 6, rows -= 6;
+    }
+    SB_ROWS_SHORT(rows, SB_CASE)
+#endif
+#undef SB_CASE
+}
+
+static void TYPED(product)(void *pointer) {
+    sb_product_job *job = pointer;
+    const sb_product *p = job->p;
+    const int64_t K = p->C * p->c, n_lines = sb_ceil_div(K, KC), me = atomic_fetch_add(&job->next_thread, 1);
+    T *x_pack = NULL, *w_pack = NULL;
+    unsigned char *needed = NULL;
+
+    /* A thread starts with a group of its own and helps with the others' when that is done. */
+    for (int64_t visit = 0; visit < job->n_groups; visit++) {
+        const int64_t g = (me + visit) % job->n_groups;
+        const sb_item *first = job->items + job->group[g], *last = job->items + job->group[g + 1];
+        int packed = 0;
+        for (;;) {
+            const int64_t t = atomic_fetch_add(&job->next_tile[g], 1);
+            if (t >= job->n_tiles) break;
+            if (!packed) {
+                int64_t elements = 0;
+                for (const sb_item *i = first; i < last; i++)
+                    elements += (p->crow[i->row + 1] - p->crow[i->row]) * p->c * TYPED(padded)(i->width);
+                needed = sb_scratch(SB_SCRATCH_FLAGS, (size_t)n_lines + 1);
+                w_pack = sb_scratch(SB_SCRATCH_W, sizeof(T) * (size_t)elements + 64);
+                x_pack = sb_scratch(SB_SCRATCH_X, sizeof(T) * (size_t)(job->tile_rows * n_lines * KC) + 64);
+                if (!needed || !w_pack || !x_pack) {
+                    atomic_store(&job->failed, 1);
+                    return;
+                }
+                memset(needed, 0, (size_t)n_lines);
+                T *out = w_pack;
+                for (const sb_item *i = first; i < last; i++) {
+                    const int64_t lanes = TYPED(padded)(i->width);
+                    for (int64_t j = p->crow[i->row]; j < p->crow[i->row + 1]; j++) {
+                        TYPED(pack_block)(p, j, i->n0, i->width, lanes, out);
+                        out += p->c * lanes;
+                        const int64_t k = p->col[j] * p->c;
+                        for (int64_t line = k / KC; line <= (k + p->c - 1) / KC; line++) needed[line] = 1;
+                    }
+                }
+                packed = 1;
+            }
+            const int64_t m0 = t * job->tile_rows, rows = sb_min(job->tile_rows, p->M - m0);
+            TYPED(pack_x)(p, m0, rows, needed, x_pack);
+            const T *strip = w_pack;
+            for (const sb_item *i = first; i < last; i++) {
+                for (int64_t m = 0; m < rows; m += SB_PANEL)
+                    TYPED(panel_rows)(p, i, x_pack + m * n_lines * KC, strip, m0 + m, sb_min(SB_PANEL, rows - m));
+                strip += (p->crow[i->row + 1] - p->crow[i->row]) * p->c * TYPED(padded)(i->width);
+            }
+        }
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------
+ * Few rows: the time goes into reading the weights, so they are read once, where and as they lie.
+ * Vectors run along k, and each (row of x, output) pair keeps one vector of partial sums until its
+ * block row is done. Needs c to be a multiple of W. */
+
+#ifdef SB_DOUBLE
+SB_INLINE void TYPED(add_lanes)(const V *acc, const int n, T *sums) {
+    for (int a = 0; a < n; a++) {
+        T s = 0;
+        for (int lane = 0; lane < W; lane++) s += acc[a][lane];
+        sums[a] = s;
+    }
+}
+#else
+SB_INLINE quad quarter_sum(V v) {
+    union {
+        V whole;
+        quad part[W / 4];
+    } u = {.whole = v};
+    quad s = u.part[0];
+    for (int i = 1; i < W / 4; i++) s += u.part[i];
+    return s;
+}
+
+/* Four vectors at a time: turn the 4 x 4 square of partial sums and add its rows. */
+SB_INLINE void TYPED(add_lanes)(const V *acc, const int n, T *sums) {
+#pragma GCC unroll 4
+    for (int a = 0; a < n; a += 4) {
+        const quad q0 = quarter_sum(acc[a]), q1 = quarter_sum(acc[a + 1]);
+        const quad q2 = quarter_sum(acc[a + 2]), q3 = quarter_sum(acc[a + 3]);
+        const quad s01 = SB_SHUFFLE(q0, q1, quadi, 0, 4, 1, 5) + SB_SHUFFLE(q0, q1, quadi, 2, 6, 3, 7);
+        const quad s23 = SB_SHUFFLE(q2, q3, quadi, 0, 4, 1, 5) + SB_SHUFFLE(q2, q3, quadi, 2, 6, 3, 7);
+        const quad s = SB_SHUFFLE(s01, s23, quadi, 0, 1, 4, 5) + SB_SHUFFLE(s01, s23, quadi, 2, 3, 6, 7);
+        memcpy(sums + a, &s, sizeof s);
+    }
+}
+#endif
+
+/* out[m * r + n + a] for `outputs` outputs (at least 4, or 1) and `rows` rows of x. */
+SB_INLINE void TYPED(dots)(const sb_product *p, const T *x, int64_t x_row, int64_t i, int64_t n, const int outputs,
+                           const int rows, T *out, const int dtype) {
+    V acc[16];
+#pragma GCC unroll 16
+    for (int a = 0; a < 16; a++) acc[a] = (V){0};
+    const int64_t c = p->c;
+    for (int64_t j = p->crow[i]; j < p->crow[i + 1]; j++) {
+        const T *xk = x + p->col[j] * c;
+        const int64_t w = (j * p->r + n) * c;
+        for (int64_t k = 0; k < c; k += W) {
+            V xs[4];
+#pragma GCC unroll 4
+            for (int m = 0; m < rows; m++) xs[m] = LOAD(xk, m * x_row + k, -1);
+#pragma GCC unroll 8
+            for (int a = 0; a < outputs; a++) {
+                const V b = LOAD(p->values, w + a * c + k, dtype);
+#pragma GCC unroll 4
+                for (int m = 0; m < rows; m++) acc[m * outputs + a] += b * xs[m];
+            }
+        }
+    }
+    T sums[16];
+    TYPED(add_lanes)(acc, outputs * rows, sums);
+#pragma GCC unroll 4
+    for (int m = 0; m < rows; m++) memcpy(out + m * p->r + n, sums + m * outputs, sizeof(T) * (size_t)outputs);
+}
+
+/* Outputs [n, n + outputs) of block row i, for all rows of x. */
+SB_INLINE void TYPED(dots_all_rows)(const sb_product *p, const T *x, int64_t x_row, int64_t i, int64_t n,
+                                    const int outputs, T *out, const int dtype) {
+    int64_t m = 0;
+#if SB_TALL
+    for (; m + 4 <= p->M; m += 4) TYPED(dots)(p, x + m * x_row, x_row, i, n, outputs, 4, out + m * p->r, dtype);
+#endif
+    for (; m + 3 <= p->M; m += 3) TYPED(dots)(p, x + m * x_row, x_row, i, n, outputs, 3, out + m * p->r, dtype);
+    for (; m + 2 <= p->M; m += 2) TYPED(dots)(p, x + m * x_row, x_row, i, n, outputs, 2, out + m * p->r, dtype);
+    for (; m < p->M; m++) TYPED(dots)(p, x + m * x_row, x_row, i, n, outputs, 1, out + m * p->r, dtype);
+}
+
+SB_INLINE void TYPED(small_as)(const sb_product_job *job, const T *x, int64_t x_row, int64_t g, T *out,
+                               const int dtype) {
+    const sb_product *p = job->p;
+    const int64_t N = p->R * p->r;
+    for (int64_t i = job->group[g]; i < job->group[g + 1]; i++) {
+        int64_t n = 0;
+        if (p->M == 1)
+            for (; n + 8 <= p->r; n += 8) TYPED(dots)(p, x, x_row, i, n, 8, 1, out, dtype);
+        for (; n + 4 <= p->r; n += 4) TYPED(dots_all_rows)(p, x, x_row, i, n, 4, out, dtype);
+        for (; n < p->r; n++) /* one output: its sums are added up lane by lane */
+            for (int64_t m = 0; m < p->M; m++) {
+                V acc = {0};
+                for (int64_t j = p->crow[i]; j < p->crow[i + 1]; j++)
+                    for (int64_t k = 0; k < p->c; k += W)
+                        acc += LOAD(p->values, (j * p->r + n) * p->c + k, dtype) *
+                               LOAD(x, m * x_row + p->col[j] * p->c + k, -1);
+                T s = 0;
+                for (int lane = 0; lane < W; lane++) s += acc[lane];
+                out[m * p->r + n] = s;
+            }
+        for (int64_t m = 0; m < p->M; m++)
+            for (n = 0; n < p->r; n += W) {
+                const int width = (int)sb_min(W, p->r - n);
+                const int64_t at = i * p->r + n;
+                V y = LOAD(out, m * p->r + n, -1);
+                if (p->bias) y += width == W ? LOAD(p->bias, at, dtype) : LOAD_PART(p->bias, at, width, dtype);
+                y = ACTIVATE(y, p->activation);
+                if (width == W)
+                    STORE(p->y, m * N + at, y, dtype);
+                else
+                    STORE_PART(p->y, m * N + at, width, y, dtype);
+            }
+    }
+}
+
+static void TYPED(small)(void *pointer) {
+    sb_product_job *job = pointer;
+    const sb_product *p = job->p;
+    const int64_t K = p->C * p->c;
+    const T *x = NULL;
+    int64_t x_row = p->x_row;
+    T *out = NULL;
+    for (;;) {
+        const int64_t g = atomic_fetch_add(&job->next_thread, 1);
+        if (g >= job->n_groups) break;
+        if (!out) {
+            out = sb_scratch(SB_SCRATCH_W, sizeof(T) * (size_t)(p->M * p->r + W));
+            T *copy = NULL;
+            const int as_it_is = sizeof(T) == sb_dtype_size(p->dtype) && p->x_col == 1;
+            if (!as_it_is) copy = sb_scratch(SB_SCRATCH_X, sizeof(T) * (size_t)(p->M * K) + 64);
+            if (!out || (!as_it_is && !copy)) {
+                atomic_store(&job->failed, 1);
+                return;
+            }
+            if (as_it_is) {
+                x = p->x;
+            } else {
+                for (int64_t m = 0; m < p->M; m++) {
+                    int64_t k = 0;
+                    if (p->x_col == 1)
+                        for (; k + W <= K; k += W) STORE(copy, m * K + k, LOAD(p->x, m * x_row + k, p->dtype), -1);
+                    for (; k < K; k++) copy[m * K + k] = ONE(p->x, m * x_row + k * p->x_col, p->dtype);
+                }
+                x = copy;
+                x_row = K;
+            }
+        }
+        switch (p->dtype) {
+#ifdef SB_DOUBLE
+        default:
+            TYPED(small_as)(job, x, x_row, g, out, SB_FLOAT64);
+#else
+        case SB_BFLOAT16:
+            TYPED(small_as)(job, x, x_row, g, out, SB_BFLOAT16);
+            break;
+        case SB_FLOAT16:
+            TYPED(small_as)(job, x, x_row, g, out, SB_FLOAT16);
+            break;
+        default:
+            TYPED(small_as)(job, x, x_row, g, out, SB_FLOAT32);
+#endif
+        }
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------
+ * grad_values: block (i, j) of grad.T @ x, sums over the rows of both. Rows come in tiles that fit the
+ * cache; a tile is packed once for all blocks of a piece, a strip of columns for each block row and
+ * block column, so that both operands are read in order. The sums of a block are added up tile after
+ * tile, in the output itself or, for 16-bit outputs, in scratch. */
+
+enum { TYPED(GRAD_ROWS) = 64 };
+
+/* Columns [first, first + n) of rows [m0, m0 + rows) -> out[m * stride + column], zero-padded. */
+static void TYPED(pack_strip)(const void *x, int64_t x_row, int64_t x_col, int64_t m0, int64_t rows, int64_t first,
+                              int64_t n, T *out, int64_t stride, int dtype) {
+    for (int64_t m = 0; m < rows; m++) {
+        const int64_t from = (m0 + m) * x_row + first * x_col;
+        int64_t i = 0;
+        if (x_col == 1)
+            for (; i + W <= n; i += W) STORE(out, m * stride + i, LOAD(x, from + i, dtype), -1);
+        for (; i < stride; i++) out[m * stride + i] = i < n ? ONE(x, from + i * x_col, dtype) : 0;
+    }
+}
+
+SB_INLINE void TYPED(outer_as)(const T *grad, int64_t grad_row, const T *x, int64_t x_row, int64_t m, T *out,
+                               int64_t c, const int tile_rows, const int vectors, int64_t rows, int64_t width,
+                               int first) {
+    V acc[SB_PANEL][2];
+#pragma GCC unroll 12
+    for (int i = 0; i < tile_rows; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) acc[i][v] = (V){0};
+    TYPED(rank_updates)(acc, tile_rows, vectors, grad, 1, grad_row, x, x_row, m);
+#pragma GCC unroll 12
+    for (int i = 0; i < tile_rows; i++) {
+        if (i >= rows) break;
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) {
+            const int64_t lanes = width - v * W;
+            T *at = out + i * c + v * W;
+            if (lanes >= W) {
+                STORE(at, 0, first ? acc[i][v] : acc[i][v] + LOAD(at, 0, -1), -1);
+            } else {
+                const V before = first ? (V){0} : LOAD_PART(at, 0, (int)lanes, sizeof(T) == 4 ? SB_FLOAT32 : SB_FLOAT64);
+                STORE_PART(at, 0, (int)lanes, acc[i][v] + before, sizeof(T) == 4 ? SB_FLOAT32 : SB_FLOAT64);
+            }
+        }
+    }
+}
+
+#define SB_OUTER(rows_, vectors_)                                                                             \
+    static __attribute__((noinline)) void TYPED(outer##rows_##x##vectors_)(                                   \
+        const T *grad, int64_t grad_row, const T *x, int64_t x_row, int64_t m, T *out, int64_t c, int64_t rows, \
+        int64_t width, int first) {                                                                           \
+        TYPED(outer_as)(grad, grad_row, x, x_row, m, out, c, rows_, vectors_, rows, width, first);            \
+    }
+SB_OUTER(1, 1) SB_OUTER(2, 1) SB_OUTER(4, 1) SB_OUTER(6, 1) SB_OUTER(8, 1) SB_OUTER(12, 1)
+SB_OUTER(1, 2) SB_OUTER(2, 2) SB_OUTER(4, 2) SB_OUTER(6, 2)
+#if SB_TALL
+SB_OUTER(8, 2) SB_OUTER(12, 2)
+#endif
+
+/* out (r, c) += grad (m, r).T @ x (m, c), from packed strips */
+static void TYPED(outer)(const T *grad, int64_t r, const T *x, int64_t stride, int64_t m, T *out, int64_t c,
+                         int first) {
+    for (int64_t k = 0; k < c; k += 2 * W) {
+        const int64_t width = sb_min(2 * W, c - k);
+        for (int64_t n = 0; n < r;) {
+            int64_t rows;
+            if (width <= W) {
+                rows = sb_min(SB_PANEL, r - n);
+#define SB_CASE(a) TYPED(outer##a##x1)(grad + n, r, x + k, stride, m, out + n * c + k, c, rows, width, first);
+                SB_ROWS_TALL(rows, SB_CASE)
+#undef SB_CASE
+            } else {
+#define SB_CASE(a) TYPED(outer##a##x2)(grad + n, r, x + k, stride, m, out + n * c + k, c, rows, width, first);
+#if SB_TALL
+                rows = sb_min(SB_PANEL, r - n);
+                SB_ROWS_TALL(rows, SB_CASE)
+#else
+                rows = sb_min(6, r - n);
+                SB_ROWS_SHORT(rows, SB_CASE)
+#endif
+#undef SB_CASE
+            }
+            n += rows;
+        }
+    }
+}
+
+static void TYPED(grad)(void *pointer) {
+    sb_grad_job *job = pointer;
+    const sb_grad_values *p = job->p;
+    const int64_t r = p->r, c = p->c, stride = sb_ceil_div(c, W) * W, tile = sb_min(TYPED(GRAD_ROWS), p->M);
+    const int direct = sizeof(T) == sb_dtype_size(p->dtype);
+    for (;;) {
+        const int64_t chunk = atomic_fetch_add(&job->next_chunk, 1);
+        if (chunk >= job->n_chunks) return;
+        const int64_t begin = chunk * job->chunk, end = sb_min(begin + job->chunk, p->nnz);
+
+        /* A register tile may read SB_PANEL columns past the last strip of grad. */
+        T *x = sb_scratch(SB_SCRATCH_X, sizeof(T) * (size_t)(tile * p->C * stride) + 64);
+        T *grad = sb_scratch(SB_SCRATCH_W, sizeof(T) * (size_t)(tile * p->R * r + SB_PANEL) +
+                                               (direct ? 64 : sizeof(T) * (size_t)(job->chunk * r * c) + 128));
+        unsigned char *needed = sb_scratch(SB_SCRATCH_FLAGS, (size_t)p->C);
+        if (!x || !grad || !needed) {
+            atomic_store(&job->failed, 1);
+            return;
+        }
+        memset(needed, 0, (size_t)p->C);
+        memset(grad + tile * p->R * r, 0, sizeof(T) * SB_PANEL);
+        for (int64_t j = begin; j < end; j++) needed[p->col[j]] = 1;
+        T *sums = direct ? (T *)p->out + begin * r * c : grad + sb_ceil_div(tile * p->R * r + SB_PANEL, W) * W;
+
+        int64_t first_row = 0;
+        while (p->crow[first_row + 1] <= begin) first_row++;
+        for (int64_t m0 = 0; m0 < p->M; m0 += tile) {
+            const int64_t rows = sb_min(tile, p->M - m0);
+            for (int64_t i = 0; i < p->C; i++)
+                if (needed[i])
+                    TYPED(pack_strip)(p->x, p->x_row, p->x_col, m0, rows, i * c, c, x + i * tile * stride, stride,
+                                      p->dtype);
+            int64_t i = first_row - 1, row_end = begin;
+            for (int64_t j = begin; j < end; j++) {
+                if (j == row_end) {
+                    do i++;
+                    while (p->crow[i + 1] <= j);
+                    row_end = p->crow[i + 1];
+                    TYPED(pack_strip)(p->grad, p->grad_row, p->grad_col, m0, rows, i * r, r, grad + i * tile * r, r,
+                                      p->dtype);
+                }
+                TYPED(outer)(grad + i * tile * r, r, x + p->col[j] * tile * stride, stride, rows,
+                             sums + (j - begin) * r * c, c, m0 == 0);
+            }
+        }
+        if (!direct) {
+            const int64_t n = (end - begin) * r * c, at = begin * r * c;
+            int64_t i = 0;
+            for (; i + W <= n; i += W) STORE(p->out, at + i, LOAD(sums, i, -1), p->dtype);
+            if (i < n) STORE_PART(p->out, at + i, (int)(n - i), LOAD(sums, i, -1), p->dtype);
+        }
+    }
+}
+
+#undef SB_TILE
+#undef SB_OUTER
+#undef SB_ROWS_TALL
+#undef SB_ROWS_SHORT
+#undef T
+#undef V
+#undef W
+#undef KC
+#undef TYPED
+#undef LOAD
+#undef STORE
+#undef LOAD_PART
+#undef STORE_PART
+#undef ONE
+#undef ACTIVATE

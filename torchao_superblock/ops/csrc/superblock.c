@@ -1,0 +1,217 @@
+/* Checks the indices, cuts a product into pieces of equal work and hands them to the kernels. */
+#include "internal.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* Elements of packed weights a thread holds at a time (2 MiB in float32). Weights that need more are
+ * done in several rounds, so the scratch does not grow with the layer. */
+#define GROUP_ELEMENTS ((int64_t)1 << 19)
+/* Bytes of packed x a thread holds at a time: with the weights streaming past, it should stay in L2. */
+#define X_TILE_BYTES ((int64_t)256 << 10)
+/* Packing a weight costs about as much as using it for this many rows divided by 40. */
+#define ROWS_PER_PACK 256
+/* Multiply-adds below which a second thread costs more than it brings. */
+#define SERIAL_WORK ((int64_t)1 << 16)
+/* Accumulators of one piece of grad_values. */
+#define GRAD_ELEMENTS ((int64_t)1 << 18)
+
+static atomic_int current_isa = -1;
+
+int sb_isa_supported(int isa) {
+    switch (isa) {
+    case SB_BASELINE:
+        return 1;
+#if defined(__x86_64__)
+    case SB_AVX2:
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+               __builtin_cpu_supports("f16c");
+    case SB_AVX512:
+        return sb_isa_supported(SB_AVX2) && __builtin_cpu_supports("avx512f") &&
+               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512vl");
+#endif
+    default:
+        return 0;
+    }
+}
+
+int sb_isa_current(void) {
+    int isa = atomic_load(&current_isa);
+    if (isa < 0) {
+        for (isa = SB_N_ISA - 1; !sb_isa_supported(isa);) isa--;
+        atomic_store(&current_isa, isa);
+    }
+    return isa;
+}
+
+int sb_isa_select(int isa) {
+    if (isa < 0 || isa >= SB_N_ISA || !sb_isa_supported(isa)) return -1;
+    atomic_store(&current_isa, isa);
+    return 0;
+}
+
+const char *sb_isa_name(int isa) {
+    static const char *const names[SB_N_ISA] = {"baseline", "avx2", "avx512"};
+    return isa >= 0 && isa < SB_N_ISA ? names[isa] : "unknown";
+}
+
+static const sb_kernels *kernels(void) {
+    switch (sb_isa_current()) {
+#if defined(__x86_64__)
+    case SB_AVX2:
+        return &sb_kernels_avx2;
+    case SB_AVX512:
+        return &sb_kernels_avx512;
+#endif
+    default:
+        return &sb_kernels_baseline;
+    }
+}
+
+static int outside(const int32_t *index, int64_t n, int64_t end) {
+    /* No early exit: the loop vectorises, and a valid index is the common case. */
+    int32_t low = 0, high = -1;
+    for (int64_t i = 0; i < n; i++) {
+        low = index[i] < low ? index[i] : low;
+        high = index[i] > high ? index[i] : high;
+    }
+    return low < 0 || high >= end;
+}
+
+static int check(const int32_t *crow, const int32_t *col, int64_t R, int64_t C, int64_t nnz) {
+    int falls = 0;
+    for (int64_t i = 0; i < R; i++) falls |= crow[i + 1] < crow[i];
+    if (falls || crow[0] != 0 || crow[R] != nnz) return SB_BAD_CROW;
+    return outside(col, nnz, C) ? SB_BAD_COL : SB_OK;
+}
+
+/* Items in groups of about equal work: longest first, each to the group with the least so far. */
+static int64_t deal(const sb_product *p, int64_t strip, sb_item *items, int64_t n_items, int64_t *group,
+                    int64_t n_groups, int64_t *scratch) {
+    int64_t *load = scratch, *count = load + n_groups, *owner = count + n_groups;
+    int64_t *bucket = owner + n_items; /* (C + 2): rows by number of blocks, most first */
+    const int64_t per_row = sb_ceil_div(p->r, strip);
+    int64_t *rows = bucket + p->C + 2;
+    memset(load, 0, sizeof *load * (size_t)(2 * n_groups));
+    memset(bucket, 0, sizeof *bucket * (size_t)(p->C + 2));
+    /* A row may hold more than C blocks if columns repeat; such rows share the first bucket. */
+    for (int64_t i = 0; i < p->R; i++)
+        bucket[p->C - sb_min(p->crow[i + 1] - p->crow[i], p->C) + 1]++;
+    for (int64_t i = 0; i <= p->C; i++) bucket[i + 1] += bucket[i];
+    for (int64_t i = 0; i < p->R; i++)
+        rows[bucket[p->C - sb_min(p->crow[i + 1] - p->crow[i], p->C)]++] = i;
+
+    for (int64_t a = 0; a < p->R; a++) {
+        const int64_t blocks = p->crow[rows[a] + 1] - p->crow[rows[a]];
+        for (int64_t s = 0; s < per_row; s++) {
+            int64_t least = 0;
+            for (int64_t g = 1; g < n_groups; g++)
+                if (load[g] < load[least]) least = g;
+            /* The constant stands for the bias, the activation and the store. */
+            load[least] += blocks * p->c + 16;
+            count[least]++;
+            owner[a * per_row + s] = least;
+        }
+    }
+    group[0] = 0;
+    for (int64_t g = 0; g < n_groups; g++) {
+        group[g + 1] = group[g] + count[g];
+        count[g] = group[g];
+    }
+    for (int64_t a = 0; a < p->R; a++)
+        for (int64_t s = 0; s < per_row; s++) {
+            sb_item *item = &items[count[owner[a * per_row + s]]++];
+            item->row = (int32_t)rows[a];
+            item->n0 = (int32_t)(s * strip);
+            item->width = (int32_t)sb_min(strip, p->r - s * strip);
+        }
+    return n_items;
+}
+
+static int run_small(const sb_product *p, const sb_kernels *k, int threads) {
+    sb_product_job job = {.p = p};
+    /* Few, equal pieces of block rows: a piece takes consecutive rows, so memory is read in order. */
+    job.n_groups = threads > 1 ? sb_min(p->R, 4 * (int64_t)threads) : 1;
+    int64_t *group = sb_scratch(SB_SCRATCH_JOB, sizeof(int64_t) * (size_t)(job.n_groups + 1));
+    if (!group) return SB_NO_MEMORY;
+    const int64_t total = p->nnz * p->c + 16 * p->R;
+    int64_t row = 0, g = 0;
+    for (; g < job.n_groups; g++) {
+        group[g] = row;
+        const int64_t until = total / job.n_groups * (g + 1);
+        while (row < p->R && p->crow[row + 1] * p->c + 16 * (row + 1) <= until) row++;
+        if (g == job.n_groups - 1) row = p->R;
+    }
+    group[g] = p->R;
+    job.group = group;
+    atomic_init(&job.next_thread, 0);
+    atomic_init(&job.failed, 0);
+    sb_parallel(p->dtype == SB_FLOAT64 ? k->small_f64 : k->small_f32, &job, threads);
+    return atomic_load(&job.failed) ? SB_NO_MEMORY : SB_OK;
+}
+
+int sb_run_product(const sb_product *p) {
+    int status = check(p->crow, p->col, p->R, p->C, p->nnz);
+    if (status) return status;
+    if (p->perm && outside(p->perm, p->nnz, p->nnz)) return SB_BAD_PERM;
+    if (p->M < 1 || p->R < 1) return SB_OK;
+
+    const sb_kernels *k = kernels();
+    const int64_t lanes = p->dtype == SB_FLOAT64 ? k->lanes_f64 : k->lanes_f32;
+    const int64_t size = p->dtype == SB_FLOAT64 ? 8 : 4;
+    const int64_t work = (p->nnz * p->c + 16 * p->R) * p->r * p->M;
+    const int threads = work < SERIAL_WORK ? 1 : p->threads < 1 ? 1 : p->threads;
+    if (p->M <= k->small_m && !p->perm && p->c % lanes == 0) return run_small(p, k, threads);
+
+    const int64_t strip = 2 * lanes, n_items = p->R * sb_ceil_div(p->r, strip);
+    sb_product_job job = {.p = p};
+    /* Cut the weights rather than the rows when a thread's rows are too few to pay for packing. */
+    int64_t n_groups = threads > 1 ? sb_min(threads, sb_ceil_div((int64_t)ROWS_PER_PACK * threads, p->M)) : 1;
+    n_groups = sb_max(n_groups, sb_ceil_div(p->nnz * p->c * p->r, GROUP_ELEMENTS));
+    n_groups = job.n_groups = sb_min(n_groups, n_items);
+
+    const int64_t max_rows = sb_max(1, X_TILE_BYTES / (size * sb_max(1, p->C * p->c)) / SB_PANEL) * SB_PANEL;
+    int64_t n_tiles = sb_ceil_div(p->M, sb_min(max_rows, 240));
+    if (threads > 1) {
+        /* A whole number of tiles for each thread, if there are tiles enough. */
+        const int64_t share = sb_max(1, threads / n_groups);
+        n_tiles = sb_ceil_div(n_tiles, share) * share;
+    }
+    job.tile_rows = sb_ceil_div(sb_ceil_div(p->M, n_tiles), SB_PANEL) * SB_PANEL;
+    job.n_tiles = sb_ceil_div(p->M, job.tile_rows);
+
+    const size_t words = (size_t)(2 * n_groups + n_items + p->C + 2 + p->R);
+    const size_t bytes = sizeof(atomic_llong) * (size_t)n_groups + sizeof(int64_t) * (words + (size_t)n_groups + 1) +
+                         sizeof(sb_item) * (size_t)n_items;
+    char *memory = sb_scratch(SB_SCRATCH_JOB, bytes);
+    if (!memory) return SB_NO_MEMORY;
+    job.next_tile = (atomic_llong *)memory;
+    int64_t *group = (int64_t *)(job.next_tile + n_groups);
+    int64_t *scratch = group + n_groups + 1;
+    sb_item *items = (sb_item *)(scratch + words);
+    deal(p, strip, items, n_items, group, n_groups, scratch);
+    job.items = items;
+    job.group = group;
+    for (int64_t g = 0; g < n_groups; g++) atomic_init(&job.next_tile[g], 0);
+    atomic_init(&job.next_thread, 0);
+    atomic_init(&job.failed, 0);
+    sb_parallel(p->dtype == SB_FLOAT64 ? k->product_f64 : k->product_f32, &job, threads);
+    return atomic_load(&job.failed) ? SB_NO_MEMORY : SB_OK;
+}
+
+int sb_run_grad_values(const sb_grad_values *p) {
+    int status = check(p->crow, p->col, p->R, p->C, p->nnz);
+    if (status) return status;
+    if (p->nnz < 1) return SB_OK;
+    const sb_kernels *k = kernels();
+    const int64_t block = p->r * p->c;
+    const int threads = p->nnz * block * p->M < SERIAL_WORK ? 1 : p->threads < 1 ? 1 : p->threads;
+    sb_grad_job job = {.p = p};
+    job.chunk = sb_max(1, sb_min(GRAD_ELEMENTS / block, sb_ceil_div(p->nnz, threads > 1 ? 2 * threads : 1)));
+    job.n_chunks = sb_ceil_div(p->nnz, job.chunk);
+    atomic_init(&job.next_chunk, 0);
+    atomic_init(&job.failed, 0);
+    sb_parallel(p->dtype == SB_FLOAT64 ? k->grad_f64 : k->grad_f32, &job, threads);
+    return atomic_load(&job.failed) ? SB_NO_MEMORY : SB_OK;
+}
