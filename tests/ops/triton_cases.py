@@ -1,0 +1,241 @@
+"""The grid on which the plain Triton kernels are checked, wherever they run.
+
+On a GPU the cases are ordinary tests (``test_cuda.py``). Without one they run in Triton's interpreter, which must be
+switched on before a kernel is defined: ``test_triton.py`` runs this file in a process of its own,
+``TRITON_INTERPRET=1 python -m tests.ops.triton_cases GROUP``.
+
+Legend: M tokens, R x C the block grid, r x c the block size.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from tests.reference import TOLERANCE, random_bsr, relative_error
+from torchao_superblock.ops import cuda
+from torchao_superblock.ops.activations import ACTIVATIONS
+from torchao_superblock.ops.plan import build_plan
+from torchao_superblock.ops.triton_kernels import FMA, TF32
+
+DEVICE = "cpu" if cuda.INTERPRET else "cuda"
+BLOCK_SIZES = [
+    (16, 16),
+    (32, 32),
+    (64, 64),
+    (1, 1),
+    (3, 5),
+    (8, 8),
+    (64, 16),
+    (16, 64),
+    (128, 32),
+    (48, 24),
+    (40, 80),
+    (130, 10),
+]
+DTYPES = [torch.float32, torch.float16, torch.float64]
+if DEVICE == "cuda":
+    BLOCK_SIZES += [(128, 128), (256, 64), (64, 256), (1, 64), (64, 1)]
+    DTYPES.append(torch.bfloat16)
+
+
+@contextmanager
+def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute for a while, and decide every launch anew."""
+    old = getattr(module, name)
+    setattr(module, name, value)
+    cuda.forget_launches()
+    try:
+        yield
+    finally:
+        setattr(module, name, old)
+        cuda.forget_launches()
+
+
+def plain_forward(x, crow, col, values, bias=None, activation="none", plan=None):
+    """The plain Triton forward, also where the Gluon kernel would be chosen."""
+    return cuda._plain_forward(x, crow, col, values, bias, activation, plan, cuda._index(x))
+
+
+def stored_blocks(dense, crow, col, blocksize):
+    """The stored blocks of a dense matrix, in stored order."""
+    r, c = blocksize
+    blocks = dense.view(dense.shape[0] // r, r, dense.shape[1] // c, c).transpose(1, 2)
+    rows = torch.repeat_interleave(
+        torch.arange(crow.numel() - 1, device=crow.device), crow.diff().long()
+    )
+    return blocks[rows, col.long()]
+
+
+def check(
+    blocksize: tuple[int, int],
+    dtype: torch.dtype,
+    M: int,
+    *,
+    R: int = 3,
+    C: int = 5,
+    sparsity: float = 0.5,
+    mask: torch.Tensor | None = None,
+    activation: str = "none",
+    tolerance: float | None = None,
+    make_x: Callable[[int, int], torch.Tensor] | None = None,
+) -> None:
+    """All three kernels against dense float64, on fresh random inputs."""
+    r, c = blocksize
+    N, K = R * r, C * c
+    dense, crow, col, values = random_bsr(
+        N, K, blocksize, sparsity, dtype, DEVICE, seed=M, mask=mask
+    )
+    plan = build_plan(crow, col, C)
+    if make_x is None:
+        x = torch.randn(M, K, dtype=dtype, device=DEVICE)
+        grad = torch.randn(M, N, dtype=dtype, device=DEVICE)
+    else:
+        x, grad = make_x(M, K).to(dtype), make_x(M, N).to(dtype)
+    bias = torch.randn(N, dtype=dtype, device=DEVICE)
+    tolerance = tolerance or TOLERANCE[dtype]
+    where = f"block {blocksize}, {dtype}, M {M}, activation {activation}"
+
+    def compare(name: str, out: torch.Tensor, ref: torch.Tensor) -> None:
+        error = relative_error(out, ref)
+        assert math.isfinite(error) and error <= tolerance, f"{name}: error {error:.1e} at {where}"
+        assert out.is_contiguous() and out.dtype == dtype, f"{name} at {where}"
+
+    act = ACTIVATIONS[activation]
+    y = plain_forward(x, crow, col, values, bias, activation, plan)
+    compare("forward", y, act(x.double() @ dense.double().T + bias.double()))
+    y = plain_forward(x, crow, col, values)
+    compare("forward without bias and plan", y, x.double() @ dense.double().T)
+    compare("grad_x", cuda.grad_x(grad, crow, col, values, plan, C), grad.double() @ dense.double())
+    reference = stored_blocks(grad.double().T @ x.double(), crow, col, blocksize)
+    compare("grad_values", cuda.grad_values(grad, x, crow, col, plan, r, c), reference)
+
+
+def check_block_sizes() -> None:
+    for blocksize in BLOCK_SIZES:
+        for M in (1, 37) if cuda.INTERPRET else (1, 37, 130, 1000):
+            check(blocksize, torch.float32, M)
+
+
+def check_dtypes() -> None:
+    for dtype in DTYPES:
+        for blocksize in ((16, 16), (64, 64), (3, 5), (40, 80)):
+            for M in (35,) if cuda.INTERPRET else (1, 35, 300, 3000):
+                check(blocksize, dtype, M)
+
+
+def check_activations() -> None:
+    for activation in ACTIVATIONS:
+        for dtype in DTYPES:
+            check((16, 32), dtype, 19, activation=activation)
+    # NaN and infinity pass as they do in torch.
+    x = torch.tensor([[float("nan")], [float("inf")], [-float("inf")], [-2.0]], device=DEVICE)
+    _, crow, col, values = random_bsr(1, 1, 1, 0.0, torch.float32, DEVICE)
+    values = torch.ones_like(values)
+    for activation in ("none", "relu"):
+        y = plain_forward(x, crow, col, values, None, activation)
+        torch.testing.assert_close(y, ACTIVATIONS[activation](x), equal_nan=True)
+
+
+def check_indices() -> None:
+    """Empty rows and columns, one long row, no blocks at all; and bad indices stay within bounds."""
+    long_row = torch.zeros(6, 40, dtype=torch.bool)
+    long_row[2] = True
+    long_row[4, 1:3] = True
+    for mask in (torch.zeros(3, 4, dtype=torch.bool), long_row):
+        for blocksize in ((16, 16), (5, 3), (64, 64)):
+            check(blocksize, torch.float32, 20, R=mask.shape[0], C=mask.shape[1], mask=mask)
+    _, crow, col, values = random_bsr(48, 64, 16, 0.5, torch.float32, DEVICE)
+    x = torch.randn(20, 64, device=DEVICE)
+    wild = torch.full_like(col, 2**31 - 1)
+    for bad in (wild, -wild):
+        plan = build_plan(crow, col, 4).clamp_(min=2**30) * bad.sign()[0]
+        assert torch.isfinite(plain_forward(x, crow, bad, values, None, "none", plan)).all()
+        assert torch.isfinite(plain_forward(x, torch.full_like(crow, bad[0]), bad, values)).all()
+        cuda.grad_x(torch.randn(20, 48, device=DEVICE), crow, bad, values, plan, 4)
+        cuda.grad_values(torch.randn(20, 48, device=DEVICE), x, crow, bad, plan, 16, 16)
+
+
+def check_strides() -> None:
+    layouts = {
+        "transposed": lambda M, K: torch.randn(K, M, device=DEVICE).T,
+        "every second column": lambda M, K: torch.randn(M, 2 * K, device=DEVICE)[:, ::2],
+        "expanded row": lambda M, K: torch.randn(1, K, device=DEVICE).expand(M, K),
+        "expanded column": lambda M, K: torch.randn(M, 1, device=DEVICE).expand(M, K),
+        "odd offset": lambda M, K: torch.randn(M * K + 1, device=DEVICE)[1:].view(M, K),
+        "padded rows": lambda M, K: torch.randn(M, K + 3, device=DEVICE)[:, :K],
+    }
+    for make_x in layouts.values():
+        for blocksize in ((16, 16), (64, 64), (3, 5)):
+            check(blocksize, torch.float32, 21, make_x=make_x)
+
+
+def check_tiles() -> None:
+    """What the rules reach only for large problems: gathered or not, split, 64-bit offsets."""
+    grad_tile = cuda.GradTile(16, 16, 16, 4, 2)
+    for blocksize in ((16, 16), (64, 32)):
+        with replaced(cuda, "INT32_LIMIT", 1):
+            check(blocksize, torch.float32, 20)
+        for tile in (
+            cuda.Tile(16, 16, 16, 1, 4, 2),
+            cuda.Tile(32, 32, 32, 3, 4, 2),
+            cuda.Tile(32, 16, 64, 1, 4, 2),
+            cuda.Tile(16, 16, 16, 1, 4, 2, splits=3),
+            cuda.Tile(32, 64, 64, 2, 4, 2, splits=2),
+        ):
+            with replaced(cuda, "matmul_tile", lambda problem, tile=tile: tile):
+                check(blocksize, torch.float32, 50, activation="silu")
+        with replaced(cuda, "grad_values_tile", lambda problem: grad_tile):
+            check(blocksize, torch.float32, 500)
+
+
+def check_determinism() -> None:
+    """The same inputs give the same bits, split sums included."""
+    _, crow, col, values = random_bsr(64, 128, 32, 0.5, torch.float32, DEVICE)
+    plan = build_plan(crow, col, 4)
+    x, grad = torch.randn(700, 128, device=DEVICE), torch.randn(700, 64, device=DEVICE)
+    tile = cuda.Tile(64, 32, 32, 1, 4, 2, splits=2)
+    with replaced(cuda, "matmul_tile", lambda problem: tile):
+        for function in (
+            lambda: plain_forward(x, crow, col, values, None, "none", plan),
+            lambda: cuda.grad_x(grad, crow, col, values, plan, 4),
+            lambda: cuda.grad_values(grad, x, crow, col, plan, 32, 32),
+        ):
+            first = function()
+            assert all(torch.equal(first, function()) for _ in range(2))
+
+
+def check_precision() -> None:
+    """float32-level error from three TF32 products, and what the other two ways promise."""
+    check((32, 32), torch.float32, 600, R=2, C=2, tolerance=3e-7)
+    check((64, 64), torch.float32, 40, tolerance=3e-7)
+    for code in (TF32, FMA):
+        tolerance = 3e-7 if code == FMA else 2e-3
+        with replaced(cuda, "_precision", lambda dtype, index, code=code: code):
+            check((16, 16), torch.float32, 40, tolerance=tolerance)
+            check((64, 64), torch.float32, 40, tolerance=tolerance)
+    # Three TF32 products keep what one float32 product would have kept: infinities and tiny rests.
+    _, crow, col, values = random_bsr(16, 16, 16, 0.0, torch.float32, DEVICE)
+    values = torch.eye(16, device=DEVICE)[None] * 1.0000001
+    for extreme in (float("inf"), -float("inf")):
+        x = torch.full((16, 16), 1.0, device=DEVICE)
+        x[0, 0] = extreme
+        y = plain_forward(x, crow, col, values)
+        assert y[0, 0] == extreme or torch.isnan(y[0, 0])
+        assert torch.equal(y[1:], torch.full_like(y[1:], 1.0000001))
+
+
+GROUPS: dict[str, Callable[[], None]] = {
+    name.removeprefix("check_"): function
+    for name, function in list(globals().items())
+    if name.startswith("check_")
+}
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    for group in sys.argv[1:]:
+        GROUPS[group]()
+        print(f"{group} passed")
