@@ -86,10 +86,43 @@ def test_parameters_keep_the_dtype_of_the_model(swapped, tmp_path):
 def test_activation_is_kept(tmp_path):
     layer = prune(nn.Linear(32, 32), 16)
     model = nn.Sequential(BSRLinear.from_dense(layer, 16))
-    model[0].activation = "gelu"
+    model[0].activation = "gelu"  # of the layer's own, nothing was folded
     save_bsr(model, tmp_path / "m.safetensors")
     fresh = load_bsr(nn.Sequential(nn.Linear(32, 32)), tmp_path / "m.safetensors")
     assert fresh[0].activation == "gelu"
+
+
+class TestFoldedActivations:
+    """Neither applied twice nor lost."""
+
+    @staticmethod
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(prune(nn.Linear(32, 32), 16), nn.GELU(), nn.Linear(32, 4)).eval()
+
+    @pytest.fixture
+    def folded(self):
+        model = self.build()
+        swap_to_bsr(model, min_sparsity=0.25, fuse_activations=True)
+        return model
+
+    def test_into_a_dense_and_into_a_folded_model(self, folded, tmp_path):
+        save_bsr(folded, tmp_path / "m.safetensors")
+        x = torch.randn(3, 32)
+        fresh = load_bsr(self.build(), tmp_path / "m.safetensors")
+        assert torch.equal(fresh(x), folded(x))
+        assert torch.equal(load_bsr(fresh, tmp_path / "m.safetensors")(x), folded(x))
+
+    def test_mismatches_are_refused(self, folded, tmp_path):
+        path = tmp_path / "m.safetensors"
+        save_bsr(folded, path)
+        other = self.build()
+        other[1] = nn.ReLU()
+        assert_load_fails(other, path, r"at '1' .* has a folded gelu, the model has ReLU")
+        plain = self.build()
+        swap_to_bsr(plain, min_sparsity=0.25)
+        save_bsr(plain, path)
+        assert_load_fails(folded, path, "at '1' .* an activation that runs on its own")
 
 
 def test_a_file_is_replaced_only_by_a_complete_one(swapped, tmp_path, monkeypatch):

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
@@ -57,7 +56,7 @@ def conversion_obstacle(linear: nn.Module) -> tuple[str, str] | None:
     weight = linear._parameters.get("weight")
     if weight is None:
         return "parametrized", "its weight is not a Parameter (torch.nn.utils.prune?); make it one"
-    if isinstance(weight, DTensor):
+    if hasattr(weight, "device_mesh"):  # a DTensor; importing it for isinstance takes half a second
         return "sharded", "its weight is sharded (DTensor); swap before distributing the model"
     if type(weight) not in (nn.Parameter, Tensor) or type(weight.data) is not Tensor:
         return (
@@ -364,6 +363,37 @@ def _as_parameter(tensor: Tensor) -> nn.Parameter:
     if isinstance(tensor, nn.Parameter):
         return tensor if tensor.is_contiguous() else nn.Parameter(tensor.data.contiguous())
     return nn.Parameter(tensor.contiguous())
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """What the op calls this activation module, or None if it is not one that the op can apply."""
+    if type(module) is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
+    return {nn.ReLU: "relu", nn.SiLU: "silu"}.get(type(module))
+
+
+class FoldedActivation(nn.Identity):
+    """Keeps the place of an activation that the :class:`BSRLinear` before it applies.
+
+    Args:
+        module: the ``nn.ReLU``, ``nn.GELU`` or ``nn.SiLU`` that stood here.
+
+    Attributes:
+        activation: its name, as in ``BSRLinear.activation``.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.activation = activation_name(module)
+        self.train(module.training)
+
+    def extra_repr(self) -> str:
+        return repr(self.activation)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything watches what goes into or comes out of a module."""
+    return any(getattr(module, name) for name in _HOOKS if name != "_is_full_backward_hook")
 
 
 def move_hooks(old: nn.Module, new: nn.Module) -> None:

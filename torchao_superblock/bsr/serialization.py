@@ -15,7 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from torchao_superblock.bsr.linear import LINEAR_TYPES, BSRLinear, move_hooks
+from torchao_superblock.bsr.linear import (
+    LINEAR_TYPES,
+    BSRLinear,
+    FoldedActivation,
+    activation_name,
+    move_hooks,
+)
 
 FORMAT = "torchao_superblock.bsr"
 VERSION = 1
@@ -67,10 +73,16 @@ def save_bsr(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for fqn, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, BSRLinear)
     }
+    folded = {
+        fqn: module.activation
+        for fqn, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, FoldedActivation)
+    }
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
         "layers": json.dumps(layers),
+        "folded": json.dumps(folded),
         "aliases": json.dumps(aliases),
     }
     path = Path(path)
@@ -112,9 +124,9 @@ def load_bsr(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         ...     model = build_model()
         >>> load_bsr(model, "model.safetensors")  # doctest: +SKIP
     """
-    tensors, layers = _read(path)
+    tensors, layers, folded = _read(path)
     modules = dict(model.named_modules(remove_duplicate=False))
-    new_layers: dict[nn.Module, BSRLinear] = {}
+    new_layers: dict[nn.Module, nn.Module] = _fold(modules, folded, path)
     for fqn, spec in layers.items():
         old = modules.get(fqn)
         if old in new_layers:
@@ -171,8 +183,10 @@ def _tied_parameters(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
     return [group for group in places.values() if len(group) > 1]
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """All tensors of the file (aliases resolved), and what it says of its block-sparse layers."""
+def _read(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]], dict[str, str]]:
+    """All tensors of the file (aliases resolved), its block-sparse layers, and the activations folded into them."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"load_bsr: no such file: {os.fspath(path)!r}")
     try:
@@ -190,11 +204,39 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, di
                 )
             tensors = {key: file.get_tensor(key) for key in file.keys()}
             layers = json.loads(metadata["layers"])
+            folded = json.loads(metadata["folded"])
             aliases = json.loads(metadata["aliases"])
             tensors |= {key: tensors[target] for key, target in aliases.items()}
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"load_bsr: {os.fspath(path)!r} is damaged: {error}") from error
-    return tensors, layers
+    return tensors, layers, folded
+
+
+def _fold(
+    modules: dict[str, nn.Module], folded: dict[str, str], path: str | os.PathLike[str]
+) -> dict[nn.Module, FoldedActivation]:
+    """What to put in place of the activations that the file's layers apply themselves, so that none runs twice."""
+    replacements = {}
+    for fqn, module in modules.items():
+        if fqn in folded and activation_name(module) == folded[fqn]:
+            replacements[module] = FoldedActivation(module)
+        elif folded.get(fqn) != getattr(module, "activation", None) and (
+            fqn in folded or isinstance(module, FoldedActivation)
+        ):
+            raise ValueError(
+                f"load_bsr: at {fqn!r} {os.fspath(path)!r} has {_describe(folded.get(fqn))}, the model has {module}; "
+                "build the model as it was when it was saved, or as it was before the swap"
+            )
+    missing = [fqn for fqn in folded if fqn not in modules]
+    if missing:
+        raise ValueError(
+            f"load_bsr: {os.fspath(path)!r} belongs to another model: not in the model: {', '.join(missing)}"
+        )
+    return replacements
+
+
+def _describe(activation: str | None) -> str:
+    return f"a folded {activation}" if activation else "an activation that runs on its own"
 
 
 def _build_layer(

@@ -1,8 +1,10 @@
 """Replace the linear layers of a model by :class:`BSRLinear` where that pays, and say what became of each."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 
 from torch import nn
 
@@ -14,8 +16,11 @@ from torchao_superblock.bsr.format import (
 )
 from torchao_superblock.bsr.linear import (
     BSRLinear,
+    FoldedActivation,
+    activation_name,
     conversion_obstacle,
     has_block_mask,
+    has_hooks,
     move_hooks,
 )
 from torchao_superblock.ops.break_even import break_even_sparsity
@@ -110,6 +115,7 @@ def swap_to_bsr(
     *,
     min_sparsity: float | None = None,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    fuse_activations: bool = False,
 ) -> SwapReport:
     """Replace, in place, every linear layer with enough zero blocks by a :class:`BSRLinear`.
 
@@ -122,6 +128,10 @@ def swap_to_bsr(
         min_sparsity: a layer with a smaller fraction of zero blocks is skipped. None means "where it is faster than
             dense": a table of measured break-even points by device, block size and dtype.
         filter_fn: ``filter_fn(module, fqn) -> bool``; a layer for which it is False is skipped.
+        fuse_activations: let a swapped layer of an ``nn.Sequential`` apply the activation that directly follows it
+            (``nn.ReLU``, ``nn.GELU`` or ``nn.SiLU``), where that gives the same result: no hook sits between the two
+            and the layer has no other place in the model. An identity keeps the activation's place, so names stay as
+            they are. In a training step the activation runs on its own all the same.
 
     Returns:
         A :class:`SwapReport` that accounts for every ``nn.Linear`` of the model.
@@ -166,7 +176,7 @@ def swap_to_bsr(
             report.swapped.append(entry)
         else:
             report.skipped.append(entry)
-    _replace(model, replacements, report)
+    _replace(model, replacements, report, fuse_activations)
     return report
 
 
@@ -243,7 +253,10 @@ def _judge(
 
 
 def _replace(
-    model: nn.Module, replacements: dict[nn.Module, BSRLinear], report: SwapReport
+    model: nn.Module,
+    replacements: dict[nn.Module, BSRLinear],
+    report: SwapReport,
+    fuse_activations: bool,
 ) -> None:
     """Put the new layers in place of the old ones; undo everything if anything fails."""
     undo: list[Callable[[], None]] = []
@@ -267,9 +280,45 @@ def _replace(
                     f"{_clean(fqn) or 'the model'}: use_nested_tensor is False now, since a swapped layer "
                     "takes no nested tensors; padding is computed and masked instead"
                 )
+        if fuse_activations:
+            for fqn, sequential, layer, name, module in _foldable(model):
+                undo.append(partial(setattr, sequential, name, module))
+                undo.append(partial(setattr, layer, "activation", "none"))
+                setattr(sequential, name, FoldedActivation(module))
+                layer.activation = activation_name(module)
+                report.notes.append(f"{fqn}: applies the {type(module).__name__} behind it itself")
     except BaseException:
         for step in reversed(undo):
             step()
         raise
     for old, new in replacements.items():
         move_hooks(old, new)
+
+
+def _foldable(
+    model: nn.Module,
+) -> Iterator[tuple[str, nn.Sequential, BSRLinear, str, nn.Module]]:
+    """Each activation that its BSRLinear can apply: ``(layer's FQN, parent, layer, activation's name, activation)``."""
+    places = Counter(
+        child
+        for module in model.modules()
+        for child in module._modules.values()
+        if child is not None
+    )
+    for fqn, sequential in model.named_modules():
+        if (
+            not isinstance(sequential, nn.Sequential)
+            or type(sequential).forward is not nn.Sequential.forward
+        ):
+            continue
+        for (first, layer), (second, module) in pairwise(list(sequential._modules.items())):
+            if (
+                isinstance(layer, BSRLinear)
+                and layer.activation == "none"
+                and places[layer] == 1
+                and activation_name(module) is not None
+                and not has_hooks(layer)
+                and not has_hooks(module)
+            ):
+                layer_fqn = _clean(f"{fqn}.{first}" if fqn else first)
+                yield layer_fqn, sequential, layer, second, module
