@@ -1,0 +1,198 @@
+"""The arithmetic of a block mask: scores -> mask, masked weight, and the gradients of both.
+
+No full-size mask is ever built: a `(N, K)` weight is seen as `(R, r, C, c)` and multiplied by a
+`(R, 1, C, 1)` mask. On CUDA, in eager mode, each function here is one Triton kernel; everywhere
+else, and under `torch.compile` (which fuses them by itself), it is a few PyTorch operations.
+
+Dimensions: N out_features, K in_features; R, C rows and columns of the block grid; r, c rows and
+columns of a block. The last block row and column are smaller where N or K is no multiple.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+
+
+def block_grid(shape: tuple[int, int], blocksize: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of the block grid: `(ceil(N / r), ceil(K / c))`."""
+    return -(-shape[0] // blocksize[0]), -(-shape[1] // blocksize[1])
+
+
+def block_mask(
+    scores: Tensor, n_kept: Tensor, held_mask: Tensor, frozen: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Keeps the `n_kept` blocks with the highest scores; on equal scores the earlier block.
+
+    The number of kept blocks is exact whatever the ties. NaN ranks below every number, so that one
+    broken score cannot displace a sound one. Nothing is read back to the host.
+
+    Args:
+        scores: float32 `(R, C)`.
+        n_kept: int64, 0-dim, on the same device.
+        held_mask: bool `(R, C)`, the mask returned while frozen.
+        frozen: bool, 0-dim.
+
+    Returns:
+        The bool mask `(R, C)`, True = kept, and a 0-dim bool `live`, the negation of `frozen`. Both
+        are new tensors: a later write to the arguments does not reach them.
+    """
+    kernels = _triton_kernels(scores, n_kept, held_mask, frozen)
+    if kernels is not None and scores.numel() <= kernels.MAX_PAIRWISE_BLOCKS:
+        return kernels.block_mask(scores, n_kept, held_mask, frozen)
+    n = scores.numel()
+    # Sorting the negated scores upwards is what puts NaN last; stable is what breaks ties by index.
+    order = scores.detach().reshape(-1).neg().argsort(stable=True)
+    ahead = torch.arange(n, device=scores.device) < n_kept
+    mask = torch.zeros_like(ahead).scatter(0, order, ahead).view(scores.shape)
+    return torch.where(frozen, held_mask, mask), frozen.logical_not()
+
+
+def mask_weight(weight: Tensor, mask: Tensor, blocksize: tuple[int, int]) -> Tensor:
+    """The weight with pruned blocks at zero.
+
+    Args:
+        weight: `(N, K)`, floating.
+        mask: bool `(R, C)`.
+        blocksize: `(r, c)`.
+
+    Returns:
+        A new `(N, K)` tensor of the weight's dtype.
+    """
+    kernels = _triton_kernels(weight, mask)
+    if kernels is not None and kernels.can_mask_weight(weight):
+        return kernels.mask_weight(weight, mask, blocksize)
+    if is_whole(weight.shape, blocksize):
+        return _mask_blocks(weight, mask, blocksize)
+    out = torch.empty_like(weight)
+    for rows, cols, block_rows, block_cols, block in regions(weight.shape, blocksize):
+        part = _mask_blocks(weight[rows, cols], mask[block_rows, block_cols], block)
+        out[rows, cols] = part
+    return out
+
+
+def mask_weight_backward(
+    grad: Tensor,
+    weight: Tensor | None,
+    mask: Tensor,
+    live: Tensor,
+    blocksize: tuple[int, int],
+    need_grad_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of :func:`mask_weight`, straight through the mask for the scores.
+
+        grad_weight = grad * mask
+        grad_scores[R, C] = sum over the block of grad * weight, or 0 while frozen
+
+    Args:
+        grad: `(N, K)`, the gradient of the masked weight.
+        weight: `(N, K)`, the weight that was masked; None if no gradient of the scores is needed.
+        mask: bool `(R, C)`.
+        live: bool, 0-dim: False makes the gradient of the scores zero.
+        blocksize: `(r, c)`.
+        need_grad_weight: whether to compute the gradient of the weight.
+
+    Returns:
+        `(grad_weight, grad_scores)`: of the weight's dtype and float32 (float64 for float64).
+    """
+    kernels = _triton_kernels(grad, mask, live, *(() if weight is None else (weight,)))
+    if (
+        kernels is not None
+        and not torch.is_grad_enabled()  # a kernel cannot be differentiated a second time
+        and kernels.can_mask_weight_backward(grad, weight, mask, blocksize)
+    ):
+        return kernels.mask_weight_backward(grad, weight, mask, live, blocksize, need_grad_weight)
+    grad_weight = mask_weight(grad, mask, blocksize) if need_grad_weight else None
+    grad_scores = None
+    if weight is not None:
+        sums = block_sum(grad, weight, blocksize)
+        grad_scores = torch.where(live, sums, torch.zeros_like(sums))
+    return grad_weight, grad_scores
+
+
+def block_sum(a: Tensor, b: Tensor, blocksize: tuple[int, int]) -> Tensor:
+    """Sum of `a * b` over each block.
+
+    Args:
+        a: `(N, K)`.
+        b: `(N, K)`.
+        blocksize: `(r, c)`.
+
+    Returns:
+        `(R, C)`, float64 for float64 arguments and float32 otherwise: a block of bfloat16 products
+        summed in bfloat16 would lose most of its digits.
+    """
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    if is_whole(a.shape, blocksize):
+        return _sum_blocks(a, b, blocksize, dtype)
+    rows: dict[int, list[Tensor]] = {}
+    for a_rows, a_cols, _, _, block in regions(a.shape, blocksize):
+        part = _sum_blocks(a[a_rows, a_cols], b[a_rows, a_cols], block, dtype)
+        rows.setdefault(a_rows.start, []).append(part)
+    return torch.cat([torch.cat(parts, dim=1) for parts in rows.values()])
+
+
+def is_whole(shape: tuple[int, ...], blocksize: tuple[int, int]) -> bool:
+    """Whether the shape is a multiple of the block size."""
+    return shape[0] % blocksize[0] == 0 and shape[1] % blocksize[1] == 0
+
+
+def regions(
+    shape: tuple[int, ...], blocksize: tuple[int, int]
+) -> Iterator[tuple[slice, slice, slice, slice, tuple[int, int]]]:
+    """Cuts a weight into at most four parts whose blocks all have one size.
+
+    Yields:
+        Rows and columns of the part in the weight, rows and columns of its blocks in the grid, and
+        the size of its blocks.
+    """
+    for rows, block_rows, r in _spans(shape[0], blocksize[0]):
+        for cols, block_cols, c in _spans(shape[1], blocksize[1]):
+            yield rows, cols, block_rows, block_cols, (r, c)
+
+
+def _spans(length: int, size: int) -> Iterator[tuple[slice, slice, int]]:
+    count, rest = divmod(length, size)
+    if count:
+        yield slice(0, count * size), slice(0, count), size
+    if rest:
+        yield slice(count * size, length), slice(count, count + 1), rest
+
+
+def _as_blocks(weight: Tensor, blocksize: tuple[int, int]) -> Tensor:
+    """`(N, K)` -> `(R, r, C, c)`, a view whatever the strides."""
+    return weight.unflatten(1, (-1, blocksize[1])).unflatten(0, (-1, blocksize[0]))
+
+
+def _mask_blocks(weight: Tensor, mask: Tensor, blocksize: tuple[int, int]) -> Tensor:
+    factors = mask.to(weight.dtype)[:, None, :, None]
+    return (_as_blocks(weight, blocksize) * factors).reshape(weight.shape)
+
+
+def _sum_blocks(a: Tensor, b: Tensor, blocksize: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    products = _as_blocks(a, blocksize).to(dtype) * _as_blocks(b, blocksize).to(dtype)
+    return products.sum(dim=(1, 3))
+
+
+def _triton_kernels(*tensors: Tensor) -> ModuleType | None:
+    """The Triton module where these tensors can be given to a kernel, else None."""
+    if not tensors[0].is_cuda or torch.compiler.is_compiling():
+        return None
+    if any(type(tensor) not in _PLAIN_TENSORS for tensor in tensors):
+        return None
+    return _import_triton_kernels()
+
+
+@functools.cache
+def _import_triton_kernels() -> ModuleType | None:
+    try:
+        from torchao_superblock.ops import block_mask_triton
+    except ImportError:
+        return None
+    return block_mask_triton

@@ -1,0 +1,269 @@
+"""Block masks on CUDA in three kernels: the mask, the masked weight, both gradients.
+
+What costs here is not the arithmetic but the number of launches: spelled out in PyTorch a mask is
+about fifteen small kernels for every layer in every step. The masked weight and the gradients are
+bound by memory; they read and write each element once and skip the blocks they need not read.
+
+Dimensions: N out_features, K in_features; R, C rows and columns of the block grid; r, c rows and
+columns of a block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_PAIRWISE_BLOCKS = 16384
+"""Above this many blocks, comparing all pairs costs more than sorting does."""
+
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@triton.jit
+def _block_mask_kernel(
+    scores_ptr,  # (n,) float32
+    n_kept_ptr,  # () int64
+    held_ptr,  # (n,) uint8
+    frozen_ptr,  # () uint8
+    out_ptr,  # (n + 1,) uint8: the mask, then `live`
+    n,
+    I_TILE: tl.constexpr,
+    J_TILE: tl.constexpr,
+):
+    # rank[i] = number of blocks ahead of i. All pairs are compared: for the few hundred to few
+    # thousand blocks of a layer that is one short kernel, where a sort is several.
+    i = tl.program_id(0) * I_TILE + tl.arange(0, I_TILE)
+    in_range = i < n
+    s_i = tl.load(scores_ptr + i, mask=in_range, other=0.0)[:, None]
+    nan_i = s_i != s_i
+    rank = tl.zeros((I_TILE,), dtype=tl.int32)
+    for start in range(0, n, J_TILE):
+        j = start + tl.arange(0, J_TILE)
+        s_j = tl.load(scores_ptr + j, mask=j < n, other=0.0)[None, :]
+        nan_j = s_j != s_j
+        higher = (s_j > s_i) | (nan_i & (nan_j == 0))
+        equal = (s_j == s_i) | (nan_i & nan_j)
+        ahead = (higher | (equal & (j[None, :] < i[:, None]))) & (j < n)[None, :]
+        rank += tl.sum(ahead.to(tl.int32), axis=1)
+    frozen = tl.load(frozen_ptr)
+    keep = (rank < tl.load(n_kept_ptr)).to(tl.uint8)
+    if frozen != 0:
+        keep = tl.load(held_ptr + i, mask=in_range, other=0)
+    tl.store(out_ptr + i, keep, mask=in_range)
+    if tl.program_id(0) == 0:
+        tl.store(out_ptr + n, (frozen == 0).to(tl.uint8))
+
+
+@triton.jit
+def _mask_weight_kernel(
+    weight_ptr,  # (N, K)
+    mask_ptr,  # (R, C) uint8
+    out_ptr,  # (N, K)
+    N,
+    K,
+    C,
+    R_SIZE: tl.constexpr,
+    C_SIZE: tl.constexpr,
+    N_TILE: tl.constexpr,
+    K_TILE: tl.constexpr,
+    TILE_IN_BLOCK: tl.constexpr,
+):
+    n = tl.program_id(1) * N_TILE + tl.arange(0, N_TILE)
+    k = tl.program_id(0) * K_TILE + tl.arange(0, K_TILE)
+    inside = (n < N)[:, None] & (k < K)[None, :]
+    if TILE_IN_BLOCK:
+        block_row = tl.program_id(1) * N_TILE // R_SIZE
+        block_col = tl.program_id(0) * K_TILE // C_SIZE
+        # The same decision for the whole tile: a pruned tile is written without being read.
+        keep = tl.load(mask_ptr + block_row * C + block_col) != 0
+        inside_kept = inside & keep
+    else:
+        # `inside` guards the load: past the edge there is no block.
+        blocks = (n // R_SIZE)[:, None] * C + (k // C_SIZE)[None, :]
+        inside_kept = inside & (tl.load(mask_ptr + blocks, mask=inside, other=0) != 0)
+    offsets = n.to(tl.int64)[:, None] * K + k[None, :]
+    weight = tl.load(weight_ptr + offsets, mask=inside_kept, other=0.0)
+    tl.store(out_ptr + offsets, weight, mask=inside)
+
+
+@triton.jit
+def _mask_weight_backward_kernel(
+    grad_ptr,  # (N, K), any strides
+    weight_ptr,  # (N, K)
+    mask_ptr,  # (R, C) uint8
+    live_ptr,  # () uint8
+    grad_weight_ptr,  # (N, K)
+    grad_scores_ptr,  # (R, C)
+    N,
+    K,
+    C,
+    grad_stride_n,
+    grad_stride_k,
+    R_SIZE: tl.constexpr,
+    C_SIZE: tl.constexpr,
+    N_TILE: tl.constexpr,
+    K_TILE: tl.constexpr,
+    NEED_GRAD_WEIGHT: tl.constexpr,
+    NEED_GRAD_SCORES: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+):
+    # One program a block, so that its sum needs no second pass and no atomics.
+    block_row = tl.program_id(1)
+    block_col = tl.program_id(0)
+    block = block_row * C + block_col
+    keep = tl.load(mask_ptr + block) != 0
+    total = tl.zeros((N_TILE, K_TILE), dtype=ACC_DTYPE)
+    for n_start in range(0, R_SIZE, N_TILE):
+        for k_start in range(0, C_SIZE, K_TILE):
+            n_in = n_start + tl.arange(0, N_TILE)
+            k_in = k_start + tl.arange(0, K_TILE)
+            n = block_row * R_SIZE + n_in
+            k = block_col * C_SIZE + k_in
+            inside = ((n_in < R_SIZE) & (n < N))[:, None] & ((k_in < C_SIZE) & (k < K))[None, :]
+            grad_offsets = (
+                n.to(tl.int64)[:, None] * grad_stride_n + k.to(tl.int64)[None, :] * grad_stride_k
+            )
+            offsets = n.to(tl.int64)[:, None] * K + k[None, :]
+            if NEED_GRAD_SCORES:
+                grad = tl.load(grad_ptr + grad_offsets, mask=inside, other=0.0)
+                weight = tl.load(weight_ptr + offsets, mask=inside, other=0.0)
+                # grad_scores = sum over the block of grad * weight
+                total += grad.to(ACC_DTYPE) * weight.to(ACC_DTYPE)
+                grad = tl.where(keep, grad, tl.zeros_like(grad))
+            else:
+                grad = tl.load(grad_ptr + grad_offsets, mask=inside & keep, other=0.0)
+            if NEED_GRAD_WEIGHT:
+                # grad_weight = grad * mask
+                tl.store(grad_weight_ptr + offsets, grad, mask=inside)
+    if NEED_GRAD_SCORES:
+        live = tl.load(live_ptr) != 0
+        block_total = tl.sum(tl.sum(total, axis=1), axis=0)
+        tl.store(grad_scores_ptr + block, tl.where(live, block_total, 0.0))
+
+
+def block_mask(
+    scores: Tensor, n_kept: Tensor, held_mask: Tensor, frozen: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See :func:`torchao_superblock.ops.block_mask.block_mask`."""
+    n = scores.numel()
+    out = torch.empty(n + 1, dtype=torch.uint8, device=scores.device)
+    tile = 32
+    with _on_device(scores):
+        _block_mask_kernel[(triton.cdiv(n, tile),)](
+            scores.detach().contiguous(),
+            n_kept,
+            held_mask.contiguous().view(torch.uint8),
+            frozen.view(torch.uint8),
+            out,
+            n,
+            I_TILE=tile,
+            J_TILE=128,
+            num_warps=4,
+        )
+    flags = out.view(torch.bool)
+    return flags[:n].view(scores.shape), flags[n]
+
+
+def can_mask_weight(weight: Tensor) -> bool:
+    """Whether :func:`mask_weight` serves this weight."""
+    return weight.is_contiguous() and weight.dtype in _KERNEL_DTYPES and weight.numel() > 0
+
+
+def mask_weight(weight: Tensor, mask: Tensor, blocksize: tuple[int, int]) -> Tensor:
+    """See :func:`torchao_superblock.ops.block_mask.mask_weight`."""
+    r, c = blocksize
+    N, K = weight.shape
+    # A tile within one block saves the pruned reads; smaller blocks are looked up by element.
+    n_tile, k_tile = _power_of_two_divisor(r, 32), _power_of_two_divisor(c, 128)
+    tile_in_block = n_tile * k_tile >= 1024
+    if not tile_in_block:
+        n_tile, k_tile = 16, 128
+    out = torch.empty_like(weight)
+    with _on_device(weight):
+        _mask_weight_kernel[(triton.cdiv(K, k_tile), triton.cdiv(N, n_tile))](
+            weight.detach(),
+            mask.contiguous().view(torch.uint8),
+            out,
+            N,
+            K,
+            mask.shape[1],
+            R_SIZE=r,
+            C_SIZE=c,
+            N_TILE=n_tile,
+            K_TILE=k_tile,
+            TILE_IN_BLOCK=tile_in_block,
+            num_warps=4,
+        )
+    return out
+
+
+def can_mask_weight_backward(
+    grad: Tensor, weight: Tensor | None, mask: Tensor, blocksize: tuple[int, int]
+) -> bool:
+    """Whether :func:`mask_weight_backward` serves these: one program a block must be a fair share.
+
+    Tiny blocks would be millions of programs, a handful of huge ones would leave the device idle.
+    """
+    r, c = blocksize
+    fair = r * c >= 256 and r <= 512 and c <= 1024 and mask.numel() >= 64
+    dtypes = grad.dtype in _KERNEL_DTYPES and (weight is None or weight.dtype == grad.dtype)
+    return fair and dtypes and (weight is None or weight.is_contiguous())
+
+
+def mask_weight_backward(
+    grad: Tensor,
+    weight: Tensor | None,
+    mask: Tensor,
+    live: Tensor,
+    blocksize: tuple[int, int],
+    need_grad_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """See :func:`torchao_superblock.ops.block_mask.mask_weight_backward`."""
+    r, c = blocksize
+    R, C = mask.shape
+    accumulator = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    grad_weight = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+    grad_scores = torch.empty((R, C), dtype=accumulator, device=grad.device)
+    if not (need_grad_weight or weight is not None):
+        return None, None
+    with _on_device(grad):
+        _mask_weight_backward_kernel[(C, R)](
+            grad.detach(),
+            grad if weight is None else weight.detach(),
+            mask.contiguous().view(torch.uint8),
+            live.view(torch.uint8),
+            grad_weight,
+            grad_scores,
+            grad.shape[0],
+            grad.shape[1],
+            C,
+            grad.stride(0),
+            grad.stride(1),
+            R_SIZE=r,
+            C_SIZE=c,
+            N_TILE=min(32, triton.next_power_of_2(r)),
+            K_TILE=min(64, triton.next_power_of_2(c)),
+            NEED_GRAD_WEIGHT=need_grad_weight,
+            NEED_GRAD_SCORES=weight is not None,
+            ACC_DTYPE=tl.float64 if accumulator == torch.float64 else tl.float32,
+            num_warps=4,
+        )
+    return (grad_weight if need_grad_weight else None), (None if weight is None else grad_scores)
+
+
+def _power_of_two_divisor(value: int, limit: int) -> int:
+    divisor = 1
+    while divisor < limit and value % (2 * divisor) == 0:
+        divisor *= 2
+    return divisor
+
+
+def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)

@@ -1,0 +1,99 @@
+"""Folding masks into weights that FSDP2 has sharded.
+
+A weight under a mask is registered at `linear.parametrizations.weight.original`; afterwards it is
+`linear.weight`. FSDP2 remembers where to put a parameter, so it is told of the move.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+_WAY_OUT = (
+    "Gather the state dict instead (torch.distributed.checkpoint.state_dict.get_model_state_dict "
+    "with full_state_dict=True), load it into a prepared copy of the model that is not sharded, and "
+    "squash that copy"
+)
+
+
+def local_range(weight: Any, dim: int) -> range:
+    """Which rows (dim 0) or columns (dim 1) of a DTensor this rank holds.
+
+    Raises:
+        RuntimeError: for a placement other than plain sharding and replication.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    start, stop = 0, weight.shape[dim]
+    for mesh_dim, placement in enumerate(weight.placements):
+        if type(placement) is Replicate:
+            continue
+        if type(placement) is not Shard:
+            raise RuntimeError(
+                f"cannot fold a block mask into a weight placed as {placement}. {_WAY_OUT}"
+            )
+        if placement.dim % weight.ndim == dim:
+            # DTensor shards as torch.chunk does: even pieces, the last ones shorter or empty.
+            mesh = weight.device_mesh
+            piece = -(-(stop - start) // mesh.size(mesh_dim))
+            first = min(start + piece * mesh.get_local_rank(mesh_dim), stop)
+            start, stop = first, min(first + piece, stop)
+    return range(start, stop)
+
+
+def reshard(model: nn.Module) -> None:
+    """Makes the sharded parameters, the ones that persist, the ones registered in the modules."""
+    for module in _fsdp_modules(model):
+        module.reshard()
+
+
+def sharded_parameters(model: nn.Module) -> dict[tuple[int, str], Any]:
+    """FSDP2's records of where its parameters are registered, by module id and name.
+
+    Raises:
+        RuntimeError: if this version of FSDP2 keeps them elsewhere.
+    """
+    records = {}
+    for module in _fsdp_modules(model):
+        state = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:
+            groups = [group for group in [getattr(state, "_fsdp_param_group", None)] if group]
+        for group in groups:
+            for record in group.fsdp_params:
+                info = getattr(record, "_module_info", None)
+                if info is None:
+                    raise RuntimeError(
+                        "cannot squash a model sharded by this version of fully_shard in place. "
+                        + _WAY_OUT
+                    )
+                records[id(info.module), info.param_name] = record
+    return records
+
+
+def move_parameter(record: Any, module: nn.Module, name: str) -> None:
+    """Tells FSDP2 that a parameter is registered in another module now."""
+    record._module_info.module = module
+    record._module_info.param_name = name
+    record._post_load_hook_handle.remove()
+    record._post_load_hook_handle = module.register_load_state_dict_post_hook(
+        lambda *_: record.reset_sharded_param()
+    )
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Whether a weight is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(weight, module.DTensor)
+
+
+def _fsdp_modules(model: nn.Module) -> Iterator[Any]:
+    module = sys.modules.get("torch.distributed.fsdp")
+    fsdp_module = getattr(module, "FSDPModule", None)
+    if fsdp_module is not None:
+        for child in model.modules():
+            if isinstance(child, fsdp_module):
+                yield child

@@ -1,0 +1,632 @@
+"""`SupermaskSparsifier`: learned block masks behind the interface of `torch.ao.pruning`."""
+
+from __future__ import annotations
+
+import copy
+import math
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+# The base class and the schedulers only work as a pair (torchao has older copies of both): they
+# are imported here and nowhere else.
+from torch.ao.pruning import BaseSparsifier, CubicSL, LambdaSL
+
+from torchao_superblock.ops.block_mask import block_grid
+from torchao_superblock.pruning.attach import (
+    accept_dense_checkpoints,
+    attach,
+    detach,
+    find_supermask,
+    named_supermasks,
+    read_masked_children_once,
+    refuse_dense_checkpoints,
+    undo_read_once,
+)
+from torchao_superblock.pruning.squash import squash_tensors
+from torchao_superblock.pruning.summary import MaskedTensor, MaskSummary
+from torchao_superblock.pruning.supermask import (
+    BlockSize,
+    Supermask,
+    check_blocksize,
+    check_sparsity_level,
+    kept_blocks,
+)
+from torchao_superblock.pruning.targets import (
+    SETTINGS,
+    SkippedTensor,
+    check_config,
+    check_settings,
+    clean_fqn,
+    nearest_names,
+    resolve,
+)
+
+__all__ = ["CubicSL", "LambdaSL", "SupermaskSparsifier"]
+
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
+
+
+class SupermaskSparsifier(BaseSparsifier):
+    """Learns which blocks of a model's weights to keep, while the model trains.
+
+    Every masked weight gets one trainable score a block; each forward keeps the blocks with the
+    highest scores. The scores are parameters of the model: build the optimizer after `prepare`,
+    best from :meth:`param_groups`, which keeps them out of weight decay.
+
+    Wrap the model in DDP, fully_shard or torch.compile after `prepare`. The schedulers of
+    `torch.ao.pruning` change a group's level; it takes effect at the next :meth:`step`, which also
+    applies levels written by hand into `sparsifier.groups[i]["sparsity_level"]`.
+
+    To resume a run: `prepare`, build the optimizer and the scheduler (building one resets levels),
+    then load the state dicts of the model, the optimizer, the scheduler and the sparsifier, in that
+    order.
+
+    Once squashed, a weight is an ordinary one. An optimizer that goes on training it regrows the
+    pruned blocks at its next step, from momentum and new gradients.
+
+    Args:
+        sparsity_level: fraction of blocks pruned, in `[0, 1)`; exactly
+            `max(1, round(n_blocks * (1 - sparsity_level)))` blocks are kept.
+        blocksize: int for square blocks or `(rows, cols)` = (out_features, in_features).
+        scores_init: `"kaiming_uniform"` (random, to train from scratch) or `"weight_norm"` (the norm
+            of each block, to fine-tune: at first the blocks of the largest norm are kept).
+
+    Raises:
+        ValueError: for a level outside `[0, 1)`, a block size below 1, an unknown init.
+        TypeError: for arguments of the wrong type.
+
+    Example:
+        >>> sparsifier = SupermaskSparsifier(sparsity_level=0.8, blocksize=64)
+        >>> sparsifier.prepare(model, config=[{"tensor_fqn": "encoder.layers.*.mlp.*.weight"}])
+        >>> optimizer = torch.optim.AdamW(sparsifier.param_groups(model, weight_decay=0.05))
+        >>> for batch in loader:
+        ...     loss(model(batch)).backward()
+        ...     optimizer.step()
+        ...     sparsifier.step()
+        ...     optimizer.zero_grad()
+        >>> sparsifier.squash_mask()
+    """
+
+    def __init__(
+        self,
+        sparsity_level: float = 0.8,
+        blocksize: BlockSize = 64,
+        *,
+        scores_init: str = "kaiming_uniform",
+    ) -> None:
+        settings = {
+            "sparsity_level": sparsity_level,
+            "blocksize": blocksize,
+            "scores_init": scores_init,
+        }
+        super().__init__(defaults=check_settings(settings, "SupermaskSparsifier: "))
+        # Plain, as torch.load(weights_only=True) wants it; the base makes a defaultdict.
+        self.state: dict[str, dict[str, Any]] = {}
+        self._skipped: list[SkippedTensor] = []
+        self._squashed: dict[str, weakref.ref[nn.Module]] = {}
+
+    # ---------------------------------------------------------------------------------------------
+    # Training
+    # ---------------------------------------------------------------------------------------------
+
+    def prepare(self, model: nn.Module, config: list[dict[str, Any]] | None = None) -> None:
+        """Puts a block mask on the weights that the config names. The model changes in place.
+
+        Args:
+            model: not yet wrapped in DDP or fully_shard.
+            config: None for the weight of every exact `nn.Linear`, or a list of entries. An entry has
+                a `tensor_fqn` and any of `sparsity_level`, `blocksize`, `scores_init`.
+                A `tensor_fqn` with `*`, `?` or `[` is a glob over whole names (`*` crosses dots): it
+                reaches the weights of `nn.Linear` and its subclasses and the projection weights of
+                `nn.MultiheadAttention`, each its own group. Any other names one tensor exactly, which
+                can be any 2-D floating parameter. A later entry overrides an earlier glob.
+                None and globs skip what cannot be masked; :meth:`summary` lists it.
+
+        Raises:
+            ValueError: for a name without a match, a tensor named twice, an exactly named tensor that
+                cannot be masked, a bad setting, or if nothing is left to mask.
+            TypeError: for a config of the wrong form.
+            RuntimeError: if this sparsifier or the tensor is prepared already, or the model is
+                wrapped. The model is unchanged after an error.
+        """
+        self._notice_squash()
+        if self.groups:
+            raise RuntimeError(
+                "prepare: this sparsifier has already prepared a model; call squash_mask() first, or "
+                "use another SupermaskSparsifier"
+            )
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"prepare: model must be an nn.Module, got {type(model).__name__}")
+        config = check_config(config)
+        groups, skipped = resolve(model, config, self.defaults)
+        _refuse_ddp(model, groups)
+        masks = [_new_mask(group) for group in groups]
+
+        attached: list[dict[str, Any]] = []
+        try:
+            for group, mask in zip(groups, masks, strict=True):
+                attach(group["module"], group["tensor_name"], mask)
+                attached.append(group)
+            read_masked_children_once(model)
+            refuse_dense_checkpoints(model)
+        except BaseException:
+            for group in attached:
+                detach(group["module"], group["tensor_name"])
+            undo_read_once(model)
+            accept_dense_checkpoints(model)
+            raise
+
+        self.model = model
+        self.config = config
+        self.groups = groups
+        self.state = {
+            group["tensor_fqn"]: {"mask": mask.block_mask()}
+            for group, mask in zip(groups, masks, strict=True)
+        }
+        self._skipped = skipped
+        self._squashed = {}
+        self.enable_mask_update = True
+
+    def step(self, use_path: bool = True) -> None:
+        """Applies the groups' levels: writes `n_kept` and `state[fqn]["mask"]`.
+
+        Does nothing while `enable_mask_update` is False (schedulers set it to True). Under FSDP2 call
+        it on every rank.
+
+        Args:
+            use_path: ignored; the base class has it.
+
+        Raises:
+            RuntimeError: before `prepare` and after `squash_mask`.
+            ValueError: for a level outside `[0, 1)`; nothing has been changed then.
+        """
+        self._require_groups("step")
+        if not self.enable_mask_update:
+            return
+        for group in self.groups:
+            check_sparsity_level(group["sparsity_level"], f"step: {group['tensor_fqn']!r} has ")
+        super().step(use_path)
+
+    def update_mask(  # type: ignore[override]
+        self,
+        module: nn.Module,
+        tensor_name: str,
+        tensor_fqn: str,
+        sparsity_level: float,
+        **kwargs: Any,
+    ) -> None:
+        """Applies the level of one group; :meth:`step` calls it for each."""
+        mask = self._mask_of(module, tensor_name, tensor_fqn)
+        mask.set_sparsity_level(sparsity_level)
+        self.state[tensor_fqn] = {**self.state.get(tensor_fqn, {}), "mask": mask.block_mask()}
+
+    def freeze(self) -> None:
+        """Holds every mask as it is, until :meth:`unfreeze`.
+
+        The scores then get zero gradients (never None, which would abort DDP). Momentum or weight
+        decay may still move them; the masks do not follow. Neither do they follow a scheduler.
+
+        Raises:
+            RuntimeError: before `prepare` and after `squash_mask`.
+        """
+        self._require_groups("freeze")
+        for _group, mask in self._masks():
+            mask.freeze()
+
+    def unfreeze(self) -> None:
+        """Lets the masks follow scores and levels again.
+
+        Raises:
+            RuntimeError: before `prepare` and after `squash_mask`.
+        """
+        self._require_groups("unfreeze")
+        for _group, mask in self._masks():
+            mask.unfreeze()
+
+    def param_groups(self, model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer: everything else, and the scores without weight decay.
+
+        Decay would pull all scores towards zero alike and say nothing about the blocks.
+
+        Args:
+            model: the prepared model, also wrapped (DDP, fully_shard) or a copy.
+            weight_decay: for everything but the scores.
+
+        Returns:
+            Two dicts with `params` and `weight_decay`; the second holds the scores. Add an `lr` to
+            it to train them at another rate.
+
+        Raises:
+            RuntimeError: if the model is not prepared.
+        """
+        scores = {id(mask.scores) for *_, mask in named_supermasks(model)}
+        if not scores:
+            raise RuntimeError(
+                "param_groups: the model has no scores; call prepare(model) before building the "
+                "optimizer"
+            )
+        parameters = list(model.parameters())
+        return [
+            {
+                "params": [p for p in parameters if id(p) not in scores],
+                "weight_decay": weight_decay,
+            },
+            {"params": [p for p in parameters if id(p) in scores], "weight_decay": 0.0},
+        ]
+
+    def summary(self) -> MaskSummary:
+        """What is masked how far, and what was skipped and why; prints as a table.
+
+        Reads the masks back to the host. Under FSDP2 call it on every rank.
+        """
+        entries = []
+        for group, mask in self._masks():
+            grid = (mask.held_mask.shape[0], mask.held_mask.shape[1])
+            kept = 0 if mask.held_mask.is_meta else int(mask.block_mask().sum())
+            if mask.held_mask.is_meta:
+                kept = kept_blocks(math.prod(grid), group["sparsity_level"])
+            entries.append(
+                MaskedTensor(
+                    fqn=group["tensor_fqn"],
+                    shape=mask.weight_shape,
+                    blocksize=mask.blocksize,
+                    grid=grid,
+                    target_sparsity=float(group["sparsity_level"]),
+                    sparsity=1 - kept / math.prod(grid),
+                    kept=kept,
+                    frozen=not mask.frozen.is_meta and bool(mask.frozen),
+                )
+            )
+        return MaskSummary(entries, list(self._skipped))
+
+    # ---------------------------------------------------------------------------------------------
+    # Afterwards
+    # ---------------------------------------------------------------------------------------------
+
+    def squash_mask(
+        self,
+        params_to_keep: tuple[str, ...] | None = None,
+        params_to_keep_per_layer: dict[str, tuple[str, ...]] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Folds the masks into the weights; see :func:`torchao_superblock.pruning.squash`.
+
+        Args:
+            params_to_keep: settings (`"sparsity_level"`, `"blocksize"`, ...) to leave on each
+                squashed module in a dict `sparse_params`. A module with several masked tensors gets
+                one such dict for each, by the tensor's name.
+            params_to_keep_per_layer: the same for single modules, by their FQN.
+
+        Raises:
+            RuntimeError: before `prepare`, or when squashed already.
+            ValueError: for an unknown setting or module, or NaN scores. Nothing has been folded then.
+        """
+        self._require_groups("squash_mask")
+        kept = self._kept_params(params_to_keep, params_to_keep_per_layer)
+        squash_tensors(
+            self.model,
+            [
+                (group["tensor_fqn"], group["module"], group["tensor_name"], mask)
+                for group, mask in self._masks()
+            ],
+        )
+        for group, params in zip(self.groups, kept, strict=True):
+            if params:
+                _leave_params(group, params, self.groups)
+        self._notice_squash()
+
+    def convert(
+        self,
+        module: nn.Module,
+        mapping: dict[type[nn.Module], type[nn.Module]] | None = None,
+        inplace: bool = False,
+        parameterization: type[nn.Module] | None = None,
+    ) -> nn.Module:
+        """Replaces the linears that this sparsifier squashed by `mapping[type].from_dense(linear)`.
+
+        Hooks, also those with kwargs, go over to the new module; their handles stay valid when the
+        conversion is in place.
+
+        Args:
+            module: the squashed model, a part of it, or a copy.
+            mapping: from module type to replacement; `{nn.Linear: BSRLinear}` by default. Squashed
+                modules of other types are left as they are.
+            inplace: change `module` rather than a deep copy of it.
+            parameterization: ignored; the base class has it.
+
+        Returns:
+            The converted model; a new module if `module` itself is replaced.
+
+        Raises:
+            RuntimeError: if masks are not squashed yet, or nothing was squashed.
+            ValueError: if no squashed module in `module` has a type in `mapping`, or what
+                `from_dense` raises. `module` is unchanged after an error.
+        """
+        self._notice_squash()
+        unsquashed = [fqn for fqn, *_ in named_supermasks(module)]
+        if unsquashed:
+            raise RuntimeError(
+                f"convert: {unsquashed[0]!r} is not squashed yet; call squash_mask() or "
+                "squash(model) first"
+            )
+        if not self._squashed:
+            raise RuntimeError(
+                "convert: this sparsifier has squashed nothing; call prepare(), train, and "
+                "squash_mask() first"
+            )
+        if mapping is None:
+            # The two halves meet here only, on request: neither imports the other.
+            from torchao_superblock.bsr import BSRLinear
+
+            mapping = {nn.Linear: BSRLinear}
+        squashed = {id(ref()) for ref in self._squashed.values() if ref() is not None}
+        names = {fqn.rpartition(".")[0] for fqn in self._squashed}
+        targets = [
+            (path, child)
+            for path, child in module.named_modules(remove_duplicate=False)
+            if (id(child) in squashed or clean_fqn(path) in names) and type(child) in mapping
+        ]
+        if not targets:
+            kinds = ", ".join(kind.__name__ for kind in mapping)
+            raise ValueError(
+                f"convert: no module among {sorted(names)} in this {type(module).__name__} is of a "
+                f"type in mapping ({kinds})"
+            )
+        converted: dict[int, nn.Module] = {}
+        for _path, child in targets:
+            if id(child) not in converted:
+                source = child if inplace else copy.deepcopy(child)
+                new = mapping[type(child)].from_dense(source)  # type: ignore[attr-defined]
+                _carry_over(source, new)
+                converted[id(child)] = new
+        if id(module) in converted:
+            return converted[id(module)]
+        # Copying with the converted modules already in the memo neither copies the dense weights
+        # nor loses the sharing between modules.
+        result = module if inplace else copy.deepcopy(module, dict(converted))
+        for path, child in targets:
+            parent, _, name = path.rpartition(".")
+            result.get_submodule(parent)._modules[name] = converted[id(child)]
+        return result
+
+    # ---------------------------------------------------------------------------------------------
+    # Saving
+    # ---------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Levels, settings and masks, in plain containers (`torch.load(weights_only=True)`).
+
+        The scores are in the model's own state dict, and so is the mask of its next forward.
+        """
+        groups = []
+        for group in self.groups:
+            saved = {"tensor_fqn": group["tensor_fqn"], **{key: group[key] for key in SETTINGS}}
+            saved["sparsity_level"] = float(saved["sparsity_level"])
+            groups.append(saved)
+        return {
+            "state": {fqn: dict(entry) for fqn, entry in self.state.items()},
+            "groups": groups,
+            "enable_mask_update": self.enable_mask_update,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+        """Restores what :meth:`state_dict` returned, into a sparsifier prepared in the same way.
+
+        Args:
+            state_dict: is not changed.
+            strict: whether the groups have to be the same; otherwise those in common are loaded.
+
+        Raises:
+            RuntimeError: before `prepare`.
+            ValueError: for a state dict of another model, other shapes or other block sizes. Nothing
+                has been changed then.
+        """
+        self._require_groups("load_state_dict", "call prepare(model, config) first, as for saving")
+        try:
+            saved = {clean_fqn(group["tensor_fqn"]): group for group in state_dict["groups"]}
+            states = {clean_fqn(fqn): entry for fqn, entry in state_dict["state"].items()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                "load_state_dict: not the state dict of a SupermaskSparsifier: it needs 'state' and "
+                f"'groups' ({type(error).__name__}: {error})"
+            ) from error
+        own = {group["tensor_fqn"]: group for group in self.groups}
+        if strict and set(saved) != set(own):
+            missing, extra = sorted(set(own) - set(saved)), sorted(set(saved) - set(own))
+            name = (missing or extra)[0]
+            raise ValueError(
+                f"load_state_dict: saved for another model: {name!r} is "
+                + ("masked here and not in the state dict" if missing else "not masked here")
+                + nearest_names(name, sorted(saved if missing else own))
+                + ". Prepare the model with the config it was saved with, or pass strict=False"
+            )
+        common = [fqn for fqn in own if fqn in saved]
+        updates = {}
+        for fqn in common:
+            where = f"load_state_dict: {fqn!r}: "
+            settings = check_settings(saved[fqn], where)
+            _check_same_blocks(own[fqn], settings, states.get(fqn, {}).get("mask"), where)
+            updates[fqn] = settings
+        for fqn in common:
+            own[fqn].update(updates[fqn])
+            device = self._mask_of(own[fqn]["module"], own[fqn]["tensor_name"], fqn).n_kept.device
+            entry = {
+                key: value.detach().to(device, copy=True) if isinstance(value, Tensor) else value
+                for key, value in states.get(fqn, {}).items()
+            }
+            self.state[fqn] = {**self.state.get(fqn, {}), **entry}
+        self.enable_mask_update = bool(state_dict.get("enable_mask_update", True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A scheduler replaces `step` by a wrapper bound to this very object; weak references and
+        # that wrapper stay behind.
+        state = {k: v for k, v in self.__dict__.items() if k not in ("step", "_squashed")}
+        return {**state, "_squashed_names": list(self._squashed)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        names = state.pop("_squashed_names", [])
+        self.__dict__.update(state)
+        nothing = nn.Module()
+        self._squashed = {name: weakref.ref(nothing) for name in names}
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{key}={value!r}" for key, value in self.defaults.items())
+        return f"{type(self).__name__}({settings})  # {len(self.groups)} masked tensors"
+
+    # ---------------------------------------------------------------------------------------------
+    # Helpers
+    # ---------------------------------------------------------------------------------------------
+
+    def _notice_squash(self) -> None:
+        """Lets go of the groups once their masks are gone, also if squash(model) folded them."""
+        if any(find_supermask(g["module"], g["tensor_name"]) is not None for g in self.groups):
+            return
+        if self.groups:
+            self._squashed = {g["tensor_fqn"]: weakref.ref(g["module"]) for g in self.groups}
+        self.groups = []
+        self.state = {}
+        self._skipped = []
+
+    def _require_groups(
+        self, method: str, way_out: str = "call prepare(model, config) first"
+    ) -> None:
+        self._notice_squash()
+        if self.groups:
+            return
+        if self._squashed:
+            raise RuntimeError(
+                f"{method}: the masks are squashed already, there is nothing left to do it to; "
+                "call prepare(model, config) to start again"
+            )
+        raise RuntimeError(f"{method}: no model is prepared; {way_out}")
+
+    def _mask_of(self, module: nn.Module, tensor_name: str, fqn: str) -> Supermask:
+        mask = find_supermask(module, tensor_name)
+        if mask is None:
+            raise RuntimeError(
+                f"{fqn!r} carries no block mask any more: it was removed behind the sparsifier's "
+                "back, by squash(model) or remove_parametrizations. Use squash_mask() for the model "
+                "that was prepared"
+            )
+        return mask
+
+    def _masks(self) -> Iterable[tuple[dict[str, Any], Supermask]]:
+        for group in self.groups:
+            yield (
+                group,
+                self._mask_of(group["module"], group["tensor_name"], group["tensor_fqn"]),
+            )
+
+    def _kept_params(
+        self,
+        params_to_keep: tuple[str, ...] | None,
+        per_layer: dict[str, tuple[str, ...]] | None,
+    ) -> list[dict[str, Any]]:
+        """The `sparse_params` of each group, after validating what was asked for."""
+        everywhere = _check_names(params_to_keep, self.groups[0], "params_to_keep")
+        layers: dict[str, tuple[str, ...]] = {}
+        known = [group["module_fqn"] for group in self.groups]
+        for fqn, names in (per_layer or {}).items():
+            if clean_fqn(fqn) not in known:
+                raise ValueError(
+                    f"squash_mask: params_to_keep_per_layer names {fqn!r}, which has no mask"
+                    + nearest_names(fqn, known)
+                )
+            where = f"params_to_keep_per_layer[{fqn!r}]"
+            layers[clean_fqn(fqn)] = _check_names(names, self.groups[0], where)
+        return [
+            {name: group[name] for name in (*everywhere, *layers.get(group["module_fqn"], ()))}
+            for group in self.groups
+        ]
+
+
+def _new_mask(group: dict[str, Any]) -> Supermask:
+    weight = group["module"]._parameters[group["tensor_name"]]
+    mask = Supermask(
+        weight, *(group[key] for key in ("blocksize", "sparsity_level", "scores_init"))
+    )
+    if group["scores_init"] == "weight_norm" and not weight.is_meta:
+        if bool(mask.scores.isnan().any()):
+            raise ValueError(
+                f"prepare: {group['tensor_fqn']!r} contains NaN, so its blocks have no norm to be "
+                "ranked by (scores_init='weight_norm')"
+            )
+    return mask
+
+
+def _refuse_ddp(model: nn.Module, groups: list[dict[str, Any]]) -> None:
+    """DDP reduces the gradients of the parameters it found when it was built, and no others."""
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            inside = {id(child) for child in module.modules()}
+            late = [group for group in groups if id(group["module"]) in inside]
+            if late and module.process_group.size() > 1:
+                raise RuntimeError(
+                    f"prepare: {late[0]['tensor_fqn']!r} is wrapped in DistributedDataParallel "
+                    "already, which would not average the gradients of its scores: the masks of the "
+                    "ranks would drift apart. Call prepare() first and wrap the model afterwards"
+                )
+
+
+def _check_names(names: object, group: dict[str, Any], where: str) -> tuple[str, ...]:
+    if names is None:
+        return ()
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(f"squash_mask: {where}={names!r} must be a tuple of setting names")
+    known = [key for key in group if key != "module"]
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"squash_mask: {where} names {name!r}, which a group does not have; it has "
+                f"{', '.join(map(repr, known))}"
+            )
+    return tuple(names)
+
+
+def _leave_params(
+    group: dict[str, Any], params: dict[str, Any], groups: list[dict[str, Any]]
+) -> None:
+    module = group["module"]
+    if sum(other["module"] is module for other in groups) > 1:
+        params = {**getattr(module, "sparse_params", {}), group["tensor_name"]: params}
+    module.sparse_params = params
+
+
+def _check_same_blocks(
+    group: dict[str, Any], settings: Mapping[str, Any], mask: object, where: str
+) -> None:
+    blocksize = check_blocksize(group["blocksize"])
+    saved = check_blocksize(settings.get("blocksize", blocksize), where)
+    if saved != blocksize:
+        raise ValueError(
+            f"{where}saved with blocksize {saved}, prepared with {blocksize}; prepare the model with "
+            "the config it was saved with"
+        )
+    supermask = find_supermask(group["module"], group["tensor_name"])
+    grid = block_grid(supermask.weight_shape, blocksize) if supermask is not None else ()
+    if isinstance(mask, Tensor) and tuple(mask.shape) != grid:
+        raise ValueError(
+            f"{where}the saved mask has {tuple(mask.shape)} blocks and the weight here has {grid}: "
+            "it was saved for a weight of another shape"
+        )
+
+
+def _carry_over(old: nn.Module, new: nn.Module) -> None:
+    """Hooks and mode. The dicts themselves go over, so that handles can still remove the hooks."""
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))
+    new._is_full_backward_hook = old._is_full_backward_hook
+    new.train(old.training)

@@ -1,0 +1,353 @@
+"""From a config to tensors: which weights of a model are masked, with what settings."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from torchao_superblock.ops.block_mask import block_grid
+from torchao_superblock.pruning.attach import find_supermask
+from torchao_superblock.pruning.supermask import (
+    check_blocksize,
+    check_scores_init,
+    check_sparsity_level,
+)
+
+SETTINGS = ("sparsity_level", "blocksize", "scores_init")
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+@dataclass(frozen=True)
+class SkippedTensor:
+    """A weight that a glob, or no config at all, reached and that is not masked.
+
+    Attributes:
+        fqn: its fully qualified name.
+        shape: its shape.
+        code: a short stable word: `smaller_than_block`, `one_block`, `shared`, `parametrized`,
+            `not_2d`, `dtype`, `tensor_subclass` or `uninitialized`.
+        reason: the same in a sentence.
+    """
+
+    fqn: str
+    shape: tuple[int, ...]
+    code: str
+    reason: str
+
+
+@dataclass
+class _Site:
+    """A parameter of a module; a module registered twice has more names and is one site."""
+
+    module: nn.Module
+    tensor_name: str
+    fqn: str
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[int, str]:
+        return id(self.module), self.tensor_name
+
+    @property
+    def parameter(self) -> Tensor | None:
+        return self.module._parameters.get(self.tensor_name)
+
+    @property
+    def is_projection(self) -> bool:
+        if isinstance(self.module, nn.Linear):
+            return self.tensor_name == "weight"
+        return isinstance(self.module, nn.MultiheadAttention) and self.tensor_name in _PROJECTIONS
+
+
+def check_config(config: object) -> list[dict[str, Any]] | None:
+    """Validates the form of a config and returns a copy of it.
+
+    Raises:
+        TypeError: if it is not a list of dicts.
+        ValueError: if an entry names no tensor, has an unknown key or a bad value.
+    """
+    if config is None:
+        return None
+    if isinstance(config, Mapping | str) or not isinstance(config, Sequence):
+        raise TypeError(
+            f"config must be a list of dicts like {{'tensor_fqn': 'layers.*.weight'}}, got "
+            f"{type(config).__name__}" + (": put it in a list" if isinstance(config, dict) else "")
+        )
+    entries = []
+    for i, entry in enumerate(config):
+        if not isinstance(entry, Mapping):
+            raise TypeError(
+                f"config[{i}]={entry!r} must be a dict with a 'tensor_fqn', got "
+                f"{type(entry).__name__}"
+            )
+        fqn = entry.get("tensor_fqn")
+        if not isinstance(fqn, str) or not fqn:
+            raise ValueError(
+                f"config[{i}] needs a 'tensor_fqn': the full name of a weight such as "
+                f"'encoder.layers.0.mlp.0.weight', or a glob; it has {sorted(map(str, entry))}"
+            )
+        where = f"config[{i}] ({fqn!r}): "
+        unknown = sorted(str(key) for key in entry if key not in ("tensor_fqn", *SETTINGS))
+        if unknown:
+            raise ValueError(
+                f"{where}unknown key {unknown[0]!r}; an entry has 'tensor_fqn' and any of "
+                f"{', '.join(map(repr, SETTINGS))}"
+            )
+        entries.append({"tensor_fqn": fqn, **check_settings(entry, where)})
+    return entries
+
+
+def check_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The settings among the items of `settings`, validated and normalised."""
+    checked: dict[str, Any] = {}
+    if "sparsity_level" in settings:
+        checked["sparsity_level"] = check_sparsity_level(settings["sparsity_level"], where)
+    if "blocksize" in settings:
+        given = settings["blocksize"]
+        rows, cols = check_blocksize(given, where)
+        checked["blocksize"] = (rows, cols) if isinstance(given, tuple | list) else rows
+    if "scores_init" in settings:
+        checked["scores_init"] = check_scores_init(settings["scores_init"], where)
+    return checked
+
+
+def resolve(
+    model: nn.Module, config: list[dict[str, Any]] | None, defaults: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], list[SkippedTensor]]:
+    """Finds what a checked config reaches in a model. Changes nothing.
+
+    Args:
+        model: where to look.
+        config: entries from :func:`check_config`, or None for every exact `nn.Linear`.
+        defaults: settings of entries that do not give their own.
+
+    Returns:
+        The groups, as `BaseSparsifier` has them, and what was skipped.
+
+    Raises:
+        ValueError: for a name without a match, a tensor named twice, an exact name of a tensor that
+            cannot be masked, or if nothing is left to mask.
+        RuntimeError: for a tensor that is masked already or sharded.
+    """
+    sites = list(_sites(model))
+    owners = _owners(model)
+    # key -> (site, settings, whether it was named exactly)
+    chosen: dict[tuple[int, str], tuple[_Site, dict[str, Any], bool]] = {}
+    if config is None:
+        for site in sites:
+            plain = parametrize.type_before_parametrizations(site.module) is nn.Linear
+            if plain and site.tensor_name == "weight":
+                chosen[site.key] = (site, {}, False)
+        if not chosen:
+            raise ValueError(
+                f"nothing to prune: {type(model).__name__} has no nn.Linear (subclasses are not "
+                "counted when config is None). Name the weights: "
+                "config=[{'tensor_fqn': '...'}]"
+            )
+    for entry in config or ():
+        pattern = entry["tensor_fqn"]
+        settings = {key: value for key, value in entry.items() if key != "tensor_fqn"}
+        exact = not any(character in pattern for character in "*?[")
+        matches = [site for site in sites if _matches(pattern, site, exact)]
+        if not matches:
+            raise ValueError(_no_match(pattern, exact, sites))
+        for site in matches:
+            earlier = chosen.pop(site.key, None)
+            if earlier is not None and earlier[2]:
+                raise ValueError(
+                    f"{site.fqn!r} is configured twice: {pattern!r} names a tensor that an earlier "
+                    "entry names exactly. Remove one of them, or put the glob before the exact name "
+                    "to override it"
+                )
+            chosen[site.key] = (site, settings, exact)
+
+    groups, skipped = [], []
+    for site, settings, exact in chosen.values():
+        group = {**defaults, **settings}
+        obstacle = _obstacle(site, check_blocksize(group["blocksize"]), owners)
+        if obstacle is not None:
+            code, reason, way_out = obstacle
+            if exact:
+                raise ValueError(f"cannot mask {site.fqn!r}: {reason}; {way_out}")
+            shape = () if code == "uninitialized" else _shape(site)
+            skipped.append(SkippedTensor(site.fqn, shape, code, reason))
+            continue
+        groups.append(
+            {
+                "tensor_fqn": site.fqn,
+                "module_fqn": site.fqn.removesuffix(site.tensor_name).removesuffix("."),
+                "module": site.module,
+                "tensor_name": site.tensor_name,
+                **group,
+            }
+        )
+    if not groups:
+        reasons = "; ".join(f"{entry.fqn!r}: {entry.reason}" for entry in skipped[:3])
+        raise ValueError(f"nothing to prune: the config reaches no weight that can be ({reasons})")
+    return groups, skipped
+
+
+def clean_fqn(fqn: str) -> str:
+    """An FQN without the `module.` and `_orig_mod.` that DDP and torch.compile put in it."""
+    parts = [part for part in fqn.split(".") if part and part != "_orig_mod"]
+    while len(parts) > 1 and parts[0] == "module":
+        parts.pop(0)
+    return ".".join(parts)
+
+
+def nearest_names(name: str, names: Sequence[str]) -> str:
+    """A sentence that names what may have been meant."""
+    close = difflib.get_close_matches(name, list(dict.fromkeys(names)), n=3, cutoff=0.3)
+    if not close:
+        return ""
+    return "; nearest: " + ", ".join(map(repr, close))
+
+
+def _sites(model: nn.Module) -> Iterator[_Site]:
+    found: dict[tuple[int, str], _Site] = {}
+
+    def walk(module: nn.Module, real: str, clean: str) -> None:
+        own = list(module._parameters)
+        if parametrize.is_parametrized(module):
+            own += list(module.parametrizations)
+        for name in own:
+            key = (id(module), name)
+            site = found.setdefault(key, _Site(module, name, clean + name))
+            site.names += [real + name, clean + name]
+        for name, child in module._modules.items():
+            if child is None or (name == "parametrizations" and isinstance(child, nn.ModuleDict)):
+                continue
+            hidden = name == "_orig_mod" or (name == "module" and len(module._modules) == 1)
+            walk(child, f"{real}{name}.", clean if hidden else f"{clean}{name}.")
+
+    walk(model, "", "")
+    for site in found.values():
+        if site.parameter is not None or parametrize.is_parametrized(site.module, site.tensor_name):
+            yield site
+
+
+def _owners(model: nn.Module) -> dict[object, list[str]]:
+    """FQNs that each parameter, or its memory, is registered under by different modules."""
+    owners: dict[object, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                fqn = clean_fqn(f"{path}.{name}" if path else name)
+                owners.setdefault(_identity(parameter), []).append(fqn)
+    return owners
+
+
+def _identity(parameter: Tensor) -> object:
+    """Equal for two parameters that are one object or begin at the same memory."""
+    lazy = nn.parameter.is_lazy(parameter)
+    if lazy or parameter.is_meta or is_traceable_wrapper_subclass(parameter):
+        return id(parameter)
+    if parameter.numel() == 0:
+        return id(parameter)
+    return parameter.device, parameter.data_ptr(), tuple(parameter.shape)
+
+
+def _matches(pattern: str, site: _Site, exact: bool) -> bool:
+    patterns = {pattern.lstrip("."), clean_fqn(pattern)}
+    if exact:
+        return any(name in patterns for name in site.names)
+    if not site.is_projection:
+        return False
+    return any(fnmatch.fnmatchcase(name, one) for name in site.names for one in patterns)
+
+
+def _no_match(pattern: str, exact: bool, sites: list[_Site]) -> str:
+    if exact:
+        names = [site.fqn for site in sites]
+        text = f"no parameter is called {pattern!r}"
+    else:
+        names = [site.fqn for site in sites if site.is_projection]
+        text = (
+            f"the glob {pattern!r} matches no weight of an nn.Linear and no projection weight of an "
+            "nn.MultiheadAttention"
+        )
+    # Next to the whole name, the same tensor name in the nearest module is what is usually meant.
+    return text + (nearest_names(clean_fqn(pattern), names) or f"; there are {names[:3]}")
+
+
+def _shape(site: _Site) -> tuple[int, ...]:
+    tensor = site.parameter
+    return tuple(tensor.shape) if tensor is not None else ()
+
+
+def _obstacle(
+    site: _Site, blocksize: tuple[int, int], owners: dict[object, list[str]]
+) -> tuple[str, str, str] | None:
+    """Why this tensor cannot be masked: code, reason and way out; None if it can.
+
+    Raises:
+        RuntimeError: where calls are in the wrong order, however the tensor was named.
+    """
+    if find_supermask(site.module, site.tensor_name) is not None:
+        raise RuntimeError(
+            f"{site.fqn!r} is already prepared: it carries a block mask. Fold it with squash(model) "
+            "or squash_mask() before preparing it again"
+        )
+    tensor = site.parameter
+    if tensor is None:
+        kinds = {type(p).__name__ for p in site.module.parametrizations[site.tensor_name]}
+        return (
+            "parametrized",
+            f"another parametrization ({', '.join(sorted(kinds))}) computes it",
+            "remove it first with torch.nn.utils.parametrize.remove_parametrizations",
+        )
+    if nn.parameter.is_lazy(tensor):
+        return "uninitialized", "its shape is not known yet", "run one forward before prepare()"
+    if type(tensor).__name__ == "DTensor":
+        raise RuntimeError(
+            f"{site.fqn!r} is sharded (a DTensor): call prepare() before fully_shard or "
+            "parallelize_module, so that the scores are sharded with the weight"
+        )
+    if is_traceable_wrapper_subclass(tensor):
+        kind = type(tensor).__name__
+        return "tensor_subclass", f"it is a {kind}", "mask the plain weight before converting it"
+    shape = tuple(tensor.shape)
+    if tensor.ndim != 2:
+        return (
+            "not_2d",
+            f"it has shape {shape}, and only 2-D weights have a grid of blocks",
+            "name a 2-D floating parameter, such as the weight of an nn.Linear",
+        )
+    if tensor.dtype not in _DTYPES:
+        return (
+            "dtype",
+            f"it is {tensor.dtype}, not float16, bfloat16, float32 or float64",
+            "name a 2-D floating parameter, such as the weight of an nn.Linear",
+        )
+    sharing = owners.get(_identity(tensor), [])
+    if len(sharing) > 1:
+        others = ", ".join(repr(fqn) for fqn in sharing if fqn != site.fqn) or repr(site.fqn)
+        return (
+            "shared",
+            f"it is shared with {others}",
+            "masking it in one place would leave the other dense: untie them first, or leave it out",
+        )
+    rows, cols = blocksize
+    if shape[0] < rows or shape[1] < cols:
+        return (
+            "smaller_than_block",
+            f"a {rows}x{cols} block is larger than its shape {shape}",
+            "choose a smaller blocksize for it or leave it out",
+        )
+    if block_grid(shape, blocksize) == (1, 1):
+        return (
+            "one_block",
+            f"its shape {shape} is a single {rows}x{cols} block, which is always kept",
+            "choose a smaller blocksize for it or leave it out",
+        )
+    return None
