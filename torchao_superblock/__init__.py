@@ -13,14 +13,17 @@ from torchao_superblock.bsr import (
     to_bsr_linear,
 )
 from torchao_superblock.ops import backends
+from torchao_superblock.pruning import SupermaskSparsifier, squash
 
 __all__ = [
     "BSRLinear",
     "BSRWeight",
+    "SupermaskSparsifier",
     "SwapReport",
     "backends",
     "load_bsr",
     "save_bsr",
+    "squash",
     "swap_to_bsr",
     "to_bsr_linear",
 ]
