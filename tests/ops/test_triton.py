@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
     "groups",
     [
         ("block_sizes",),
-        ("dtypes", "activations"),
+        ("dtypes", "activations", "token_counts"),
         ("indices", "strides"),
         ("tiles", "precision", "determinism"),
     ],

@@ -192,6 +192,22 @@ def check_tiles() -> None:
             check(blocksize, torch.float32, 500)
 
 
+def check_token_counts() -> None:
+    """What was prepared for one number of tokens serves every other in its bucket."""
+    dense, crow, col, values = random_bsr(64, 96, 32, 0.5, torch.float32, DEVICE)
+    plan = build_plan(crow, col, 3)
+    for counts in ((16, 1, 15, 2), (128, 65, 127, 100)):
+        for M in counts:
+            x, grad = torch.randn(M, 96, device=DEVICE), torch.randn(M, 64, device=DEVICE)
+            y = plain_forward(x, crow, col, values, None, "none", plan)
+            assert relative_error(y, x.double() @ dense.double().T) < 1e-6, M
+            grad_x = cuda.grad_x(grad, crow, col, values, plan, 3)
+            assert relative_error(grad_x, grad.double() @ dense.double()) < 1e-6, M
+            reference = stored_blocks(grad.double().T @ x.double(), crow, col, (32, 32))
+            out = cuda.grad_values(grad, x, crow, col, plan, 32, 32)
+            assert relative_error(out, reference) < 1e-6, M
+
+
 def check_determinism() -> None:
     """The same inputs give the same bits, split sums included."""
     _, crow, col, values = random_bsr(64, 128, 32, 0.5, torch.float32, DEVICE)

@@ -101,6 +101,9 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     splits: int = 1
+    ordered: bool = (
+        True  # longest block rows first: worth a load per program where programs are few
+    )
 
 
 class GradTile(NamedTuple):
@@ -124,25 +127,35 @@ def _power_of_two(n: int) -> int:
 
 
 def matmul_tile(problem: Problem) -> Tile:
-    """The shipped rule for ``bsr_matmul_kernel``."""
+    """The shipped rule for ``bsr_matmul_kernel``.
+
+    Measured on an H200; the same shapes suit an Ampere GPU, with less shared memory taken care of at launch. Small
+    tiles win again and again: a block row holds few blocks, so a program spends much of its time starting and
+    finishing, and only other programs on the same processor can hide that.
+    """
     M, r, c = problem.M, problem.r, problem.c
     BN = min(max(_power_of_two(r), 16), 128)
     if problem.itemsize == 8:
         return Tile(min(M, 32), min(BN, 32), 16, 8, 4, 2)
     widest = 64 if problem.itemsize == 2 else 32
+    run = c & -c
+    BK = run if 16 <= run < widest else widest  # within a block where that is possible at all
     if M <= 64:
-        # Few tokens: the time is that of streaming the values once, so cut the block rows finely to have many programs
-        # and keep many loads in flight.
-        BM, BN = min(M, 64), min(BN, 32 if problem.precision != FMA else 16)
-        BK = widest if c % widest == 0 else 2 * widest
+        # Few tokens: the time is that of streaming the values once. Programs that share a long block row keep more
+        # loads in flight; their sums are added up afterwards.
+        BN = min(BN, 64)
         programs = problem.R * -(-r // BN)
-        steps = -(-problem.nnz * c // max(problem.R, 1)) // BK
-        splits = min(-(-2 * problem.n_processors // max(programs, 1)), steps // 8, 16)
-        return Tile(BM, BN, BK, 1, 4, 4, max(splits, 1))
+        steps = -(-problem.nnz * c // (max(problem.R, 1) * BK))
+        splits = min(-(-2 * problem.n_processors // max(programs, 1)), steps // 4, 8)
+        return Tile(min(M, 64), BN, BK, 1, 4, 4, max(splits, 1))
     BM = min(M, 128)
+    GROUP_M = 1 if M <= 512 else 8
+    ordered = M <= 16384
     if problem.precision == TF32X3:
-        return Tile(BM, min(BN, 64), widest, 8, 8 if BM == 128 and BN >= 64 else 4, 3)
-    return Tile(BM, BN, widest, 8, 8 if BM * BN >= 128 * 128 else 4, 3)
+        return Tile(min(M, 64), min(BN, 64), BK, GROUP_M, 4, 2, 1, ordered)
+    if problem.itemsize == 2 and BN == 32 and M >= 1024:
+        BM = 256
+    return Tile(BM, BN, BK, GROUP_M, 4, 3, 1, ordered)
 
 
 def grad_values_tile(problem: Problem) -> GradTile:
@@ -151,12 +164,14 @@ def grad_values_tile(problem: Problem) -> GradTile:
     BC = min(max(_power_of_two(problem.c), 16), 128)
     if problem.itemsize == 8:
         return GradTile(16, min(BR, 32), min(BC, 32), 4, 2)
-    BM = 64 if problem.itemsize == 2 else 32
-    if BR * BC <= 1024:
-        BM *= 2
     if problem.precision == TF32X3:
-        return GradTile(BM, min(BR, 64), min(BC, 64), 8 if BR * BC >= 4096 else 4, 3)
-    return GradTile(BM, BR, BC, 8 if BR * BC >= 128 * 128 else 4, 3)
+        return GradTile(32, min(BR, 64), min(BC, 64), 4, 3)
+    if problem.itemsize == 4:
+        # Two warps: with four, the compiler takes the warpgroup product, whose TF32 operands must be transposed first.
+        return GradTile(64, min(BR, 64), min(BC, 64), 2, 3)
+    if BR * BC <= 1024:
+        return GradTile(128, BR, BC, 1 if BR * BC <= 256 else 2, 3)
+    return GradTile(64, BR, BC, 8 if BR * BC >= 128 * 128 else 4, 4)
 
 
 # Filled by tuning.py from the user's cache: problem -> tile. Looked at only when a launch is first prepared.
@@ -186,27 +201,30 @@ class _Kernel:
         self.options = {"num_warps": num_warps, "num_stages": num_stages}
         self.compiled: Any = None
 
-    def __call__(self, grid: tuple[int, int, int], *args: Any) -> None:
+    def __call__(
+        self, grid: tuple[int, int, int], index: int, tensors: tuple[Tensor, ...], *numbers: int
+    ) -> None:
         compiled = self.compiled
         if compiled is None:
-            compiled = self.function[grid](*args, *self.constants, **self.options)
+            compiled = self.function[grid](*tensors, *numbers, *self.constants, **self.options)
             if not INTERPRET:
                 self.compiled = compiled
             return
-        hooks = triton.knobs.runtime
-        enter = hooks.launch_enter_hook
+        enter = triton.knobs.runtime.launch_enter_hook
         if not _DIRECT_LAUNCH or (enter is not None and enter.calls):
-            compiled[grid](*args, *self.constants)
+            compiled[grid](*tensors, *numbers, *self.constants)
             return
+        # Addresses instead of tensors: for a tensor, Triton asks the driver whether its address is a GPU's.
         compiled.run(
             *grid,
-            torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice()),
+            torch._C._cuda_getCurrentRawStream(index),
             compiled.function,
             compiled.packed_metadata,
             None,
             None,
             None,
-            *args,
+            *[tensor.data_ptr() for tensor in tensors],
+            *numbers,
             *self.constants,
         )
 
@@ -249,14 +267,14 @@ class _Product:
             "STRIDE_N": 1 if transposed else problem.c,
             "STRIDE_K": problem.r if transposed else 1,
             "HAS_PERM": has_perm,
-            "HAS_ORDER": has_order,
             "HAS_LOW": has_low,
             "PRECISION": problem.precision,
             "FLOAT64": problem.itemsize == 8,
             "WIDE": wide,
         }
         self.accumulator = torch.float64 if problem.itemsize == 8 else torch.float32
-        self.ready = False
+        self.sizes = (problem.R, problem.C, problem.nnz)
+        self.has_order = has_order
         self.set_tile(_tile(problem, matmul_tile))
 
     def set_tile(self, tile: Tile) -> None:
@@ -268,25 +286,23 @@ class _Product:
             "HAS_BIAS": self.has_bias and not split,
             "ACTIVATION": 0 if split else self.activation,
             "SPLIT": split,
+            "HAS_ORDER": self.has_order and tile.ordered,
             "BM": tile.BM,
             "BN": tile.BN,
             "BK": tile.BK,
             "GROUP_M": tile.GROUP_M,
         }
         self.kernel = _Kernel(kernels.bsr_matmul_kernel, constants, tile.num_warps, tile.num_stages)
-        self.reduce = (
-            _Kernel(
-                kernels.sum_splits_kernel,
-                {"HAS_BIAS": self.has_bias, "ACTIVATION": self.activation, "BLOCK": 256},
-                4,
-                2,
-            )
-            if split
-            else None
+        self.reduce = _Kernel(
+            kernels.sum_splits_kernel,
+            {"HAS_BIAS": self.has_bias, "ACTIVATION": self.activation, "BLOCK": 256},
+            4,
+            2,
         )
 
     def __call__(
         self,
+        index: int,
         x: Tensor,
         start: Tensor,
         block: Tensor,
@@ -299,47 +315,24 @@ class _Product:
         stride_m: int,
         stride_k: int,
     ) -> Tensor:
-        if not self.ready:
-            return self._first(
-                x, start, block, perm, order, values, low, bias, M, stride_m, stride_k
-            )
-        N, splits, problem = self.N, self.splits, self.problem
+        N, splits = self.N, self.splits
         y = torch.empty((M, N), dtype=x.dtype, device=x.device)
         out = y
         if splits > 1:
             out = torch.empty((splits, M, N), dtype=self.accumulator, device=x.device)
         if bias is None:
             bias = x
-        self.kernel(
-            (-(-M // self.tile.BM) * self.n_columns, splits, 1),
-            x,
-            start,
-            block,
-            perm,
-            order,
-            values,
-            low,
-            bias,
-            out,
-            M,
-            stride_m,
-            stride_k,
-            N,
-            problem.R,
-            problem.C,
-            problem.nnz,
-        )
-        if self.reduce is not None:
-            self.reduce((-(-M * N // 256), 1, 1), out, bias, y, M * N, N, splits)
-        return y
-
-    def _first(self, *args: Any) -> Tensor:
-        self.ready = True
+        tensors = (x, start, block, perm, order, values, low, bias, out)
         while True:
+            grid = (-(-M // self.tile.BM) * self.n_columns, splits, 1)
             try:
-                return self(*args)
+                self.kernel(grid, index, tensors, M, stride_m, stride_k, N, *self.sizes)
+                break
             except OutOfResources:
                 self.set_tile(_smaller(self.tile))
+        if splits > 1:
+            self.reduce((-(-M * N // 256), 1, 1), index, (out, bias, y), M * N, N, splits)
+        return y
 
 
 class _BlockGradient:
@@ -349,7 +342,6 @@ class _BlockGradient:
         self.problem = problem
         self.wide = wide
         self.accumulator = torch.float64 if problem.itemsize == 8 else torch.float32
-        self.ready = False
         self.set_tile(_tile(problem, grad_values_tile))
 
     def set_tile(self, tile: GradTile) -> None:
@@ -380,52 +372,46 @@ class _BlockGradient:
         )
 
     def __call__(
-        self, grad: Tensor, x: Tensor, row: Tensor, col: Tensor, strides: tuple[int, int, int, int]
+        self,
+        index: int,
+        grad: Tensor,
+        x: Tensor,
+        row: Tensor,
+        col: Tensor,
+        strides: tuple[int, int, int, int],
     ) -> Tensor:
-        if not self.ready:
-            return self._first(grad, x, row, col, strides)
-        problem, tile = self.problem, self.tile
-        M = x.shape[0]
-        numel = problem.nnz * problem.r * problem.c
-        out = torch.empty((problem.nnz, problem.r, problem.c), dtype=grad.dtype, device=grad.device)
-        # At least 8 steps a program: below that, adding up the parts costs more than the parallelism brings.
-        splits = max(
-            1,
-            min(
-                -(-tile.waves * problem.n_processors // self.n_tiles),
-                M // (8 * tile.BM),
-            ),
-        )
-        tokens = -(-M // (splits * tile.BM)) * tile.BM
-        splits = -(-M // tokens)
-        target = out
-        if splits > 1:
-            target = torch.empty((splits, numel), dtype=self.accumulator, device=grad.device)
-        self.kernels[splits > 1](
-            (self.n_tiles * splits, 1, 1),
-            grad,
-            x,
-            row,
-            col,
-            target,
-            M,
-            *strides,
-            problem.R,
-            problem.C,
-            problem.nnz,
-            tokens,
-        )
-        if splits > 1:
-            self.reduce((-(-numel // 256), 1, 1), target, out, out, numel, 1, splits)
-        return out
-
-    def _first(self, *args: Any) -> Tensor:
-        self.ready = True
+        problem = self.problem
+        M, nnz = x.shape[0], problem.nnz
+        numel = nnz * problem.r * problem.c
+        out = torch.empty((nnz, problem.r, problem.c), dtype=grad.dtype, device=grad.device)
         while True:
+            tile = self.tile
+            # At least 8 steps a program: below that, adding up the parts costs more than the parallelism brings.
+            splits = -(-tile.waves * problem.n_processors // self.n_tiles)
+            splits = max(1, min(splits, M // (8 * tile.BM)))
+            tokens = -(-M // (splits * tile.BM)) * tile.BM
+            splits = -(-M // tokens)
+            target = out
+            if splits > 1:
+                target = torch.empty((splits, numel), dtype=self.accumulator, device=grad.device)
             try:
-                return self(*args)
+                self.kernels[splits > 1](
+                    (self.n_tiles * splits, 1, 1),
+                    index,
+                    (grad, x, row, col, target),
+                    M,
+                    *strides,
+                    problem.R,
+                    problem.C,
+                    nnz,
+                    tokens,
+                )
+                break
             except OutOfResources:
-                self.set_tile(_smaller(self.tile))
+                self.set_tile(_smaller(tile))
+        if splits > 1:
+            self.reduce((-(-numel // 256), 1, 1), index, (target, out, out), numel, 1, splits)
+        return out
 
 
 _launches: dict[tuple, Any] = {}
@@ -537,9 +523,10 @@ def _plain_forward(
         _remember(key, launch)
     low = values
     if precision == TF32X3 and bucket > 512:
-        values, low = _split_tf32(values, None, False)
+        values, low = _split_tf32(values, None, False, index)
     # The plan starts with row_order; None stands in by crow, which is then not read.
     return launch(
+        index,
         x,
         crow,
         col,
@@ -557,13 +544,15 @@ def _plain_forward(
 _split_kernels: dict[tuple, _Kernel] = {}
 
 
-def _split_tf32(values: Tensor, perm: Tensor | None, transpose: bool) -> tuple[Tensor, Tensor]:
+def _split_tf32(
+    values: Tensor, perm: Tensor | None, transpose: bool, index: int
+) -> tuple[Tensor, Tensor]:
     """High and low TF32 parts of the stored blocks, permuted and transposed as asked."""
     nnz, r, c = values.shape
     parts = torch.empty((2, nnz, r * c), dtype=torch.float32, device=values.device)
     if nnz == 0:
         return parts[0], parts[1]
-    key = (values.device, r, c, transpose, perm is None, values.data_ptr() & 15 == 0)
+    key = (index, r, c, transpose, perm is None, values.data_ptr() & 15 == 0)
     kernel = _split_kernels.get(key)
     if kernel is None:
         kernel = _Kernel(
@@ -580,19 +569,16 @@ def _split_tf32(values: Tensor, perm: Tensor | None, transpose: bool) -> tuple[T
             2,
         )
         _split_kernels[key] = kernel
-    kernel(
-        (-(-nnz * r * c // 1024), 1, 1),
-        values,
-        values if perm is None else perm,
-        parts,
-        nnz,
-    )
+    tensors = (values, values if perm is None else perm, parts)
+    kernel((-(-nnz * r * c // 1024), 1, 1), index, tensors, nnz)
     return parts[0], parts[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The Hopper kernel, if there is one.
 
+# Below this many tokens the plain kernel is as fast, with less to set up.
+HOPPER_TOKENS = 1024
 _hopper: ModuleType | None = None
 _hopper_reason: str | None = None  # None: not looked for yet
 
@@ -649,7 +635,7 @@ def forward(
         if index != torch._C._cuda_getDevice():
             with torch.cuda.device(index):
                 return forward(x, crow, col, values, bias, activation, plan)
-        if _device(index).capability == 90:
+        if x.shape[0] >= HOPPER_TOKENS and _device(index).capability == 90:
             hopper = _load_hopper()
             if hopper is not None and hopper.supports(x, crow, col, values, bias, activation, plan):
                 return hopper.forward(x, crow, col, values, bias, activation, plan)
@@ -721,8 +707,9 @@ def grad_x(
         _remember(key, launch)
     low = values
     if packed:
-        values, low = _split_tf32(values, parts.perm_t, True)
+        values, low = _split_tf32(values, parts.perm_t, True, index)
     return launch(
+        index,
         grad,
         parts.crow_t,
         parts.row_t,
@@ -793,7 +780,7 @@ def grad_values(
             _TALLEST * strides[0] + r * strides[1], _TALLEST * strides[2] + c * strides[3], r * c
         )
         launch = _remember(key, _BlockGradient(problem, wide))
-    return launch(grad, x, parts.row_indices, col, strides)
+    return launch(index, grad, x, parts.row_indices, col, strides)
 
 
 def backend_info() -> dict[str, object]:

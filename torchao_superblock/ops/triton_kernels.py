@@ -27,6 +27,11 @@ TF32 = 1  # float32 rounded to TF32: one product
 TF32X3 = 2  # float32 as a high and a low TF32 part: three products, float32-level error
 FMA = 3  # float32 without tensor cores, for GPUs that have no TF32
 
+# A compiled kernel serves every value of these: batch sizes differ from call to call, and the parts of a plan start
+# anywhere. Strides and the addresses of x and values are left to Triton, which makes wide loads of them.
+_NUMBERS = ("M", "numel", "n_splits", "n_block_rows", "n_block_cols", "nnz", "tokens_per_split")
+_INDICES = ("start_ptr", "block_ptr", "perm_ptr", "order_ptr", "row_ptr", "col_ptr", "bias_ptr")
+
 
 @triton.jit
 def _activate(z, ACTIVATION: tl.constexpr):
@@ -58,6 +63,30 @@ def _tf32_low(x, high):
 
 
 @triton.jit
+def _three_products(a, b, b_low, acc, acc_low, B_IS_HIGH: tl.constexpr):
+    """One step of a float32 product out of TF32 ones. The small products are summed apart (see _add_low)."""
+    a_high = _tf32_high(a)
+    a_low = _tf32_low(a, a_high)
+    if B_IS_HIGH:
+        b_high = b
+    else:
+        b_high = _tf32_high(b)
+        b_low = _tf32_low(b, b_high)
+    acc_low = tl.dot(a_low, b_high, acc_low, input_precision="tf32")
+    acc_low = tl.dot(a_high, b_low, acc_low, input_precision="tf32")
+    # Tensor cores cut off what they add to a running sum, always towards zero: over hundreds of steps that alone is an
+    # error of 1e-6. So they sum one step, and ordinary additions, which round to nearest, sum the steps.
+    step = tl.dot(a_high, b_high, input_precision="tf32", max_num_imprecise_acc=1)
+    return acc + step, acc_low
+
+
+@triton.jit
+def _add_low(acc, acc_low):
+    """The full sum. What an infinite input made of the small products (inf * 0) is dropped."""
+    return acc + tl.where(acc_low == acc_low, acc_low, 0.0)
+
+
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_INDICES)
 def bsr_matmul_kernel(
     x_ptr,  # (M, C * c), any strides
     start_ptr,  # (R + 1,) where each block row starts in block_ptr
@@ -139,7 +168,6 @@ def bsr_matmul_kernel(
 
     acc = tl.zeros((BM, BN), acc_dtype)
     if PRECISION == 2:
-        # The small products are summed apart: more exact, and what an infinite x makes of them can be dropped.
         acc_low = tl.zeros((BM, BN), tl.float32)
 
     if c % BK == 0:
@@ -167,17 +195,10 @@ def bsr_matmul_kernel(
             else:
                 block = following
             if PRECISION == 2:
-                x_high = _tf32_high(x)
-                x_low = _tf32_low(x, x_high)
+                w_low = w
                 if HAS_LOW:
-                    w_high = w
                     w_low = tl.load(low_ptr + w_base + w_tile)
-                else:
-                    w_high = _tf32_high(w)
-                    w_low = _tf32_low(w, w_high)
-                acc_low = tl.dot(x_low, w_high, acc_low, input_precision="tf32")
-                acc_low = tl.dot(x_high, w_low, acc_low, input_precision="tf32")
-                acc = tl.dot(x_high, w_high, acc, input_precision="tf32")
+                acc, acc_low = _three_products(x, w, w_low, acc, acc_low, HAS_LOW)
             elif PRECISION == 1:
                 acc = tl.dot(x, w, acc, input_precision="tf32")
             else:
@@ -207,24 +228,17 @@ def bsr_matmul_kernel(
             w_tile = (n_in * STRIDE_N)[None, :] + w_columns[:, None]
             w = tl.load(values_ptr + w_tile, mask=inside[:, None], other=0.0)
             if PRECISION == 2:
-                x_high = _tf32_high(x)
-                x_low = _tf32_low(x, x_high)
+                w_low = w
                 if HAS_LOW:
-                    w_high = w
                     w_low = tl.load(low_ptr + w_tile, mask=inside[:, None], other=0.0)
-                else:
-                    w_high = _tf32_high(w)
-                    w_low = _tf32_low(w, w_high)
-                acc_low = tl.dot(x_low, w_high, acc_low, input_precision="tf32")
-                acc_low = tl.dot(x_high, w_low, acc_low, input_precision="tf32")
-                acc = tl.dot(x_high, w_high, acc, input_precision="tf32")
+                acc, acc_low = _three_products(x, w, w_low, acc, acc_low, HAS_LOW)
             elif PRECISION == 1:
                 acc = tl.dot(x, w, acc, input_precision="tf32")
             else:
                 acc = tl.dot(x, w, acc, input_precision="ieee", out_dtype=acc_dtype)
 
     if PRECISION == 2:
-        acc += tl.where(acc_low == acc_low, acc_low, 0.0)
+        acc = _add_low(acc, acc_low)
     y_n = row.to(tl.int64) * r + n
     stored = (m[:, None] < M - m0) & (n[None, :] < r)
     y_base = y_ptr + m0.to(tl.int64) * N
@@ -239,7 +253,7 @@ def bsr_matmul_kernel(
     tl.store(y_tile, acc.to(y_ptr.dtype.element_ty), mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_INDICES)
 def sum_splits_kernel(
     partial_ptr,  # (splits, numel)
     bias_ptr,  # (N,), if HAS_BIAS
@@ -263,7 +277,7 @@ def sum_splits_kernel(
     tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_INDICES)
 def split_tf32_kernel(
     values_ptr,  # (nnz, r, c)
     perm_ptr,  # (nnz,), if HAS_PERM
@@ -297,7 +311,7 @@ def split_tf32_kernel(
     tl.store(out_ptr + numel + i, _tf32_low(value, high), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_INDICES)
 def grad_values_kernel(
     grad_ptr,  # (M, R * r), any strides
     x_ptr,  # (M, C * c), any strides
@@ -379,19 +393,13 @@ def grad_values_kernel(
         x_tile += tl.cast(BM, tl.int64) * x_stride_m
         grad_t = tl.trans(grad)
         if PRECISION == 2:
-            g_high = _tf32_high(grad_t)
-            g_low = _tf32_low(grad_t, g_high)
-            x_high = _tf32_high(x)
-            x_low = _tf32_low(x, x_high)
-            acc_low = tl.dot(g_low, x_high, acc_low, input_precision="tf32")
-            acc_low = tl.dot(g_high, x_low, acc_low, input_precision="tf32")
-            acc = tl.dot(g_high, x_high, acc, input_precision="tf32")
+            acc, acc_low = _three_products(grad_t, x, x, acc, acc_low, False)
         elif PRECISION == 1:
             acc = tl.dot(grad_t, x, acc, input_precision="tf32")
         else:
             acc = tl.dot(grad_t, x, acc, input_precision="ieee", out_dtype=acc_dtype)
     if PRECISION == 2:
-        acc += tl.where(acc_low == acc_low, acc_low, 0.0)
+        acc = _add_low(acc, acc_low)
     out = out_ptr + block.to(tl.int64) * (r * c)
     if SPLIT:
         out += split.to(tl.int64) * nnz * (r * c)
