@@ -197,6 +197,7 @@ class _Kernel:
         self.function = function
         names = [name for name in function.arg_names if name in constants]
         assert len(names) == len(constants), (names, constants)
+        self.constants_by_name = constants
         self.constants = tuple(constants[name] for name in names)
         self.options = {"num_warps": num_warps, "num_stages": num_stages}
         self.compiled: Any = None
@@ -229,6 +230,19 @@ class _Kernel:
         )
 
 
+class _TracedKernel(_Kernel):
+    """A kernel whose launch is recorded in the graph that is being traced, for compilers to take over."""
+
+    def __call__(
+        self, grid: tuple[int, int, int], index: int, tensors: tuple[Tensor, ...], *numbers: int
+    ) -> None:
+        names = [name for name in self.function.arg_names if name not in self.constants_by_name]
+        arguments = dict(zip(names, (*tensors, *numbers), strict=True))
+        torch.library.wrap_triton(self.function)[grid](
+            **arguments, **self.constants_by_name, **self.options
+        )
+
+
 def _smaller(tile: Any) -> Any:
     """A tile that needs less shared memory, for GPUs that have less of it than those the rules were made on."""
     if tile.num_stages > 2:
@@ -256,10 +270,13 @@ class _Product:
         has_low: bool,
         activation: str,
         wide: bool,
+        kernel_type: type[_Kernel] = _Kernel,
     ) -> None:
         self.problem = problem
+        self.kernel_type = kernel_type
         self.N = problem.R * problem.r
         self.activation = kernels.ACTIVATION_CODES[activation]
+        self.has_low = has_low
         self.has_bias = has_bias
         self.constants = {
             "r": problem.r,
@@ -292,8 +309,10 @@ class _Product:
             "BK": tile.BK,
             "GROUP_M": tile.GROUP_M,
         }
-        self.kernel = _Kernel(kernels.bsr_matmul_kernel, constants, tile.num_warps, tile.num_stages)
-        self.reduce = _Kernel(
+        self.kernel = self.kernel_type(
+            kernels.bsr_matmul_kernel, constants, tile.num_warps, tile.num_stages
+        )
+        self.reduce = self.kernel_type(
             kernels.sum_splits_kernel,
             {"HAS_BIAS": self.has_bias, "ACTIVATION": self.activation, "BLOCK": 256},
             4,
@@ -443,12 +462,21 @@ def _strides(x: Tensor) -> tuple[int, int]:
 
 
 def _problem(
-    kind: str, x: Tensor, R: int, C: int, r: int, c: int, nnz: int, precision: int, index: int
+    kind: str,
+    bucket: int,
+    x: Tensor,
+    R: int,
+    C: int,
+    r: int,
+    c: int,
+    nnz: int,
+    precision: int,
+    index: int,
 ) -> Problem:
     capability, n_processors = _device(index)
     return Problem(
         kind,
-        m_bucket(x.shape[0]),
+        bucket,
         R,
         C,
         r,
@@ -506,25 +534,16 @@ def _plain_forward(
     )
     launch = _launches.get(key)
     if launch is None:
-        problem = _problem("forward", x, R, K // c, r, c, nnz, precision, index)
-        wide = _needs_64_bits(
-            _TALLEST * stride_m + K * stride_k, _TALLEST * R * r, (nnz + 1) * r * c
+        launch = _remember(
+            key,
+            _forward_product(
+                x, crow, values, bias, activation, plan, bucket, (stride_m, stride_k), index
+            ),
         )
-        launch = _Product(
-            problem,
-            transposed=False,
-            has_perm=False,
-            has_order=plan is not None,
-            has_bias=bias is not None,
-            has_low=precision == TF32X3 and bucket > 512,
-            activation=activation,
-            wide=wide,
-        )
-        _remember(key, launch)
     low = values
-    if precision == TF32X3 and bucket > 512:
+    if launch.has_low:
         values, low = _split_tf32(values, None, False, index)
-    # The plan starts with row_order; None stands in by crow, which is then not read.
+    # The plan starts with row_order; without one crow stands in and is not read as an order.
     return launch(
         index,
         x,
@@ -541,36 +560,74 @@ def _plain_forward(
     )
 
 
+def _forward_product(
+    x: Tensor,
+    crow: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    plan: Tensor | None,
+    bucket: int,
+    strides: tuple[int, int],
+    index: int,
+    kernel_type: type[_Kernel] = _Kernel,
+) -> _Product:
+    K = x.shape[1]
+    nnz, r, c = values.shape
+    R = crow.shape[0] - 1
+    precision = _precision(x.dtype, index)
+    return _Product(
+        _problem("forward", bucket, x, R, K // c, r, c, nnz, precision, index),
+        transposed=False,
+        has_perm=False,
+        has_order=plan is not None,
+        has_bias=bias is not None,
+        # Splitting the values beforehand pays where many tiles of tokens read them.
+        has_low=precision == TF32X3 and bucket > 512,
+        activation=activation,
+        wide=_needs_64_bits(
+            _TALLEST * strides[0] + K * strides[1], _TALLEST * R * r, (nnz + 1) * r * c
+        ),
+        kernel_type=kernel_type,
+    )
+
+
 _split_kernels: dict[tuple, _Kernel] = {}
 
 
+def _split_kernel(
+    r: int, c: int, has_perm: bool, transpose: bool, kernel_type: type[_Kernel] = _Kernel
+) -> _Kernel:
+    constants = {
+        "n": c if transpose else r,
+        "k": r if transpose else c,
+        "STRIDE_N": 1 if transpose else c,
+        "STRIDE_K": c if transpose else 1,
+        "HAS_PERM": has_perm,
+        "BLOCK": 1024,
+    }
+    return kernel_type(kernels.split_tf32_kernel, constants, 4, 2)
+
+
 def _split_tf32(
-    values: Tensor, perm: Tensor | None, transpose: bool, index: int
+    values: Tensor,
+    perm: Tensor | None,
+    transpose: bool,
+    index: int,
+    kernel: _Kernel | None = None,
 ) -> tuple[Tensor, Tensor]:
     """High and low TF32 parts of the stored blocks, permuted and transposed as asked."""
     nnz, r, c = values.shape
     parts = torch.empty((2, nnz, r * c), dtype=torch.float32, device=values.device)
-    if nnz == 0:
-        return parts[0], parts[1]
-    key = (index, r, c, transpose, perm is None, values.data_ptr() & 15 == 0)
-    kernel = _split_kernels.get(key)
-    if kernel is None:
-        kernel = _Kernel(
-            kernels.split_tf32_kernel,
-            {
-                "n": c if transpose else r,
-                "k": r if transpose else c,
-                "STRIDE_N": 1 if transpose else c,
-                "STRIDE_K": c if transpose else 1,
-                "HAS_PERM": perm is not None,
-                "BLOCK": 1024,
-            },
-            4,
-            2,
-        )
-        _split_kernels[key] = kernel
-    tensors = (values, values if perm is None else perm, parts)
-    kernel((-(-nnz * r * c // 1024), 1, 1), index, tensors, nnz)
+    if nnz > 0:
+        if kernel is None:
+            key = (index, r, c, transpose, perm is None, values.data_ptr() & 15 == 0)
+            kernel = _split_kernels.get(key)
+            if kernel is None:
+                kernel = _split_kernel(r, c, perm is not None, transpose)
+                _split_kernels[key] = kernel
+        tensors = (values, values if perm is None else perm, parts)
+        kernel((-(-nnz * r * c // 1024), 1, 1), index, tensors, nnz)
     return parts[0], parts[1]
 
 
@@ -642,6 +699,50 @@ def forward(
     return _plain_forward(x, crow, col, values, bias, activation, plan, index)
 
 
+class traceable:
+    """A backend whose forward can be traced into a graph: plain Triton launches that compilers see.
+
+    ``torch.export`` keeps the op whole, which is right for a program that Python runs. A compiled package has no
+    Python, so an ahead-of-time compiler is given this instead; see ``aot.py``.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        crow: Tensor,
+        col: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        activation: str,
+        plan: Tensor | None,
+    ) -> Tensor:
+        """As :func:`forward`, for tensors without data. A dynamic M takes the tile that suits its example value."""
+        M = x.shape[0]
+        example = M
+        if isinstance(M, torch.SymInt):
+            example = M.node.hint if M.node.has_hint() else 4096
+        index = x.device.index or 0
+        strides = (x.stride(0), x.stride(1))
+        launch = _forward_product(
+            x,
+            crow,
+            values,
+            bias,
+            activation,
+            plan,
+            m_bucket(example),
+            strides,
+            index,
+            _TracedKernel,
+        )
+        low = values
+        if launch.has_low:
+            split = _split_kernel(values.shape[1], values.shape[2], False, False, _TracedKernel)
+            values, low = _split_tf32(values, None, False, index, split)
+        order = crow if plan is None else plan
+        return launch(index, x, crow, col, col, order, values, low, bias, M, strides[0], strides[1])
+
+
 def grad_x(
     grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, plan: Tensor, n_block_cols: int
 ) -> Tensor:
@@ -689,7 +790,9 @@ def grad_x(
     launch = _launches.get(key)
     if launch is None:
         # The roles of rows and columns change places.
-        problem = _problem("grad_x", grad, n_block_cols, R, c, r, nnz, precision, index)
+        problem = _problem(
+            "grad_x", m_bucket(M), grad, n_block_cols, R, c, r, nnz, precision, index
+        )
         launch = _Product(
             problem,
             transposed=not packed,
@@ -775,7 +878,8 @@ def grad_values(
     )
     launch = _launches.get(key)
     if launch is None:
-        problem = _problem("grad_values", x, R, C, r, c, nnz, precision, index)
+        bucket = m_bucket(x.shape[0])
+        problem = _problem("grad_values", bucket, x, R, C, r, c, nnz, precision, index)
         wide = _needs_64_bits(
             _TALLEST * strides[0] + r * strides[1], _TALLEST * strides[2] + c * strides[3], r * c
         )
