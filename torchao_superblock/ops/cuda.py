@@ -174,12 +174,21 @@ def grad_values_tile(problem: Problem) -> GradTile:
     return GradTile(64, BR, BC, 8 if BR * BC >= 128 * 128 else 4, 4)
 
 
-# Filled by tuning.py from the user's cache: problem -> tile. Looked at only when a launch is first prepared.
+# What tuning.py found on this machine: a tile for a problem, and the problems for which plain Triton beats the Gluon
+# kernel. Both are looked at only when a launch is first prepared.
 _tuned: dict[Problem, Tile | GradTile] = {}
-_tuned_loader: Callable[[int], None] | None = None
+_plain_is_faster: set[Problem] = set()
+_tuned_devices: set[int] = set()
+# While a model is being tuned, called with the arguments of every forward.
+_recorder: Callable[..., None] | None = None
 
 
-def _tile(problem: Problem, rule: Callable[[Problem], Any]) -> Any:
+def _tile(problem: Problem, rule: Callable[[Problem], Any], index: int) -> Any:
+    if index not in _tuned_devices:
+        _tuned_devices.add(index)
+        from torchao_superblock.ops import tuning
+
+        tuning.load(index)
     return _tuned.get(problem) or rule(problem)
 
 
@@ -229,6 +238,24 @@ class _Kernel:
             *self.constants,
         )
 
+    def bind(
+        self, grid: tuple[int, int, int], index: int, *numbers: int
+    ) -> Callable[..., None] | None:
+        """A launch with everything but the addresses filled in; None before the first launch or where not possible."""
+        compiled = self.compiled
+        if compiled is None or not _DIRECT_LAUNCH:
+            return None
+        run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+        current_stream = torch._C._cuda_getCurrentRawStream
+        X, Y, Z = grid
+        rest = (*numbers, *self.constants)
+
+        def launch(*addresses: int) -> None:
+            stream = current_stream(index)
+            run(X, Y, Z, stream, function, metadata, None, None, None, *addresses, *rest)
+
+        return launch
+
 
 class _TracedKernel(_Kernel):
     """A kernel whose launch is recorded in the graph that is being traced, for compilers to take over."""
@@ -262,6 +289,7 @@ class _Product:
     def __init__(
         self,
         problem: Problem,
+        index: int,
         *,
         transposed: bool,
         has_perm: bool,
@@ -292,7 +320,7 @@ class _Product:
         self.accumulator = torch.float64 if problem.itemsize == 8 else torch.float32
         self.sizes = (problem.R, problem.C, problem.nnz)
         self.has_order = has_order
-        self.set_tile(_tile(problem, matmul_tile))
+        self.set_tile(_tile(problem, matmul_tile, index))
 
     def set_tile(self, tile: Tile) -> None:
         self.tile = tile
@@ -353,15 +381,55 @@ class _Product:
             self.reduce((-(-M * N // 256), 1, 1), index, (out, bias, y), M * N, N, splits)
         return y
 
+    def bind(
+        self, index: int, M: int, stride_m: int, stride_k: int
+    ) -> Callable[..., Tensor] | None:
+        """The forward for exactly this M, with nothing left to decide; None if it cannot be had."""
+        N, splits = self.N, self.splits
+        grid = (-(-M // self.tile.BM) * self.n_columns, splits, 1)
+        launch = self.kernel.bind(grid, index, M, stride_m, stride_k, N, *self.sizes)
+        grid = (-(-M * N // 256), 1, 1)
+        reduce = self.reduce.bind(grid, index, M * N, N, splits) if splits > 1 else None
+        if launch is None or self.has_low or (splits > 1 and reduce is None):
+            return None
+        shape, accumulator, activity = (M, N), self.accumulator, triton.knobs.runtime
+
+        def forward(
+            x: Tensor,
+            crow: Tensor,
+            col: Tensor,
+            values: Tensor,
+            bias: Tensor | None,
+            plan: Tensor | None,
+        ) -> Tensor | None:
+            hook = activity.launch_enter_hook
+            if hook is not None and hook.calls:
+                return None  # a profiler wants to see launches: take the long way
+            y = x.new_empty(shape)
+            at, x_at, col_at, y_at = crow.data_ptr(), x.data_ptr(), col.data_ptr(), y.data_ptr()
+            order_at = at if plan is None else plan.data_ptr()
+            values_at = values.data_ptr()
+            bias_at = x_at if bias is None else bias.data_ptr()
+            out_at = y_at
+            if splits > 1:
+                out = x.new_empty((splits, *shape), dtype=accumulator)
+                out_at = out.data_ptr()
+            launch(x_at, at, col_at, col_at, order_at, values_at, values_at, bias_at, out_at)
+            if splits > 1:
+                reduce(out_at, bias_at, y_at)
+            return y
+
+        return forward
+
 
 class _BlockGradient:
     """A prepared ``grad_values_kernel`` launch: everything but the tensors and M."""
 
-    def __init__(self, problem: Problem, wide: bool) -> None:
+    def __init__(self, problem: Problem, index: int, wide: bool) -> None:
         self.problem = problem
         self.wide = wide
         self.accumulator = torch.float64 if problem.itemsize == 8 else torch.float32
-        self.set_tile(_tile(problem, grad_values_tile))
+        self.set_tile(_tile(problem, grad_values_tile, index))
 
     def set_tile(self, tile: GradTile) -> None:
         self.tile = tile
@@ -433,22 +501,25 @@ class _BlockGradient:
         return out
 
 
+# Prepared launches by what the choice of tile rests on, and forward calls by their exact shapes.
 _launches: dict[tuple, Any] = {}
-# A program that keeps making new strides or shapes must not grow this for ever; rebuilding an entry is cheap, because
-# Triton keeps the compiled kernels.
-_MOST_LAUNCHES = 4096
+_bound: dict[tuple, Callable[..., Tensor | None]] = {}
+# A program that keeps making new shapes must not grow these for ever; rebuilding an entry is cheap, because Triton
+# keeps the compiled kernels.
+_MOST_ENTRIES = 4096
 
 
-def _remember(key: tuple, launch: Any) -> Any:
-    if len(_launches) >= _MOST_LAUNCHES:
-        _launches.clear()
-    _launches[key] = launch
-    return launch
+def _remember(entries: dict[tuple, Any], key: tuple, entry: Any) -> Any:
+    if len(entries) >= _MOST_ENTRIES:
+        entries.clear()
+    entries[key] = entry
+    return entry
 
 
 def forget_launches() -> None:
     """Decide anew at the next call (after tuning)."""
     _launches.clear()
+    _bound.clear()
 
 
 def _strides(x: Tensor) -> tuple[int, int]:
@@ -507,57 +578,53 @@ def _plain_forward(
     plan: Tensor | None,
     index: int,
 ) -> Tensor:
-    M, K = x.shape
-    nnz, r, c = values.shape
-    R = crow.shape[0] - 1
-    stride_m, stride_k = _strides(x)
-    precision = _precision(x.dtype, index)
-    bucket = m_bucket(M)
-    key = (
-        "forward",
-        index,
-        bucket,
-        K,
-        R,
-        nnz,
-        r,
-        c,
-        stride_m,
-        stride_k,
+    # What this very call decided last time.
+    exact_key = (
+        x.shape,
+        x.stride(),
+        values.shape,
+        crow.shape,
         x.dtype,
-        precision,
         activation,
         bias is None,
         plan is None,
-        x.data_ptr() & 15 == 0,
-        values.data_ptr() & 15 == 0,
+        x.data_ptr() % 16,
+        values.data_ptr() % 16,
+        index,
+        x.dtype == torch.float32 and allows_tf32(),
     )
+    bound = _bound.get(exact_key)
+    if bound is not None:
+        y = bound(x, crow, col, values, bias, plan)
+        if y is not None:
+            return y
+    M, K = x.shape
+    stride_m, stride_k = _strides(x)
+    bucket = m_bucket(M)
+    # What calls with about as many tokens decided.
+    key = ("forward", bucket, K, stride_m, stride_k, *exact_key[2:])
     launch = _launches.get(key)
     if launch is None:
-        launch = _remember(
-            key,
-            _forward_product(
-                x, crow, values, bias, activation, plan, bucket, (stride_m, stride_k), index
-            ),
-        )
+        strides = (stride_m, stride_k)
+        launch = _forward_product(x, crow, values, bias, activation, plan, bucket, strides, index)
+        _remember(_launches, key, launch)
     low = values
     if launch.has_low:
         values, low = _split_tf32(values, None, False, index)
     # The plan starts with row_order; without one crow stands in and is not read as an order.
-    return launch(
-        index,
-        x,
-        crow,
-        col,
-        col,
-        crow if plan is None else plan,
-        values,
-        low,
-        bias,
-        M,
-        stride_m,
-        stride_k,
-    )
+    order = crow if plan is None else plan
+    y = launch(index, x, crow, col, col, order, values, low, bias, M, stride_m, stride_k)
+    bound = launch.bind(index, M, stride_m, stride_k)
+    if bound is not None:
+        _remember(_bound, exact_key, bound)
+    return y
+
+
+def _forward_problem(x: Tensor, crow: Tensor, values: Tensor, bucket: int, index: int) -> Problem:
+    nnz, r, c = values.shape
+    precision = _precision(x.dtype, index)
+    R, C = crow.shape[0] - 1, x.shape[1] // c
+    return _problem("forward", bucket, x, R, C, r, c, nnz, precision, index)
 
 
 def _forward_product(
@@ -573,17 +640,17 @@ def _forward_product(
     kernel_type: type[_Kernel] = _Kernel,
 ) -> _Product:
     K = x.shape[1]
-    nnz, r, c = values.shape
-    R = crow.shape[0] - 1
-    precision = _precision(x.dtype, index)
+    problem = _forward_problem(x, crow, values, bucket, index)
+    R, r, c, nnz = problem.R, problem.r, problem.c, problem.nnz
     return _Product(
-        _problem("forward", bucket, x, R, K // c, r, c, nnz, precision, index),
+        problem,
+        index,
         transposed=False,
         has_perm=False,
         has_order=plan is not None,
         has_bias=bias is not None,
         # Splitting the values beforehand pays where many tiles of tokens read them.
-        has_low=precision == TF32X3 and bucket > 512,
+        has_low=problem.precision == TF32X3 and bucket > 512,
         activation=activation,
         wide=_needs_64_bits(
             _TALLEST * strides[0] + K * strides[1], _TALLEST * R * r, (nnz + 1) * r * c
@@ -656,6 +723,29 @@ def _load_hopper() -> ModuleType | None:
     return _hopper
 
 
+def hopper_kernel(
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    plan: Tensor | None,
+    index: int,
+) -> ModuleType | None:
+    """The Gluon kernel's module if it serves this call, and faster than plain Triton as far as is known."""
+    if INTERPRET or _device(index).capability != 90:
+        return None
+    hopper = _load_hopper()
+    if hopper is None or not hopper.supports(x, crow, col, values, bias, activation, plan):
+        return None
+    if _plain_is_faster:
+        problem = _forward_problem(x, crow, values, m_bucket(x.shape[0]), index)
+        if problem in _plain_is_faster:
+            return None
+    return hopper
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What ops/bsr_linear.py calls.
 
@@ -688,14 +778,15 @@ def forward(
         ``(M, R * r)`` contiguous.
     """
     index = _index(x)
-    if not INTERPRET:
-        if index != torch._C._cuda_getDevice():
-            with torch.cuda.device(index):
-                return forward(x, crow, col, values, bias, activation, plan)
-        if x.shape[0] >= HOPPER_TOKENS and _device(index).capability == 90:
-            hopper = _load_hopper()
-            if hopper is not None and hopper.supports(x, crow, col, values, bias, activation, plan):
-                return hopper.forward(x, crow, col, values, bias, activation, plan)
+    if not INTERPRET and index != torch._C._cuda_getDevice():
+        with torch.cuda.device(index):
+            return forward(x, crow, col, values, bias, activation, plan)
+    if _recorder is not None:
+        _recorder(x, crow, col, values, bias, activation, plan)
+    if x.shape[0] >= HOPPER_TOKENS:
+        hopper = hopper_kernel(x, crow, col, values, bias, activation, plan, index)
+        if hopper is not None:
+            return hopper.forward(x, crow, col, values, bias, activation, plan)
     return _plain_forward(x, crow, col, values, bias, activation, plan, index)
 
 
@@ -795,6 +886,7 @@ def grad_x(
         )
         launch = _Product(
             problem,
+            index,
             transposed=not packed,
             has_perm=not packed,
             has_order=True,
@@ -807,7 +899,7 @@ def grad_x(
                 (nnz + 1) * r * c,
             ),
         )
-        _remember(key, launch)
+        _remember(_launches, key, launch)
     low = values
     if packed:
         values, low = _split_tf32(values, parts.perm_t, True, index)
@@ -883,7 +975,7 @@ def grad_values(
         wide = _needs_64_bits(
             _TALLEST * strides[0] + r * strides[1], _TALLEST * strides[2] + c * strides[3], r * c
         )
-        launch = _remember(key, _BlockGradient(problem, wide))
+        launch = _remember(_launches, key, _BlockGradient(problem, index, wide))
     return launch(index, grad, x, parts.row_indices, col, strides)
 
 
