@@ -44,12 +44,11 @@ def element_mask(mask: Tensor, shape: tuple[int, int], blocksize: tuple[int, int
 def ranked_mask(scores: Tensor, n_kept: int) -> Tensor:
     """The definition, spelled out: best scores first, the earlier of equals, NaN last."""
     flat = scores.flatten().tolist()
-    order = sorted(
-        range(len(flat)),
-        key=lambda i: (
-            (math.isnan(flat[i]), -flat[i], i) if not math.isnan(flat[i]) else (True, 0, i)
-        ),
-    )
+
+    def place(i: int) -> tuple[bool, float, int]:
+        return (True, 0.0, i) if math.isnan(flat[i]) else (False, -flat[i], i)
+
+    order = sorted(range(len(flat)), key=place)
     mask = torch.zeros(len(flat), dtype=torch.bool)
     mask[order[:n_kept]] = True
     return mask.view(scores.shape)
@@ -469,7 +468,7 @@ def test_attention_evaluates_each_mask_once(names: list[str], mode: str) -> None
     with torch.no_grad() if mode == "no_grad" else torch.inference_mode(mode == "inference"):
         out = attention(x, x, x)[0]
         torch.testing.assert_close(out, dense(x, x, x)[0])
-    assert counter.take() == [1] * len(counter.counts or [0] * (2 if names == ["*"] else 1))
+    assert counter.take() == [1] * (2 if names == ["*"] else 1)
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
@@ -500,15 +499,14 @@ def test_transformer_encoder_equals_its_squashed_self(
     if mode != "eval":  # in eval with gradients the layer also looks at the weights by itself
         assert counts == [1] * 8
     if mode == "train":
-        out.sum().backward()
-        expected.sum().backward()
-        for (name, a), b in zip(
-            dense.named_parameters(),
-            (encoder.get_parameter(original_name(n)) for n, _ in dense.named_parameters()),
-            strict=True,
-        ):
-            if b.grad is not None and "weight" not in name:
-                torch.testing.assert_close(a.grad, b.grad)
+        loss_weights = torch.randn_like(out)
+        (out * loss_weights).sum().backward()
+        (expected * loss_weights).sum().backward()
+        for name, parameter in dense.named_parameters():
+            masked = encoder.get_parameter(original_name(name))
+            # Pruned blocks have no gradient under the mask; in the squashed twin they have one.
+            kept = (parameter != 0) if name != original_name(name) else torch.ones(())
+            torch.testing.assert_close(masked.grad, parameter.grad * kept)
 
 
 def original_name(name: str) -> str:
@@ -596,8 +594,8 @@ INTERPRETED = """
             assert got[1].dtype == want[1].dtype
             torch.testing.assert_close(got[1], want[1])
         args = (grad, None, mask, torch.tensor(True), block, True)
-        assert torch.equal(kernels.mask_weight_backward(*args)[0], grad * mask_of(mask, shape, block) if False else plain.mask_weight_backward(*args)[0])
-        assert kernels.mask_weight_backward(*args)[1] is None
+        got, want = kernels.mask_weight_backward(*args), plain.mask_weight_backward(*args)
+        assert torch.equal(got[0], want[0]) and got[1] is None and want[1] is None
     print("agreed")
 """
 
@@ -610,7 +608,7 @@ def test_triton_kernels_agree_with_pytorch() -> None:
         env={
             **os.environ,
             "TRITON_INTERPRET": "1",
-            "PYTHONPATH": os.pathsep.join(["."] + sys.path),
+            "PYTHONPATH": os.pathsep.join([".", *sys.path]),
         },
         capture_output=True,
         text=True,

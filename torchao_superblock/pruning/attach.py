@@ -72,6 +72,7 @@ def attach(module: nn.Module, tensor_name: str, supermask: Supermask) -> None:
     """Registers the mask on `module.<tensor_name>`; the Parameter stays the same object."""
     if type(module).forward is not nn.Linear.forward:  # nn.Linear reads its weight just once
         read_once(module)
+    supermask.followers = _names_after(module, tensor_name)
     # `unsafe` skips a trial forward; there is nothing to find out, and a meta weight has no values.
     parametrize.register_parametrization(module, tensor_name, supermask, unsafe=True)
     _equip_class(module, [tensor_name])
@@ -79,16 +80,33 @@ def attach(module: nn.Module, tensor_name: str, supermask: Supermask) -> None:
 
 def detach(module: nn.Module, tensor_name: str) -> None:
     """Removes the mask; the weight under it becomes `module.<tensor_name>` again, unmasked."""
+    supermask = find_supermask(module, tensor_name)
     wrapper = _step_out_of_wrapper(module, tensor_name)
     cls = type(module)
     # Deep copies share this class, and the property is about to be deleted from it.
     own = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
     module.__class__ = type(cls.__name__, cls.__bases__, own)
     parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=False)
+    _move_before(module, tensor_name, supermask.followers if supermask is not None else ())
     if parametrize.is_parametrized(module) and not supermasks_of(module):
         for name in type(module).__dict__.get("_equipped", ()):
             delattr(type(module), name)
     _step_into_wrapper(module, wrapper)
+
+
+def _names_after(module: nn.Module, tensor_name: str) -> tuple[str, ...]:
+    names = list(module._parameters)
+    return tuple(names[names.index(tensor_name) + 1 :])
+
+
+def _move_before(module: nn.Module, tensor_name: str, followers: tuple[str, ...]) -> None:
+    """Restores a parameter's place: the order of `parameters()` is what optimizer states go by."""
+    parameters = module._parameters
+    later = [name for name in parameters if name != tensor_name]
+    while later and later[0] not in followers:
+        later.pop(0)
+    for name in later:
+        parameters[name] = parameters.pop(name)
 
 
 def _equip_class(module: nn.Module, tensor_names: list[str]) -> None:

@@ -124,6 +124,7 @@ class Supermask(nn.Module):
         device = weight.device
         self._target_n_kept = kept_blocks(math.prod(grid), check_sparsity_level(sparsity_level))
         self._sharded_scores = None
+        self.followers: tuple[str, ...] = ()  # parameters registered after the weight
         self.scores = nn.Parameter(torch.empty(grid, dtype=torch.float32, device=device))
         self.register_buffer("n_kept", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("frozen", torch.zeros((), dtype=torch.bool, device=device))

@@ -281,8 +281,8 @@ def _no_match(pattern: str, exact: bool, sites: list[_Site]) -> str:
 
 
 def _shape(site: _Site) -> tuple[int, ...]:
-    tensor = site.parameter
-    return tuple(tensor.shape) if tensor is not None else ()
+    with torch.no_grad():
+        return tuple(getattr(site.module, site.tensor_name).shape)
 
 
 def _obstacle(
