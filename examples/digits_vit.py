@@ -1,6 +1,6 @@
 """Train a vision transformer with learned block masks, then make it faster than dense.
 
-    python examples/digits_vit.py                          # scikit-learn's digits, about two minutes
+    python examples/digits_vit.py                          # scikit-learn's digits, about a minute
     python examples/digits_vit.py --sparsity 0.9 --blocksize 16
     python examples/digits_vit.py --data-path my_images/   # one folder for each class
     python examples/digits_vit.py --epochs 1               # short mode: does everything run?
@@ -89,7 +89,7 @@ def load_digits_data(seed: int) -> Data:
         TensorDataset(images[test], labels[test]),
         classes=10,
         image_size=8,
-        patch_size=2,
+        patch_size=4,
     )
 
 
@@ -141,27 +141,14 @@ def build_model(data: Data) -> nn.Module:
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Dataset[Any], device: torch.device) -> tuple[Tensor, float]:
-    """Predicted classes of all images, and the accuracy."""
+    """Logits of all images, on the CPU, and the accuracy."""
     model.eval()
-    predicted, correct = [], 0
+    logits, classes = [], []
     for x, y in DataLoader(images, batch_size=512):
-        classes = model(x.to(device)).argmax(dim=1).cpu()
-        predicted.append(classes)
-        correct += int((classes == y).sum())
-    every = torch.cat(predicted)
-    return every, correct / len(every)
-
-
-def augment(x: Tensor, generator: torch.Generator, most: int) -> Tensor:
-    """Shifts every image of a batch by up to `most` pixels in each direction."""
-    padded = F.pad(x, [most] * 4, mode="replicate")
-    size = x.shape[-1]
-    shift = torch.randint(0, 2 * most + 1, (len(x), 2), generator=generator)
-    moved = [
-        image[:, i : i + size, j : j + size]
-        for image, (i, j) in zip(padded, shift.tolist(), strict=True)
-    ]
-    return torch.stack(moved)
+        logits.append(model(x.to(device)).cpu())
+        classes.append(y)
+    scores = torch.cat(logits)
+    return scores, (scores.argmax(dim=1) == torch.cat(classes)).float().mean().item()
 
 
 def train(
@@ -188,7 +175,6 @@ def train(
         for epoch in range(arguments.epochs):
             model.train()
             for x, y in loader:
-                x = augment(x, generator, max(1, data.image_size // 16))
                 loss = F.cross_entropy(model(x.to(device)), y.to(device), label_smoothing=0.1)
                 optimizer.zero_grad()
                 loss.backward()
@@ -280,7 +266,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--sparsity", type=float, default=0.8, help="fraction of blocks pruned (%(default)s)")
     add("--blocksize", type=int, default=32, help="side of a block (%(default)s)")
-    add("--epochs", type=int, default=25, help="%(default)s; 1 only shows that everything runs")
+    add("--epochs", type=int, default=12, help="%(default)s; 1 only shows that everything runs")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="%(default)s")
     add("--data-path", type=Path, help="an ImageFolder to train on instead of the digits")
     add("--image-size", type=int, default=64, help="of --data-path's images (%(default)s)")
@@ -327,26 +313,29 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             model, parameters, data, arguments, device, sparsifier.step, "masked"
         )
     }
-    masked_classes, masked_accuracy = predict(model, data.test, device)
+    masked_logits, masked_accuracy = predict(model, data.test, device)
 
     # 3. Fold the masks into the weights.
     sparsifier.squash_mask()
-    squashed_classes, squashed_accuracy = predict(model, data.test, device)
+    squashed_logits, squashed_accuracy = predict(model, data.test, device)
     dense = copy.deepcopy(model)
 
-    # 4. Swap. min_sparsity=0: also where this machine is not known to gain from it.
-    report = swap_to_bsr(model, arguments.blocksize, min_sparsity=0.0, filter_fn=is_mlp)
-    swapped_classes, swapped_accuracy = predict(model, data.test, device)
+    # 4. Swap whatever has blocks of zeros. Without min_sparsity: only where it is known to pay.
+    report = swap_to_bsr(model, arguments.blocksize, min_sparsity=0.01)
+    swapped_logits, swapped_accuracy = predict(model, data.test, device)
     print(report)
 
     print("\ntest accuracy")
     print(f"  with masks      {masked_accuracy:.2%}")
     print(f"  after squash    {squashed_accuracy:.2%}")
     print(f"  after the swap  {swapped_accuracy:.2%}")
-    if not torch.equal(masked_classes, squashed_classes):
-        raise SystemExit("the squashed model predicts other classes than the masked one")
-    if not torch.equal(squashed_classes, swapped_classes):
-        raise SystemExit("the swapped model predicts other classes than the squashed one")
+    folding = relative_change(masked_logits, squashed_logits)
+    swapping = relative_change(squashed_logits, swapped_logits)
+    print(
+        f"  relative change of the logits: {folding:.0e} by the squash, {swapping:.0e} by the swap"
+    )
+    if not (folding < 1e-4 and swapping < 1e-4):
+        raise SystemExit("the three models should compute the same; please report this")
 
     results: dict[str, Any] = {
         "masked_accuracy": masked_accuracy,
@@ -392,9 +381,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return results
 
 
-def is_mlp(module: nn.Module, fqn: str) -> bool:
-    """Which linear layers the swap looks at."""
-    return ".mlp." in fqn
+def relative_change(before: Tensor, after: Tensor) -> float:
+    """Norm of the difference over the norm."""
+    return float((after.double() - before.double()).norm() / before.double().norm())
 
 
 def backend_line(device: torch.device) -> str:
