@@ -26,4 +26,13 @@ __all__ = [
     "squash",
     "swap_to_bsr",
     "to_bsr_linear",
+    "tune",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "tune":  # the one name that needs Triton, which importing the package must not
+        from torchao_superblock.ops.tuning import tune
+
+        return tune
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from torchao_superblock.ops.activations import ACTIVATIONS
+from torchao_superblock.ops.aot import register_decomposition
 from torchao_superblock.ops.plan import build_plan, plan_length
 
 NAMESPACE = "torchao_superblock"
@@ -381,6 +382,9 @@ def _grad_x_fake(grad, crow_indices, col_indices, values, in_features, plan=None
 @torch.library.register_fake(f"{NAMESPACE}::bsr_linear_grad_values", lib=_library)
 def _grad_values_fake(grad, x, crow_indices, col_indices, block_rows, block_cols, plan=None):
     return grad.new_empty((col_indices.shape[0], block_rows, block_cols))
+
+
+register_decomposition(_library, f"{NAMESPACE}::bsr_linear", _forward)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,93 @@
+"""What holds for the package as a whole: its public names, and how little it needs."""
+
+import subprocess
+import sys
+
+import torchao_superblock
+
+OPTIONAL = ("triton", "torchao", "torchvision", "sklearn", "tqdm", "matplotlib", "rich")
+
+
+def run(code: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_public_names():
+    assert sorted(torchao_superblock.__all__) == [
+        "BSRLinear",
+        "BSRWeight",
+        "SupermaskSparsifier",
+        "SwapReport",
+        "backends",
+        "load_bsr",
+        "save_bsr",
+        "squash",
+        "swap_to_bsr",
+        "to_bsr_linear",
+        "tune",
+    ]
+    assert all(hasattr(torchao_superblock, name) for name in torchao_superblock.__all__)
+
+
+def test_import_brings_in_no_optional_package():
+    # Compared with torch alone, which may import some of them by itself.
+    code = f"import sys, torch; print([name for name in {OPTIONAL} if name in sys.modules])"
+    assert run(code.replace("import sys, torch", "import sys, torchao_superblock")) == run(code)
+
+
+def test_the_whole_path_works_without_any_optional_package():
+    run(
+        f"""
+import sys
+for name in {OPTIONAL}:
+    sys.modules[name] = None  # `import name` raises ImportError
+import torch
+from torch import nn
+from torchao_superblock import BSRLinear, SupermaskSparsifier, backends, swap_to_bsr
+model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+sparsifier = SupermaskSparsifier(sparsity_level=0.75, blocksize=16)
+sparsifier.prepare(model, None)
+optimizer = torch.optim.SGD(sparsifier.param_groups(model, weight_decay=0.01), lr=0.1)
+x = torch.randn(8, 64)
+model(x).square().sum().backward()
+optimizer.step()
+sparsifier.step()
+sparsifier.squash_mask()
+dense = model(x)
+report = swap_to_bsr(model, min_sparsity=0.5)
+assert len(report.swapped) == 2 and isinstance(model[0], BSRLinear), report
+assert torch.allclose(model(x), dense, atol=1e-5)
+print(backends())
+"""
+    )
+
+
+def test_cuda_is_served_by_plain_pytorch_where_triton_is_absent():
+    run(
+        """
+import sys
+sys.modules["triton"] = None
+from torchao_superblock.ops.bsr_linear import cuda_backend
+assert cuda_backend().__name__.endswith("gather_gemm")
+"""
+    )
+
+
+def test_the_two_halves_do_not_import_each_other():
+    for half, other in (("pruning", "bsr"), ("bsr", "pruning")):
+        run(
+            f"""
+import importlib.util, pathlib, sys, types
+# The package without its __init__, which imports both halves.
+root = pathlib.Path(importlib.util.find_spec("torchao_superblock").origin).parent
+package = types.ModuleType("torchao_superblock")
+package.__path__ = [str(root)]
+sys.modules["torchao_superblock"] = package
+import torchao_superblock.{half}
+assert "torchao_superblock.{other}" not in sys.modules
+"""
+        )
