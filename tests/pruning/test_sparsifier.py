@@ -222,7 +222,9 @@ def test_summary_is_a_table() -> None:
         model,
     )
     sparsifier.groups[0]["sparsity_level"] = 0.75
-    assert_expected_inline(str(sparsifier.summary()), """\
+    assert_expected_inline(
+        str(sparsifier.summary()),
+        """\
 tensor                              shape  block  grid  target  actual
 ----------------------------------  -----  -----  ----  ------  ------
 blocks.0.attention.in_proj_weight   96x32  16x16   6x2   75.0%   50.0%
@@ -239,7 +241,8 @@ blocks.1.mlp.2.weight               32x64   8x16   4x4   90.0%   87.5%
   head.weight 48x32: it is shared with 'embedding.weight'
   tiny.weight 64x8: a 16x16 block is larger than its shape (64, 8)
   single.weight 16x16: its shape (16, 16) is a single 16x16 block, which is always kept
-  normed.weight 32x32: another parametrization (_WeightNorm) computes it""")
+  normed.weight 32x32: another parametrization (_WeightNorm) computes it""",
+    )
     entry = sparsifier.summary().groups[-1]
     assert (entry.fqn, entry.grid, entry.kept, entry.frozen) == (
         "blocks.1.mlp.2.weight",

@@ -24,6 +24,18 @@ _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @triton.jit
+def _places(scores, index, n):
+    """One int64 for each block that is larger the earlier the block stands in the ranking."""
+    # Reading a float's bits as an integer keeps its order, once negative numbers are turned round
+    # and both zeros are made one; NaN goes below all of them, and the index settles ties.
+    scores = tl.where(scores == 0, 0.0, scores)
+    bits = scores.to(tl.int32, bitcast=True)
+    keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    keys = tl.where(scores != scores, -2147483648, keys)
+    return tl.where(index < n, keys * 4294967296 + (n - index), -9223372036854775807)
+
+
+@triton.jit
 def _block_mask_kernel(
     scores_ptr,  # (n,) float32
     n_kept_ptr,  # () int64
@@ -38,17 +50,12 @@ def _block_mask_kernel(
     # thousand blocks of a layer that is one short kernel, where a sort is several.
     i = tl.program_id(0) * I_TILE + tl.arange(0, I_TILE)
     in_range = i < n
-    s_i = tl.load(scores_ptr + i, mask=in_range, other=0.0)[:, None]
-    nan_i = s_i != s_i
+    place_i = _places(tl.load(scores_ptr + i, mask=in_range, other=0.0), i, n)
     rank = tl.zeros((I_TILE,), dtype=tl.int32)
     for start in range(0, n, J_TILE):
         j = start + tl.arange(0, J_TILE)
-        s_j = tl.load(scores_ptr + j, mask=j < n, other=0.0)[None, :]
-        nan_j = s_j != s_j
-        higher = (s_j > s_i) | (nan_i & (nan_j == 0))
-        equal = (s_j == s_i) | (nan_i & nan_j)
-        ahead = (higher | (equal & (j[None, :] < i[:, None]))) & (j < n)[None, :]
-        rank += tl.sum(ahead.to(tl.int32), axis=1)
+        place_j = _places(tl.load(scores_ptr + j, mask=j < n, other=0.0), j, n)
+        rank += tl.sum((place_j[None, :] > place_i[:, None]).to(tl.int32), axis=1)
     frozen = tl.load(frozen_ptr)
     keep = (rank < tl.load(n_kept_ptr)).to(tl.uint8)
     if frozen != 0:

@@ -1,0 +1,124 @@
+"""Block mask arithmetic: the Triton kernels against the PyTorch operations they stand in for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+pytest.importorskip("triton", reason="needs Triton, which this platform lacks")
+
+INTERPRETED = """
+    import itertools, torch
+    from torchao_superblock.ops import block_mask as plain
+    from torchao_superblock.ops import block_mask_triton as kernels
+
+    torch.manual_seed(0)
+    for n, kept in [(1, 1), (5, 2), (33, 7), (300, 60), (300, 300)]:
+        inf, nan = float("inf"), float("nan")
+        values = torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-40, -1e-40, inf, -inf, nan, -nan])
+        scores = values[torch.randint(len(values), (n, 1))]
+        held = torch.rand(n, 1) < 0.5
+        for frozen in (False, True):
+            args = (scores, torch.tensor(kept), held, torch.tensor(frozen))
+            for a, b in zip(kernels.block_mask(*args), plain.block_mask(*args), strict=True):
+                assert a.dtype == b.dtype == torch.bool and torch.equal(a, b), (n, kept, frozen)
+
+    for (shape, block), dtype in itertools.product(
+        [
+            ((64, 96), (32, 32)),
+            ((50, 70), (16, 16)),
+            ((64, 40), (24, 8)),
+            ((33, 65), (64, 16)),
+            ((9, 7), (2, 3)),
+        ],
+        [torch.float32, torch.float64, torch.float16],
+    ):
+        weight, grad = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+        R, C = plain.block_grid(shape, block)
+        mask = torch.rand(R, C) < 0.4
+        assert torch.equal(kernels.mask_weight(weight, mask, block), plain.mask_weight(weight, mask, block))
+        for live, strided, need in itertools.product((True, False), repeat=3):
+            g = grad.t().contiguous().t() if strided else grad
+            args = (g, weight, mask, torch.tensor(live), block, need)
+            got, want = kernels.mask_weight_backward(*args), plain.mask_weight_backward(*args)
+            assert (got[0] is None) == (not need)
+            if need:
+                assert torch.equal(got[0], want[0])
+            assert got[1].dtype == want[1].dtype
+            torch.testing.assert_close(got[1], want[1])
+        args = (grad, None, mask, torch.tensor(True), block, True)
+        got, want = kernels.mask_weight_backward(*args), plain.mask_weight_backward(*args)
+        assert torch.equal(got[0], want[0]) and got[1] is None and want[1] is None
+    print("agreed")
+"""
+
+
+def test_triton_kernels_agree_with_pytorch() -> None:
+    run(INTERPRETED, "1")
+
+
+def run(code: str, interpret: str) -> None:
+    # TRITON_INTERPRET is read when a kernel is decorated: it needs a process of its own.
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": interpret,
+            "PYTHONPATH": os.pathsep.join([".", *sys.path]),
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.stdout.strip() == "agreed", result.stderr[-3000:]
+
+
+COMPILED = """
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from torchao_superblock.ops import block_mask_triton as kernels
+
+    def build(kernel, pointers, **constants):
+        names = kernel.arg_names
+        signature = {
+            name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names
+        }
+        constants = {(names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(kernel, signature, constexprs=constants)
+        assert "ptx" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
+
+    build(
+        kernels._block_mask_kernel,
+        dict(scores_ptr="*fp32", n_kept_ptr="*i64", held_ptr="*u8", frozen_ptr="*u8", out_ptr="*u8"),
+        I_TILE=32, J_TILE=128,
+    )
+    for dtype in ("fp32", "bf16", "fp64"):
+        for tile_in_block in (True, False):
+            build(
+                kernels._mask_weight_kernel,
+                dict(weight_ptr="*" + dtype, mask_ptr="*u8", out_ptr="*" + dtype),
+                R_SIZE=64, C_SIZE=64, N_TILE=32, K_TILE=64, TILE_IN_BLOCK=tile_in_block,
+            )
+        accumulator = "fp64" if dtype == "fp64" else "fp32"
+        build(
+            kernels._mask_weight_backward_kernel,
+            dict(
+                grad_ptr="*" + dtype, weight_ptr="*" + dtype, mask_ptr="*u8", live_ptr="*u8",
+                grad_weight_ptr="*" + dtype, grad_scores_ptr="*" + accumulator,
+            ),
+            R_SIZE=64, C_SIZE=64, N_TILE=32, K_TILE=64,
+            NEED_GRAD_WEIGHT=True, NEED_GRAD_SCORES=True,
+            ACC_DTYPE=tl.float64 if dtype == "fp64" else tl.float32,
+        )
+    print("agreed")
+"""
+
+
+def test_triton_kernels_compile_for_sm_90_without_a_gpu() -> None:
+    run(COMPILED, "0")
