@@ -243,6 +243,7 @@ def save_accuracy_curve(curves: dict[str, list[float]], path: Path) -> None:
             f"{percent[-1]:.1f} %", (epochs[-1], percent[-1]), xytext=(5, 0),
             textcoords="offset points", va="center", color=color,
         )  # fmt: skip
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("epoch")
     axis.set_ylabel("test accuracy (%)")
     axis.spines[["top", "right"]].set_visible(False)
