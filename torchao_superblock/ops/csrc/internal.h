@@ -21,6 +21,7 @@ typedef struct {
     const sb_item *items;
     const int64_t *group; /* (n_groups + 1): first item of each group */
     int64_t n_groups, tile_rows, n_tiles;
+    int64_t share; /* threads that work on one group at a time */
     atomic_llong *next_tile; /* (n_groups): first tile nobody has taken yet */
     atomic_llong next_thread;
     atomic_int failed;

@@ -13,17 +13,16 @@
 #define SB_PASTE2(a, b, c) SB_PASTE3(a, b, c)
 #define SB_NAME(name, type) SB_PASTE2(name, SB_ISA, type)
 #define SB_INLINE static inline __attribute__((always_inline))
-/* Widest multiple of 16 bytes that is always there for a load of 8 floats. */
-#define SB_LANES32 (SB_VECTOR_BYTES / 4)
 
+/* The types that end in _u are for memory: aligned(1), so any address will do. */
 typedef float vf __attribute__((vector_size(SB_VECTOR_BYTES)));
-typedef float vf_u __attribute__((vector_size(SB_VECTOR_BYTES), aligned(4), may_alias));
+typedef float vf_u __attribute__((vector_size(SB_VECTOR_BYTES), aligned(1), may_alias));
 typedef int32_t vi __attribute__((vector_size(SB_VECTOR_BYTES)));
 typedef uint32_t vu __attribute__((vector_size(SB_VECTOR_BYTES)));
 typedef uint16_t vh __attribute__((vector_size(SB_VECTOR_BYTES / 2)));
-typedef uint16_t vh_u __attribute__((vector_size(SB_VECTOR_BYTES / 2), aligned(2), may_alias));
+typedef uint16_t vh_u __attribute__((vector_size(SB_VECTOR_BYTES / 2), aligned(1), may_alias));
 typedef double vd __attribute__((vector_size(SB_VECTOR_BYTES)));
-typedef double vd_u __attribute__((vector_size(SB_VECTOR_BYTES), aligned(8), may_alias));
+typedef double vd_u __attribute__((vector_size(SB_VECTOR_BYTES), aligned(1), may_alias));
 
 /* ------------------------------------------------------------------------------------------------
  * 16-bit formats. bfloat16 is the upper half of a float32. float16 is converted with integer steps
@@ -237,8 +236,10 @@ SB_INLINE float one_float(const void *p, int64_t i, int dtype) {
 }
 
 SB_INLINE double one_double(const void *p, int64_t i, int dtype) {
+    double one;
     (void)dtype;
-    return ((const double *)p)[i];
+    memcpy(&one, (const char *)p + i * (int64_t)sizeof one, sizeof one);
+    return one;
 }
 
 #if defined(__clang__)
@@ -252,15 +253,15 @@ SB_INLINE double one_double(const void *p, int64_t i, int dtype) {
 #if SB_VECTOR_BYTES >= 32
 #define SB_SQUARE 8
 typedef float sq __attribute__((vector_size(32)));
-typedef float sq_u __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float sq_u __attribute__((vector_size(32), aligned(1), may_alias));
 typedef int32_t sqi __attribute__((vector_size(32)));
 typedef uint32_t squ __attribute__((vector_size(32)));
 typedef uint16_t sqh __attribute__((vector_size(16)));
-typedef uint16_t sqh_u __attribute__((vector_size(16), aligned(2), may_alias));
+typedef uint16_t sqh_u __attribute__((vector_size(16), aligned(1), may_alias));
 #else
 #define SB_SQUARE 4
 typedef float sq __attribute__((vector_size(16)));
-typedef float sq_u __attribute__((vector_size(16), aligned(4), may_alias));
+typedef float sq_u __attribute__((vector_size(16), aligned(1), may_alias));
 typedef int32_t sqi __attribute__((vector_size(16)));
 #endif
 

@@ -48,26 +48,36 @@ SB_INLINE void TYPED(rank_updates)(V acc[SB_PANEL][2], const int rows, const int
 /* ------------------------------------------------------------------------------------------------
  * Packing. */
 
+#ifndef SB_PACK_LINES
+#define SB_PACK_LINES 8
+#endif
+
 /* Rows [m0, m0 + rows) of x (m, k) -> panels; only the lines of KC columns that `needed` marks. */
 SB_INLINE void TYPED(pack_x_as)(const void *x, int64_t x_row, int64_t x_col, int64_t m0, int64_t rows,
                                 int64_t K, const unsigned char *needed, T *out, const int dtype) {
     const int64_t n_lines = sb_ceil_div(K, KC);
-    for (int64_t m = 0; m < sb_ceil_div(rows, SB_PANEL) * SB_PANEL; m++) {
-        T *to = out + m / SB_PANEL * n_lines * SB_PANEL * KC + m % SB_PANEL * KC;
-        const int64_t from = (m0 + m) * x_row;
-        for (int64_t line = 0; line < n_lines; line++, to += SB_PANEL * KC) {
-            if (!needed[line]) continue;
-            const int64_t k = line * KC;
-            if (m < rows && x_col == 1 && k + KC <= K) {
+    for (int64_t top = 0; top < rows; top += SB_PANEL, out += n_lines * SB_PANEL * KC)
+        /* A few lines of each row in turn: reads stay long enough for the prefetcher, and the part of
+         * the panel being written stays in L1. */
+        for (int64_t left = 0; left < n_lines; left += SB_PACK_LINES)
+            for (int64_t i = 0; i < SB_PANEL; i++) {
+                const int64_t from = (m0 + top + i) * x_row;
+                for (int64_t line = left; line < sb_min(left + SB_PACK_LINES, n_lines); line++) {
+                    if (!needed[line]) continue;
+                    const int64_t k = line * KC;
+                    T *to = out + (line * SB_PANEL + i) * KC;
+                    if (top + i < rows && x_col == 1 && k + KC <= K) {
+                        if (k + SB_PACK_LINES * KC < K)
+                            __builtin_prefetch((const char *)x + (from + k + SB_PACK_LINES * KC) * (int64_t)sb_dtype_size(dtype));
 #pragma GCC unroll 4
-                for (int i = 0; i < KC; i += W) *(V *)(to + i) = LOAD(x, from + k + i, dtype);
-            } else {
-                const int64_t n = m < rows ? sb_min(KC, K - k) : 0;
-                for (int64_t i = 0; i < KC; i++)
-                    to[i] = i < n ? ONE(x, from + (k + i) * x_col, dtype) : 0;
+                        for (int e = 0; e < KC; e += W) *(V *)(to + e) = LOAD(x, from + k + e, dtype);
+                    } else {
+                        const int64_t n = top + i < rows ? sb_min(KC, K - k) : 0;
+                        for (int64_t e = 0; e < KC; e++)
+                            to[e] = e < n ? ONE(x, from + (k + e) * x_col, dtype) : 0;
+                    }
+                }
             }
-        }
-    }
 }
 
 /* Lanes [n0, n0 + width) of stored block `values[j]`, k-major and zero-padded to `lanes`. */
@@ -89,8 +99,14 @@ SB_INLINE void TYPED(pack_block_as)(const sb_product *p, int64_t j, int64_t n0, 
 #ifndef SB_DOUBLE
     for (; n + SB_SQUARE <= width; n += SB_SQUARE) {
         int64_t k = 0;
-        for (; k + SB_SQUARE <= c; k += SB_SQUARE)
+        for (; k + SB_SQUARE <= c; k += SB_SQUARE) {
+            /* the same place of the next block (which may lie beyond the end: a prefetch cannot fault) */
+            const char *next = (const char *)p->values + (first + n * c + k + r * c) * (int64_t)sb_dtype_size(dtype);
+            if (k % 16 == 0)
+                for (int i = 0; i < SB_SQUARE; i++)
+                    __builtin_prefetch(next + i * c * (int64_t)sb_dtype_size(dtype));
             turn_square(p->values, first + n * c + k, c, out + k * lanes + n, lanes, dtype);
+        }
         for (; k < c; k++)
             for (int64_t i = n; i < n + SB_SQUARE; i++)
                 out[k * lanes + i] = ONE(p->values, first + i * c + k, dtype);
@@ -170,10 +186,19 @@ SB_INLINE void TYPED(tile_as)(const sb_product *p, const sb_item *item, const T 
                           ? LOAD(p->bias, n0 + v * W, p->dtype)
                           : LOAD_PART(p->bias, n0 + v * W, (int)(item->width - v * W), p->dtype);
     V acc[SB_PANEL][2];
+    /* Rows of y are far apart, too far for the processor to foresee: ask for their lines now. */
+    const size_t size = sb_dtype_size(p->dtype);
+    const char *y_line = (const char *)p->y + (size_t)(m * p->R * p->r + n0) * size;
 #pragma GCC unroll 12
-    for (int i = 0; i < tile_rows; i++)
+    for (int i = 0; i < tile_rows; i++) {
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; v++) acc[i][v] = bias[v];
+        if (i < rows) {
+            __builtin_prefetch(y_line, 1);
+            __builtin_prefetch(y_line + (size_t)item->width * size - 1, 1);
+        }
+        y_line += (size_t)(p->R * p->r) * size;
+    }
 
     const int32_t *col = p->col + p->crow[item->row], *const last = p->col + p->crow[item->row + 1];
     for (; col < last; col++) {

@@ -4,17 +4,26 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* The sanitizer test builds with tiny values, so that small problems take every path. */
+#ifndef SB_GROUP_ELEMENTS
 /* Elements of packed weights a thread holds at a time (2 MiB in float32). Weights that need more are
  * done in several rounds, so the scratch does not grow with the layer. */
-#define GROUP_ELEMENTS ((int64_t)1 << 19)
+#define SB_GROUP_ELEMENTS (1 << 19)
+#endif
+#ifndef SB_X_TILE_BYTES
 /* Bytes of packed x a thread holds at a time: with the weights streaming past, it should stay in L2. */
-#define X_TILE_BYTES ((int64_t)256 << 10)
-/* Packing a weight costs about as much as using it for this many rows divided by 40. */
-#define ROWS_PER_PACK 256
+#define SB_X_TILE_BYTES (256 << 10)
+#endif
+#ifndef SB_SERIAL_WORK
 /* Multiply-adds below which a second thread costs more than it brings. */
-#define SERIAL_WORK ((int64_t)1 << 16)
+#define SB_SERIAL_WORK (1 << 16)
+#endif
+#ifndef SB_GRAD_ELEMENTS
 /* Accumulators of one piece of grad_values. */
-#define GRAD_ELEMENTS ((int64_t)1 << 18)
+#define SB_GRAD_ELEMENTS (1 << 18)
+#endif
+/* Rows that pay for packing the weights once more: threads with fewer share the weights, not the rows. */
+#define ROWS_PER_PACK 256
 
 static atomic_int current_isa = -1;
 
@@ -161,23 +170,21 @@ int sb_run_product(const sb_product *p) {
     const int64_t lanes = p->dtype == SB_FLOAT64 ? k->lanes_f64 : k->lanes_f32;
     const int64_t size = p->dtype == SB_FLOAT64 ? 8 : 4;
     const int64_t work = (p->nnz * p->c + 16 * p->R) * p->r * p->M;
-    const int threads = work < SERIAL_WORK ? 1 : p->threads < 1 ? 1 : p->threads;
+    const int threads = work < SB_SERIAL_WORK ? 1 : p->threads < 1 ? 1 : p->threads;
     if (p->M <= k->small_m && !p->perm && p->c % lanes == 0) return run_small(p, k, threads);
 
     const int64_t strip = 2 * lanes, n_items = p->R * sb_ceil_div(p->r, strip);
     sb_product_job job = {.p = p};
     /* Cut the weights rather than the rows when a thread's rows are too few to pay for packing. */
     int64_t n_groups = threads > 1 ? sb_min(threads, sb_ceil_div((int64_t)ROWS_PER_PACK * threads, p->M)) : 1;
-    n_groups = sb_max(n_groups, sb_ceil_div(p->nnz * p->c * p->r, GROUP_ELEMENTS));
+    n_groups = sb_max(n_groups, sb_ceil_div(p->nnz * p->c * p->r, SB_GROUP_ELEMENTS));
     n_groups = job.n_groups = sb_min(n_groups, n_items);
 
-    const int64_t max_rows = sb_max(1, X_TILE_BYTES / (size * sb_max(1, p->C * p->c)) / SB_PANEL) * SB_PANEL;
+    const int64_t max_rows = sb_max(1, SB_X_TILE_BYTES / (size * sb_max(1, p->C * p->c)) / SB_PANEL) * SB_PANEL;
     int64_t n_tiles = sb_ceil_div(p->M, sb_min(max_rows, 240));
-    if (threads > 1) {
-        /* A whole number of tiles for each thread, if there are tiles enough. */
-        const int64_t share = sb_max(1, threads / n_groups);
-        n_tiles = sb_ceil_div(n_tiles, share) * share;
-    }
+    /* A whole number of tiles for each thread. */
+    job.share = sb_max(1, threads / n_groups);
+    n_tiles = sb_ceil_div(n_tiles, job.share) * job.share;
     job.tile_rows = sb_ceil_div(sb_ceil_div(p->M, n_tiles), SB_PANEL) * SB_PANEL;
     job.n_tiles = sb_ceil_div(p->M, job.tile_rows);
 
@@ -206,9 +213,9 @@ int sb_run_grad_values(const sb_grad_values *p) {
     if (p->nnz < 1) return SB_OK;
     const sb_kernels *k = kernels();
     const int64_t block = p->r * p->c;
-    const int threads = p->nnz * block * p->M < SERIAL_WORK ? 1 : p->threads < 1 ? 1 : p->threads;
+    const int threads = p->nnz * block * p->M < SB_SERIAL_WORK ? 1 : p->threads < 1 ? 1 : p->threads;
     sb_grad_job job = {.p = p};
-    job.chunk = sb_max(1, sb_min(GRAD_ELEMENTS / block, sb_ceil_div(p->nnz, threads > 1 ? 2 * threads : 1)));
+    job.chunk = sb_max(1, sb_min(SB_GRAD_ELEMENTS / block, sb_ceil_div(p->nnz, threads > 1 ? 2 * threads : 1)));
     job.n_chunks = sb_ceil_div(p->nnz, job.chunk);
     atomic_init(&job.next_chunk, 0);
     atomic_init(&job.failed, 0);
