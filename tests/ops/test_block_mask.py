@@ -96,7 +96,7 @@ COMPILED = """
     build(
         kernels._block_mask_kernel,
         dict(scores_ptr="*fp32", n_kept_ptr="*i64", held_ptr="*u8", frozen_ptr="*u8", out_ptr="*u8"),
-        I_TILE=32, J_TILE=128,
+        I_TILE=32, J_TILE=128, J_TILES=5,
     )
     for dtype in ("fp32", "bf16", "fp64"):
         for tile_in_block in (True, False):

@@ -45,6 +45,7 @@ def _block_mask_kernel(
     n,
     I_TILE: tl.constexpr,
     J_TILE: tl.constexpr,
+    J_TILES: tl.constexpr,  # a constant, for the interpreters that cannot loop to an argument
 ):
     # rank[i] = number of blocks ahead of i. All pairs are compared: for the few hundred to few
     # thousand blocks of a layer that is one short kernel, where a sort is several.
@@ -52,8 +53,8 @@ def _block_mask_kernel(
     in_range = i < n
     place_i = _places(tl.load(scores_ptr + i, mask=in_range, other=0.0), i, n)
     rank = tl.zeros((I_TILE,), dtype=tl.int32)
-    for start in range(0, n, J_TILE):
-        j = start + tl.arange(0, J_TILE)
+    for tile in range(0, J_TILES):
+        j = tile * J_TILE + tl.arange(0, J_TILE)
         place_j = _places(tl.load(scores_ptr + j, mask=j < n, other=0.0), j, n)
         rank += tl.sum((place_j[None, :] > place_i[:, None]).to(tl.int32), axis=1)
     frozen = tl.load(frozen_ptr)
@@ -158,17 +159,18 @@ def block_mask(
     """See :func:`torchao_superblock.ops.block_mask.block_mask`."""
     n = scores.numel()
     out = torch.empty(n + 1, dtype=torch.uint8, device=scores.device)
-    tile = 32
+    i_tile, j_tile = 32, 128
     with _on_device(scores):
-        _block_mask_kernel[(triton.cdiv(n, tile),)](
+        _block_mask_kernel[(triton.cdiv(n, i_tile),)](
             scores.detach().contiguous(),
             n_kept,
             held_mask.contiguous().view(torch.uint8),
             frozen.view(torch.uint8),
             out,
             n,
-            I_TILE=tile,
-            J_TILE=128,
+            I_TILE=i_tile,
+            J_TILE=j_tile,
+            J_TILES=triton.cdiv(n, j_tile),
             num_warps=4,
         )
     flags = out.view(torch.bool)
