@@ -55,75 +55,82 @@ def _block_row(strip, s: gl.constexpr, STACK: gl.constexpr, SPLIT: gl.constexpr)
 
 
 @gluon.jit
-def _row_run(crow_ptr, row, rows, nnz):
-    """First and end position of a block row's stored blocks, clamped; empty past the last row."""
-    inside = row < rows
-    first = gl.load(crow_ptr + row, mask=inside, other=0)
-    end = gl.load(crow_ptr + row + 1, mask=inside, other=0)
-    first = gl.minimum(gl.maximum(first, 0), nnz)
-    end = gl.minimum(gl.maximum(end, first), nnz)
-    return first, end
+def _fill_table(table, crow_ptr, col_ptr, rows, columns, nnz, windows):
+    """Write the column masks of all block rows, 64 block columns a mask, to shared memory.
+
+    Entry row * windows + w has bit j set when the row has a block in block column 64 w + j. One
+    thread makes one mask.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    masks = table._reinterpret(gl.int64, [table.shape[0] // 128, 128], table.layout)
+    zero = gl.full([128], 0, gl.int64, layout)
+    for start in range(0, rows * windows, 128):
+        entry = start + gl.arange(0, 128, layout=layout)
+        row = entry // windows
+        base = (entry % windows) * 64
+        first = gl.load(crow_ptr + row, mask=row < rows, other=0)
+        end = gl.load(crow_ptr + row + 1, mask=row < rows, other=0)
+        first = gl.minimum(gl.maximum(first, 0), nnz)
+        count = gl.minimum(gl.maximum(end, first), nnz) - first
+        bits = zero
+        for i in range(gl.max(count, axis=0)):
+            column = gl.load(col_ptr + first + i, mask=i < count, other=-1)
+            inside = (column >= base) & (column < base + 64) & (column < columns)
+            shift = gl.where(inside, column - base, 0).to(gl.int64)
+            bits |= gl.where(inside, (zero + 1) << shift, zero)
+        masks.index(start // 128).store(bits)
 
 
 @gluon.jit
-def _column_bits(col_ptr, first, end, base, columns):
-    """Bit j is set when col[first:end] holds block column base + j < columns, for j < 64."""
-    layout: gl.constexpr = gl.BlockedLayout([2], [32], [gl.num_warps()], [0])
-    bits = gl.to_tensor(0).to(gl.int64)
-    one = gl.full([64], 1, gl.int64, layout)
-    for start in range(first, end, 64):
-        position = start + gl.arange(0, 64, layout=layout)
-        column = gl.load(col_ptr + position, mask=position < end, other=-1)
-        inside = (column >= base) & (column < base + 64) & (column < columns)
-        shift = gl.where(inside, column - base, 0).to(gl.int64)
-        bits |= gl.reduce_or(gl.where(inside, one << shift, one - one), axis=0)
+def _row_bits(table, row, rows, window, windows):
+    """The mask of one block row; 0 for a row past the end."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    entry = gl.minimum(row, rows - 1) * windows + window
+    bits = gl.sum(table.index(entry).load(layout), axis=0)
+    return gl.where(row < rows, bits, 0)
+
+
+@gluon.jit
+def _strip_bits(table, strip, rows, window, windows, STACK: gl.constexpr, SPLIT: gl.constexpr):
+    """The columns of a window in which any block row of the strip has a block."""
+    bits = _row_bits(table, _block_row(strip, 0, STACK, SPLIT), rows, window, windows)
+    for s in gl.static_range(1, STACK):
+        bits |= _row_bits(table, _block_row(strip, s, STACK, SPLIT), rows, window, windows)
     return bits
 
 
 @gluon.jit
-def _blocks_before(col_ptr, first, end, base):
-    """How many entries of col[first:end] lie in block columns below base."""
-    layout: gl.constexpr = gl.BlockedLayout([2], [32], [gl.num_warps()], [0])
-    count = 0
-    if base > 0:
-        for start in range(first, end, 64):
-            position = start + gl.arange(0, 64, layout=layout)
-            column = gl.load(col_ptr + position, mask=position < end, other=base)
-            count += gl.sum((column < base).to(gl.int32), axis=0)
-    return count
-
-
-@gluon.jit
-def _strip_bits(
-    crow_ptr, col_ptr, strip, base, rows, columns, nnz, STACK: gl.constexpr, SPLIT: gl.constexpr
-):
-    """Block columns base .. base + 63 in which any block row of the strip has a block."""
-    bits = gl.to_tensor(0).to(gl.int64)
-    for s in gl.static_range(STACK):
-        first, end = _row_run(crow_ptr, _block_row(strip, s, STACK, SPLIT), rows, nnz)
-        bits |= _column_bits(col_ptr, first, end, base, columns)
-    return bits
-
-
-@gluon.jit
-def _group_bits(
-    crow_ptr,
-    col_ptr,
+def _group_slices(
+    table,
     group,
-    base,
     rows,
-    columns,
-    nnz,
+    window,
+    windows,
     GROUP: gl.constexpr,
     STACK: gl.constexpr,
     SPLIT: gl.constexpr,
+    WIDE: gl.constexpr,
 ):
-    """Block columns base .. base + 63 that any strip of the group needs."""
-    bits = gl.to_tensor(0).to(gl.int64)
-    for g in gl.static_range(GROUP):
-        strip = group * GROUP + g
-        bits |= _strip_bits(crow_ptr, col_ptr, strip, base, rows, columns, nnz, STACK, SPLIT)
+    """The slices of x that a group needs; a slice spans WIDE columns, its bit is the lowest's."""
+    bits = _strip_bits(table, group * GROUP, rows, window, windows, STACK, SPLIT)
+    for g in gl.static_range(1, GROUP):
+        bits |= _strip_bits(table, group * GROUP + g, rows, window, windows, STACK, SPLIT)
+    if WIDE == 2:
+        bits = (bits | (bits >> 1)) & 0x5555555555555555
+    if WIDE == 4:
+        bits = bits | (bits >> 1)
+        bits = (bits | (bits >> 2)) & 0x1111111111111111
     return bits
+
+
+@gluon.jit
+def _first_block(crow_ptr, table, row, rows, nnz, window, windows):
+    """Where the row's first block of a window is stored: row start + blocks of earlier windows."""
+    position = gl.load(crow_ptr + gl.minimum(row, rows - 1))
+    position = gl.minimum(gl.maximum(position, 0), nnz)
+    for earlier in range(window):
+        position += _popcount(_row_bits(table, row, rows, earlier, windows))
+    return position
 
 
 @gluon.jit
@@ -136,42 +143,36 @@ def _tile(t, groups):
 @gluon.jit
 def _stream_x(
     x_desc,
-    crow_ptr,
-    col_ptr,
-    x_s,
-    x_full,
-    x_empty,
-    tiles,
-    groups,
-    rows,
-    columns,
-    nnz,
+    table,
+    x_ring,
+    sizes,
     GROUP: gl.constexpr,
     STACK: gl.constexpr,
     SPLIT: gl.constexpr,
     CHUNKS: gl.constexpr,
+    WIDE: gl.constexpr,
 ):
+    x_s, x_full, x_empty, _low_s, _x_split = x_ring
+    tiles, groups, rows, windows, _nnz = sizes
     SLOTS: gl.constexpr = x_s.shape[0]
     BM: gl.constexpr = x_s.shape[1]
     BK: gl.constexpr = x_s.shape[2]
     item = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
         m, group = _tile(t, groups)
-        for base in range(0, columns, 64):
-            todo = _group_bits(
-                crow_ptr, col_ptr, group, base, rows, columns, nnz, GROUP, STACK, SPLIT
-            )
+        for window in range(windows):
+            todo = _group_slices(table, group, rows, window, windows, GROUP, STACK, SPLIT, WIDE)
             for _ in range(_popcount(todo)):
                 low = todo & (0 - todo)
                 todo = todo ^ low
-                column = base + _popcount(low - 1)
+                column = window * 64 + _popcount(low - 1)
                 for h in gl.static_range(CHUNKS):
                     slot = item % SLOTS
                     mbarrier.wait(x_empty.index(slot), ((item // SLOTS) & 1) ^ 1)
                     mbarrier.expect(x_full.index(slot), x_desc.block_type.nbytes)
                     tma.async_copy_global_to_shared(
                         x_desc,
-                        [m * BM, (column * CHUNKS + h) * BK],
+                        [m * BM, (column // WIDE * CHUNKS + h) * BK],
                         x_full.index(slot),
                         x_s.index(slot),
                     )
@@ -179,36 +180,57 @@ def _stream_x(
 
 
 @gluon.jit
+def _copy_block(
+    w_desc, bits, low, first, nnz, part, h, full, dst, SPLIT: gl.constexpr, PACKED: gl.constexpr
+):
+    """Copy the part of a block row's block in column ``low`` that lies in the strip."""
+    BOX: gl.constexpr = w_desc.block_type.shape[0]
+    BK: gl.constexpr = w_desc.block_type.shape[1]
+    position = first + _popcount(bits & (low - 1))
+    present = (bits & low) != 0
+    if PACKED:
+        # One arrival for each block row of the strip, with or without data.
+        if present:
+            mbarrier.expect(full, w_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(w_desc, [(position * SPLIT + part) * BOX, 0], full, dst)
+        else:
+            mbarrier.arrive(full, count=1)
+    else:
+        # An absent block is a box past the end of the values: TMA writes zeros.
+        position = gl.where(present, position, nnz)
+        mbarrier.expect(full, w_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            w_desc, [(position * SPLIT + part) * BOX, h * BK], full, dst
+        )
+
+
+@gluon.jit
 def _stream_blocks(
     g: gl.constexpr,
     w_desc,
     crow_ptr,
-    col_ptr,
-    w_s,
-    w_full,
-    w_empty,
-    tiles,
-    groups,
-    rows,
-    columns,
-    nnz,
+    table,
+    w_ring,
+    sizes,
     GROUP: gl.constexpr,
     STACK: gl.constexpr,
     SPLIT: gl.constexpr,
     CHUNKS: gl.constexpr,
+    PACKED: gl.constexpr,
 ):
-    SLOTS: gl.constexpr = w_s.shape[0] // (GROUP * STACK)
-    PART: gl.constexpr = w_s.shape[1]  # rows of a block that lie in one strip
-    BK: gl.constexpr = w_s.shape[2]
+    w_s, w_full, w_empty = w_ring
+    tiles, groups, rows, windows, nnz = sizes
+    SLOTS: gl.constexpr = w_s.shape[0] // GROUP
+    BOX: gl.constexpr = w_desc.block_type.shape[0]
     item = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        m, group = _tile(t, groups)
+        _m, group = _tile(t, groups)
         strip = group * GROUP + g
         part = strip % SPLIT
-        for base in range(0, columns, 64):
-            first, end = _row_run(crow_ptr, _block_row(strip, 0, STACK, SPLIT), rows, nnz)
-            bits0 = _column_bits(col_ptr, first, end, base, columns)
-            next0 = first + _blocks_before(col_ptr, first, end, base)
+        for window in range(windows):
+            row = _block_row(strip, 0, STACK, SPLIT)
+            bits0 = _row_bits(table, row, rows, window, windows)
+            next0 = _first_block(crow_ptr, table, row, rows, nnz, window, windows)
             bits1 = bits0
             next1 = next0
             bits2 = bits0
@@ -217,17 +239,14 @@ def _stream_blocks(
             next3 = next0
             todo = bits0
             if STACK > 1:
-                first, end = _row_run(crow_ptr, _block_row(strip, 1, STACK, SPLIT), rows, nnz)
-                bits1 = _column_bits(col_ptr, first, end, base, columns)
-                next1 = first + _blocks_before(col_ptr, first, end, base)
+                bits1 = _row_bits(table, row + 1, rows, window, windows)
+                next1 = _first_block(crow_ptr, table, row + 1, rows, nnz, window, windows)
                 todo = todo | bits1
             if STACK > 2:
-                first, end = _row_run(crow_ptr, _block_row(strip, 2, STACK, SPLIT), rows, nnz)
-                bits2 = _column_bits(col_ptr, first, end, base, columns)
-                next2 = first + _blocks_before(col_ptr, first, end, base)
-                first, end = _row_run(crow_ptr, _block_row(strip, 3, STACK, SPLIT), rows, nnz)
-                bits3 = _column_bits(col_ptr, first, end, base, columns)
-                next3 = first + _blocks_before(col_ptr, first, end, base)
+                bits2 = _row_bits(table, row + 2, rows, window, windows)
+                next2 = _first_block(crow_ptr, table, row + 2, rows, nnz, window, windows)
+                bits3 = _row_bits(table, row + 3, rows, window, windows)
+                next3 = _first_block(crow_ptr, table, row + 3, rows, nnz, window, windows)
                 todo = todo | bits2 | bits3
             for _ in range(_popcount(todo)):
                 low = todo & (0 - todo)
@@ -235,51 +254,100 @@ def _stream_blocks(
                 for h in gl.static_range(CHUNKS):
                     slot = item % SLOTS + g * SLOTS
                     mbarrier.wait(w_empty.index(slot), ((item // SLOTS) & 1) ^ 1)
-                    mbarrier.expect(w_full.index(slot), w_desc.block_type.nbytes * STACK)
-                    for s in gl.static_range(STACK):
-                        bits = bits0
-                        position = next0
-                        if s == 1:
-                            bits = bits1
-                            position = next1
-                        if s == 2:
-                            bits = bits2
-                            position = next2
-                        if s == 3:
-                            bits = bits3
-                            position = next3
-                        position += _popcount(bits & (low - 1))
-                        # An absent block is a box past the end of the values: TMA writes zeros.
-                        position = gl.where((bits & low) != 0, position, nnz)
-                        tma.async_copy_global_to_shared(
+                    full = w_full.index(slot)
+                    _copy_block(
+                        w_desc,
+                        bits0,
+                        low,
+                        next0,
+                        nnz,
+                        part,
+                        h,
+                        full,
+                        w_s.index(slot).slice(0 * BOX, BOX, dim=0),
+                        SPLIT,
+                        PACKED,
+                    )
+                    if STACK > 1:
+                        _copy_block(
                             w_desc,
-                            [(position * SPLIT + part) * PART, h * BK],
-                            w_full.index(slot),
-                            w_s.index(slot * STACK + s),
+                            bits1,
+                            low,
+                            next1,
+                            nnz,
+                            part,
+                            h,
+                            full,
+                            w_s.index(slot).slice(1 * BOX, BOX, dim=0),
+                            SPLIT,
+                            PACKED,
+                        )
+                    if STACK > 2:
+                        _copy_block(
+                            w_desc,
+                            bits2,
+                            low,
+                            next2,
+                            nnz,
+                            part,
+                            h,
+                            full,
+                            w_s.index(slot).slice(2 * BOX, BOX, dim=0),
+                            SPLIT,
+                            PACKED,
+                        )
+                        _copy_block(
+                            w_desc,
+                            bits3,
+                            low,
+                            next3,
+                            nnz,
+                            part,
+                            h,
+                            full,
+                            w_s.index(slot).slice(3 * BOX, BOX, dim=0),
+                            SPLIT,
+                            PACKED,
                         )
                     item += 1
 
 
 @gluon.jit
+def _reciprocal(z):
+    return gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [z], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
 def _activate(z, ACTIVATION: gl.constexpr):
     if ACTIVATION == "relu":
-        z = gl.maximum(z, 0.0)
+        z = gl.where(z < 0.0, 0.0, z)  # keeps NaN
     elif ACTIVATION == "gelu":
-        # 0.5 z (1 + erf(z / sqrt(2)))
-        z = 0.5 * z * (1.0 + gl.erf(z * 0.7071067811865476))
+        # z Phi(z) = max(z, 0) - |z| Phi(-|z|), and Phi(-a) = erfc(a / sqrt(2)) / 2 by the rational
+        # approximation 7.1.26 of Abramowitz and Stegun (absolute error below 1.5e-7).
+        a = gl.minimum(gl.abs(z), 64.0)
+        t = _reciprocal(1.0 + 0.23164190 * a)
+        p = t * (
+            0.127414796
+            + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)))
+        )
+        z = gl.where(z < 0.0, 0.0, z) - a * p * gl.exp2(-0.72134752 * a * a)
     elif ACTIVATION == "gelu_tanh":
         # 0.5 z (1 + tanh(u)) = z sigmoid(2 u), u = sqrt(2 / pi) (z + 0.044715 z^3)
         u = 0.7978845608028654 * z * (1.0 + 0.044715 * z * z)
-        z = z / (1.0 + gl.exp2(-2.8853900817779268 * u))
+        z = z * _reciprocal(1.0 + gl.exp2(-2.8853900817779268 * u))
     elif ACTIVATION == "silu":
-        z = z / (1.0 + gl.exp2(-1.4426950408889634 * z))
+        z = z * _reciprocal(1.0 + gl.exp2(-1.4426950408889634 * z))
     return z
 
 
 @gluon.jit
-def _store(acc, bias, y_desc, y_s, row, column, active, ACTIVATION: gl.constexpr):
+def _store(
+    acc, bias, y_desc, y_s, row, column, active, PENDING: gl.constexpr, ACTIVATION: gl.constexpr
+):
     out = _activate(acc + bias[:, None], ACTIVATION).to(y_desc.dtype)
-    tma.store_wait(0)
+    tma.store_wait(PENDING)
     y_s.permute((1, 0)).store(out)
     fence_async_shared()
     if active:
@@ -287,41 +355,115 @@ def _store(acc, bias, y_desc, y_s, row, column, active, ACTIVATION: gl.constexpr
 
 
 @gluon.jit
-def _consume(
-    g: gl.constexpr,
-    y_desc,
-    bias_ptr,
-    crow_ptr,
-    col_ptr,
-    x_s,
-    w_s,
-    y_s,
-    x_full,
-    x_empty,
-    w_full,
-    w_empty,
-    tiles,
-    groups,
-    rows,
-    columns,
-    nnz,
+def _product(w, x, acc0, acc1, BN: gl.constexpr, PARTS: gl.constexpr):
+    """Add w @ x.T to the accumulators of a tile's tokens, and wait for it."""
+    x0 = x.slice(0, BN, dim=0).permute((1, 0))
+    acc0 = warpgroup_mma(w, x0, acc0, is_async=True)
+    if PARTS == 2:
+        x1 = x.slice(BN, BN, dim=0).permute((1, 0))
+        acc1 = warpgroup_mma(w, x1, acc1, is_async=True)
+        acc0, acc1 = warpgroup_mma_wait(0, deps=(acc0, acc1))
+    else:
+        acc0 = warpgroup_mma_wait(0, deps=(acc0,))
+    return acc0, acc1
+
+
+@gluon.jit
+def _round_tf32(z):
+    """z rounded to the 11 significant bits that a TF32 product reads."""
+    bits = (z.to(gl.int32, bitcast=True) + 0x1000) & -0x2000
+    return bits.to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _tf32_parts(z):
+    """z as the sum of two TF32 numbers, up to 2^-24 of it."""
+    high = _round_tf32(z)
+    low = z - high
+    # Infinities have no low part.
+    low = gl.where(low == low, low, 0.0)
+    return high, _round_tf32(low)
+
+
+@gluon.jit
+def _split_x(
+    table,
+    x_ring,
+    sizes,
     GROUP: gl.constexpr,
     STACK: gl.constexpr,
     SPLIT: gl.constexpr,
     CHUNKS: gl.constexpr,
+    WIDE: gl.constexpr,
+):
+    """Split every slice of x once, for all consumers: the high part in place, the low part beside."""
+    x_s, x_full, _x_empty, low_s, x_split = x_ring
+    tiles, groups, rows, windows, _nnz = sizes
+    SLOTS: gl.constexpr = x_s.shape[0]
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
+    item = 0
+    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        _m, group = _tile(t, groups)
+        for window in range(windows):
+            todo = _group_slices(table, group, rows, window, windows, GROUP, STACK, SPLIT, WIDE)
+            for _ in range(_popcount(todo) * CHUNKS):
+                slot = item % SLOTS
+                mbarrier.wait(x_full.index(slot), (item // SLOTS) & 1)
+                x = x_s.index(slot)
+                high, low = _tf32_parts(x.load(layout))
+                x.store(high)
+                low_s.index(slot).store(low)
+                fence_async_shared()
+                mbarrier.arrive(x_split.index(slot), count=1)
+                item += 1
+
+
+@gluon.jit
+def _exact_product(w, x_high, x_low, acc):
+    """Add w @ x.T in float32 accuracy: three TF32 products, the smallest first."""
+    w_high, w_low = _tf32_parts(w)
+    x_high = x_high.permute((1, 0))
+    acc = warpgroup_mma(w_low, x_high, acc, is_async=True)
+    acc = warpgroup_mma(w_high, x_low.permute((1, 0)), acc, is_async=True)
+    acc = warpgroup_mma(w_high, x_high, acc, is_async=True)
+    return warpgroup_mma_wait(0, deps=(acc,))
+
+
+@gluon.jit
+def _consume(
+    g: gl.constexpr,
+    y_desc,
+    bias_ptr,
+    table,
+    x_ring,
+    w_ring,
+    y_s,
+    sizes,
+    GROUP: gl.constexpr,
+    STACK: gl.constexpr,
+    SPLIT: gl.constexpr,
+    CHUNKS: gl.constexpr,
+    WIDE: gl.constexpr,
+    PACKED: gl.constexpr,
+    EXACT: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
 ):
+    x_s, _x_full, x_empty, low_s, x_split = x_ring
+    w_s, w_full, w_empty = w_ring
+    tiles, groups, rows, windows, _nnz = sizes
     X_SLOTS: gl.constexpr = x_s.shape[0]
     BM: gl.constexpr = x_s.shape[1]
-    BK: gl.constexpr = x_s.shape[2]
-    W_SLOTS: gl.constexpr = w_s.shape[0] // (GROUP * STACK)
+    W_SLOTS: gl.constexpr = w_s.shape[0] // GROUP
+    BK: gl.constexpr = x_s.shape[2] // WIDE
     BN: gl.constexpr = y_s.shape[1]  # tokens of one accumulator
     PARTS: gl.constexpr = BM // BN
+    BUFFERS: gl.constexpr = y_s.shape[0] // GROUP
     STEP: gl.constexpr = 256 // x_s.dtype.primitive_bitwidth
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, STEP])
     lanes: gl.constexpr = gl.SliceLayout(1, layout)
-    w_strips = w_s._reinterpret(w_s.dtype, [GROUP * W_SLOTS, 64, BK], w_s.layout)
+    w_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 32 // x_s.dtype.primitive_bitwidth)
+    member = gl.arange(0, 64, layout=gl.SliceLayout(1, w_layout)) // (64 // STACK)
     x_item = 0
     w_item = 0
     strips = (rows * SPLIT + STACK - 1) // STACK
@@ -335,37 +477,67 @@ def _consume(
             bias = gl.load(bias_ptr + feature, mask=feature < strips * 64, other=0).to(gl.float32)
         acc0 = gl.zeros([64, BN], gl.float32, layout)
         acc1 = acc0
-        for base in range(0, columns, 64):
-            mine = _strip_bits(crow_ptr, col_ptr, strip, base, rows, columns, nnz, STACK, SPLIT)
-            todo = _group_bits(
-                crow_ptr, col_ptr, group, base, rows, columns, nnz, GROUP, STACK, SPLIT
-            )
+        for window in range(windows):
+            row = _block_row(strip, 0, STACK, SPLIT)
+            bits0 = _row_bits(table, row, rows, window, windows)
+            bits1 = bits0
+            bits2 = bits0
+            bits3 = bits0
+            mine = bits0
+            if STACK > 1:
+                bits1 = _row_bits(table, row + 1, rows, window, windows)
+                mine = mine | bits1
+            if STACK > 2:
+                bits2 = _row_bits(table, row + 2, rows, window, windows)
+                bits3 = _row_bits(table, row + 3, rows, window, windows)
+                mine = mine | bits2 | bits3
+            todo = _group_slices(table, group, rows, window, windows, GROUP, STACK, SPLIT, WIDE)
             for _ in range(_popcount(todo)):
                 low = todo & (0 - todo)
                 todo = todo ^ low
-                for h in gl.static_range(CHUNKS):
+                for _h in gl.static_range(CHUNKS):
                     x_slot = x_item % X_SLOTS
-                    mbarrier.wait(x_full.index(x_slot), (x_item // X_SLOTS) & 1)
-                    if (mine & low) != 0:
-                        w_slot = w_item % W_SLOTS + g * W_SLOTS
-                        mbarrier.wait(w_full.index(w_slot), (w_item // W_SLOTS) & 1)
-                        w = w_strips.index(w_slot)
-                        x = x_s.index(x_slot)
-                        x0 = x.slice(0, BN, dim=0).permute((1, 0))
-                        acc0 = warpgroup_mma(w, x0, acc0, is_async=True)
-                        if PARTS == 2:
-                            x1 = x.slice(BN, BN, dim=0).permute((1, 0))
-                            acc1 = warpgroup_mma(w, x1, acc1, is_async=True)
-                            acc0, acc1 = warpgroup_mma_wait(0, deps=(acc0, acc1))
-                        else:
-                            acc0 = warpgroup_mma_wait(0, deps=(acc0,))
-                        mbarrier.arrive(w_empty.index(w_slot), count=1)
-                        w_item += 1
+                    mbarrier.wait(x_split.index(x_slot), (x_item // X_SLOTS) & 1)
+                    for q in gl.static_range(WIDE):
+                        column = _popcount(low - 1) + q
+                        if ((mine >> column) & 1) != 0:
+                            w_slot = w_item % W_SLOTS + g * W_SLOTS
+                            mbarrier.wait(w_full.index(w_slot), (w_item // W_SLOTS) & 1)
+                            x = x_s.index(x_slot)
+                            if WIDE > 1:
+                                x = x.slice(q * BK, BK, dim=1)
+                            if PACKED:
+                                # The block as it is stored, and zeros for the absent ones.
+                                w = w_s.index(w_slot).reshape([64, BK]).load(w_layout)
+                                if STACK > 1:
+                                    stored = ((bits0 >> column) & 1) | (
+                                        ((bits1 >> column) & 1) << 1
+                                    )
+                                    if STACK > 2:
+                                        stored |= ((bits2 >> column) & 1) << 2
+                                        stored |= ((bits3 >> column) & 1) << 3
+                                    keep = ((stored.to(gl.int32) >> member) & 1) != 0
+                                    w = gl.where(keep[:, None], w, gl.zeros_like(w))
+                                fence_async_shared()
+                                mbarrier.arrive(w_empty.index(w_slot), count=1)
+                                acc0, acc1 = _product(w, x, acc0, acc1, BN, PARTS)
+                            elif EXACT:
+                                w = w_s.index(w_slot).load(w_layout)
+                                fence_async_shared()
+                                mbarrier.arrive(w_empty.index(w_slot), count=1)
+                                acc0 = _exact_product(w, x, low_s.index(x_slot), acc0)
+                            else:
+                                w = w_s.index(w_slot)
+                                acc0, acc1 = _product(w, x, acc0, acc1, BN, PARTS)
+                                mbarrier.arrive(w_empty.index(w_slot), count=1)
+                            w_item += 1
                     mbarrier.arrive(x_empty.index(x_slot), count=1)
                     x_item += 1
-        _store(acc0, bias, y_desc, y_s.index(g), m * BM, strip * 64, active, ACTIVATION)
+        y0 = y_s.index(g * BUFFERS)
+        _store(acc0, bias, y_desc, y0, m * BM, strip * 64, active, BUFFERS - 1, ACTIVATION)
         if PARTS == 2:
-            _store(acc1, bias, y_desc, y_s.index(g), m * BM + BN, strip * 64, active, ACTIVATION)
+            y1 = y_s.index(g * BUFFERS + BUFFERS - 1)
+            _store(acc1, bias, y_desc, y1, m * BM + BN, strip * 64, active, BUFFERS - 1, ACTIVATION)
     tma.store_wait(0)
 
 
@@ -386,27 +558,34 @@ def bsr_linear_strips(
     STACK: gl.constexpr,
     SPLIT: gl.constexpr,
     CHUNKS: gl.constexpr,
+    WIDE: gl.constexpr,
+    PACKED: gl.constexpr,
+    EXACT: gl.constexpr,
+    TABLE: gl.constexpr,
     X_SLOTS: gl.constexpr,
     W_SLOTS: gl.constexpr,
+    Y_SLOTS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
     """y = act(x @ W.T + bias) for strips of 64 outputs; see the module's docstring.
 
-    x_desc [BM, BK] boxes of x (M, K); w_desc [64 / STACK, BK] boxes of the values as an
+    x_desc [BM, WIDE * BK] boxes of x (M, K); w_desc [64 / STACK, BK] boxes of the values as an
     (nnz * r, c) matrix; y_desc [tokens of one accumulator, 64] boxes of y (M, N).
     """
     BM: gl.constexpr = x_desc.block_type.shape[0]
-    BK: gl.constexpr = x_desc.block_type.shape[1]
-    PART: gl.constexpr = w_desc.block_type.shape[0]
+    XK: gl.constexpr = x_desc.block_type.shape[1]
     BN: gl.constexpr = y_desc.block_type.shape[0]
-    x_s = gl.allocate_shared_memory(x_desc.dtype, [X_SLOTS, BM, BK], x_desc.layout)
+    x_s = gl.allocate_shared_memory(x_desc.dtype, [X_SLOTS, BM, XK], x_desc.layout)
     w_s = gl.allocate_shared_memory(
-        w_desc.dtype, [GROUP * W_SLOTS * STACK, PART, BK], w_desc.layout
+        w_desc.dtype,
+        [GROUP * W_SLOTS, STACK * w_desc.block_type.shape[0], w_desc.block_type.shape[1]],
+        w_desc.layout,
     )
-    y_s = gl.allocate_shared_memory(y_desc.dtype, [GROUP, BN, 64], y_desc.layout)
+    y_s = gl.allocate_shared_memory(y_desc.dtype, [GROUP * Y_SLOTS, BN, 64], y_desc.layout)
     bar: gl.constexpr = mbarrier.MBarrierLayout()
+    table = gl.allocate_shared_memory(gl.int64, [TABLE, 1], bar)
     x_full = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], bar)
     x_empty = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], bar)
     w_full = gl.allocate_shared_memory(gl.int64, [GROUP * W_SLOTS, 1], bar)
@@ -415,131 +594,54 @@ def bsr_linear_strips(
         mbarrier.init(x_full.index(i), count=1)
         mbarrier.init(x_empty.index(i), count=GROUP)
     for i in gl.static_range(GROUP * W_SLOTS):
-        mbarrier.init(w_full.index(i), count=1)
+        mbarrier.init(w_full.index(i), count=STACK)
         mbarrier.init(w_empty.index(i), count=1)
     fence_async_shared()
+    windows = (columns + 63) // 64
+    _fill_table(table, crow_ptr, col_ptr, rows, columns, nnz, windows)
 
-    if GROUP == 2:
+    low_s = x_s
+    x_split = x_full
+    if EXACT:
+        low_s = gl.allocate_shared_memory(x_desc.dtype, [X_SLOTS, BM, XK], x_desc.layout)
+        x_split = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], bar)
+        for i in gl.static_range(X_SLOTS):
+            mbarrier.init(x_split.index(i), count=1)
+        fence_async_shared()
+    x_ring = (x_s, x_full, x_empty, low_s, x_split)
+    w_ring = (w_s, w_full, w_empty)
+    sizes = (tiles, groups, rows, windows, nnz)
+    # fmt: off
+    if EXACT:
+        gl.static_assert(GROUP == 2)
         gl.warp_specialize(
             [
-                (
-                    _consume,
-                    (
-                        0,
-                        y_desc,
-                        bias_ptr,
-                        crow_ptr,
-                        col_ptr,
-                        x_s,
-                        w_s,
-                        y_s,
-                        x_full,
-                        x_empty,
-                        w_full,
-                        w_empty,
-                        tiles,
-                        groups,
-                        rows,
-                        columns,
-                        nnz,
-                        GROUP,
-                        STACK,
-                        SPLIT,
-                        CHUNKS,
-                        HAS_BIAS,
-                        ACTIVATION,
-                    ),
-                ),
-                (
-                    _consume,
-                    (
-                        1,
-                        y_desc,
-                        bias_ptr,
-                        crow_ptr,
-                        col_ptr,
-                        x_s,
-                        w_s,
-                        y_s,
-                        x_full,
-                        x_empty,
-                        w_full,
-                        w_empty,
-                        tiles,
-                        groups,
-                        rows,
-                        columns,
-                        nnz,
-                        GROUP,
-                        STACK,
-                        SPLIT,
-                        CHUNKS,
-                        HAS_BIAS,
-                        ACTIVATION,
-                    ),
-                ),
-                (
-                    _stream_x,
-                    (
-                        x_desc,
-                        crow_ptr,
-                        col_ptr,
-                        x_s,
-                        x_full,
-                        x_empty,
-                        tiles,
-                        groups,
-                        rows,
-                        columns,
-                        nnz,
-                        GROUP,
-                        STACK,
-                        SPLIT,
-                        CHUNKS,
-                    ),
-                ),
-                (
-                    _stream_blocks,
-                    (
-                        0,
-                        w_desc,
-                        crow_ptr,
-                        col_ptr,
-                        w_s,
-                        w_full,
-                        w_empty,
-                        tiles,
-                        groups,
-                        rows,
-                        columns,
-                        nnz,
-                        GROUP,
-                        STACK,
-                        SPLIT,
-                        CHUNKS,
-                    ),
-                ),
-                (
-                    _stream_blocks,
-                    (
-                        1,
-                        w_desc,
-                        crow_ptr,
-                        col_ptr,
-                        w_s,
-                        w_full,
-                        w_empty,
-                        tiles,
-                        groups,
-                        rows,
-                        columns,
-                        nnz,
-                        GROUP,
-                        STACK,
-                        SPLIT,
-                        CHUNKS,
-                    ),
-                ),
+                (_consume, (0, y_desc, bias_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
+                            CHUNKS, WIDE, PACKED, EXACT, HAS_BIAS, ACTIVATION)),
+                (_consume, (1, y_desc, bias_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
+                            CHUNKS, WIDE, PACKED, EXACT, HAS_BIAS, ACTIVATION)),
+                (_split_x, (table, x_ring, sizes, GROUP, STACK, SPLIT, CHUNKS, WIDE)),
+                (_stream_x, (x_desc, table, x_ring, sizes, GROUP, STACK, SPLIT, CHUNKS, WIDE)),
+                (_stream_blocks, (0, w_desc, crow_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT, CHUNKS,
+                                  PACKED)),
+                (_stream_blocks, (1, w_desc, crow_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT, CHUNKS,
+                                  PACKED)),
+            ],
+            [4, 4, 1, 1, 1],
+            [REGISTERS, 96, 32, 32, 32],
+        )
+    elif GROUP == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (0, y_desc, bias_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
+                            CHUNKS, WIDE, PACKED, EXACT, HAS_BIAS, ACTIVATION)),
+                (_consume, (1, y_desc, bias_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
+                            CHUNKS, WIDE, PACKED, EXACT, HAS_BIAS, ACTIVATION)),
+                (_stream_x, (x_desc, table, x_ring, sizes, GROUP, STACK, SPLIT, CHUNKS, WIDE)),
+                (_stream_blocks, (0, w_desc, crow_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT, CHUNKS,
+                                  PACKED)),
+                (_stream_blocks, (1, w_desc, crow_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT, CHUNKS,
+                                  PACKED)),
             ],
             [4, 1, 1, 1],
             [REGISTERS, 32, 32, 32],
@@ -548,174 +650,21 @@ def bsr_linear_strips(
         gl.static_assert(GROUP == 3)
         gl.warp_specialize(
             [
-                (
-                    _consume,
-                    (
-                        0,
-                        y_desc,
-                        bias_ptr,
-                        crow_ptr,
-                        col_ptr,
-                        x_s,
-                        w_s,
-                        y_s,
-                        x_full,
-                        x_empty,
-                        w_full,
-                        w_empty,
-                        tiles,
-                        groups,
-                        rows,
-                        columns,
-                        nnz,
-                        GROUP,
-                        STACK,
-                        SPLIT,
-                        CHUNKS,
-                        HAS_BIAS,
-                        ACTIVATION,
-                    ),
-                ),
-                (
-                    _consume,
-                    (
-                        1,
-                        y_desc,
-                        bias_ptr,
-                        crow_ptr,
-                        col_ptr,
-                        x_s,
-                        w_s,
-                        y_s,
-                        x_full,
-                        x_empty,
-                        w_full,
-                        w_empty,
-                        tiles,
-                        groups,
-                        rows,
-                        columns,
-                        nnz,
-                        GROUP,
-                        STACK,
-                        SPLIT,
-                        CHUNKS,
-                        HAS_BIAS,
-                        ACTIVATION,
-                    ),
-                ),
-                (
-                    _consume,
-                    (
-                        2,
-                        y_desc,
-                        bias_ptr,
-                        crow_ptr,
-                        col_ptr,
-                        x_s,
-                        w_s,
-                        y_s,
-                        x_full,
-                        x_empty,
-                        w_full,
-                        w_empty,
-                        tiles,
-                        groups,
-                        rows,
-                        columns,
-                        nnz,
-                        GROUP,
-                        STACK,
-                        SPLIT,
-                        CHUNKS,
-                        HAS_BIAS,
-                        ACTIVATION,
-                    ),
-                ),
-                (
-                    _stream_x,
-                    (
-                        x_desc,
-                        crow_ptr,
-                        col_ptr,
-                        x_s,
-                        x_full,
-                        x_empty,
-                        tiles,
-                        groups,
-                        rows,
-                        columns,
-                        nnz,
-                        GROUP,
-                        STACK,
-                        SPLIT,
-                        CHUNKS,
-                    ),
-                ),
-                (
-                    _stream_blocks,
-                    (
-                        0,
-                        w_desc,
-                        crow_ptr,
-                        col_ptr,
-                        w_s,
-                        w_full,
-                        w_empty,
-                        tiles,
-                        groups,
-                        rows,
-                        columns,
-                        nnz,
-                        GROUP,
-                        STACK,
-                        SPLIT,
-                        CHUNKS,
-                    ),
-                ),
-                (
-                    _stream_blocks,
-                    (
-                        1,
-                        w_desc,
-                        crow_ptr,
-                        col_ptr,
-                        w_s,
-                        w_full,
-                        w_empty,
-                        tiles,
-                        groups,
-                        rows,
-                        columns,
-                        nnz,
-                        GROUP,
-                        STACK,
-                        SPLIT,
-                        CHUNKS,
-                    ),
-                ),
-                (
-                    _stream_blocks,
-                    (
-                        2,
-                        w_desc,
-                        crow_ptr,
-                        col_ptr,
-                        w_s,
-                        w_full,
-                        w_empty,
-                        tiles,
-                        groups,
-                        rows,
-                        columns,
-                        nnz,
-                        GROUP,
-                        STACK,
-                        SPLIT,
-                        CHUNKS,
-                    ),
-                ),
+                (_consume, (0, y_desc, bias_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
+                            CHUNKS, WIDE, PACKED, EXACT, HAS_BIAS, ACTIVATION)),
+                (_consume, (1, y_desc, bias_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
+                            CHUNKS, WIDE, PACKED, EXACT, HAS_BIAS, ACTIVATION)),
+                (_consume, (2, y_desc, bias_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
+                            CHUNKS, WIDE, PACKED, EXACT, HAS_BIAS, ACTIVATION)),
+                (_stream_x, (x_desc, table, x_ring, sizes, GROUP, STACK, SPLIT, CHUNKS, WIDE)),
+                (_stream_blocks, (0, w_desc, crow_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT, CHUNKS,
+                                  PACKED)),
+                (_stream_blocks, (1, w_desc, crow_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT, CHUNKS,
+                                  PACKED)),
+                (_stream_blocks, (2, w_desc, crow_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT, CHUNKS,
+                                  PACKED)),
             ],
             [4, 4, 1, 1, 1, 1],
             [REGISTERS, REGISTERS, 32, 32, 32, 32],
         )
+    # fmt: on
