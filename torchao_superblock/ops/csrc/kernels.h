@@ -9,6 +9,8 @@
 
 #include "internal.h"
 
+#define SB_SMALL_M 12
+
 #define SB_PASTE3(a, b, c) a##_##b##_##c
 #define SB_PASTE2(a, b, c) SB_PASTE3(a, b, c)
 #define SB_NAME(name, type) SB_PASTE2(name, SB_ISA, type)
@@ -28,7 +30,21 @@ typedef double vd_u __attribute__((vector_size(SB_VECTOR_BYTES), aligned(1), may
  * 16-bit formats. bfloat16 is the upper half of a float32. float16 is converted with integer steps
  * where the instruction set has none for it. */
 
-SB_INLINE vf bf16_to_float(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
+/* Zero-extend and truncate; compilers make long detours of __builtin_convertvector here. */
+#if SB_VECTOR_BYTES == 64
+SB_INLINE vu widen(vh h) { return (vu)_mm512_cvtepu16_epi32((__m256i)h); }
+SB_INLINE vh narrow(vu u) { return (vh)_mm512_cvtepi32_epi16((__m512i)u); }
+#elif SB_VECTOR_BYTES == 32
+SB_INLINE vu widen(vh h) { return (vu)_mm256_cvtepu16_epi32((__m128i)h); }
+SB_INLINE vh narrow(vu u) {
+    return (vh)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)u), _mm256_extracti128_si256((__m256i)u, 1));
+}
+#else
+SB_INLINE vu widen(vh h) { return __builtin_convertvector(h, vu); }
+SB_INLINE vh narrow(vu u) { return __builtin_convertvector(u, vh); }
+#endif
+
+SB_INLINE vf bf16_to_float(vh h) { return (vf)(widen(h) << 16); }
 
 SB_INLINE vh float_to_bf16(vf f) {
     const vu u = (vu)f;
@@ -36,7 +52,7 @@ SB_INLINE vh float_to_bf16(vf f) {
     const vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     const vu quiet = (u >> 16) | 0x40;
     const vu nan = (vu)(f != f);
-    return __builtin_convertvector((rounded & ~nan) | (quiet & nan), vh);
+    return narrow((rounded & ~nan) | (quiet & nan));
 }
 
 #if SB_VECTOR_BYTES == 64
@@ -51,7 +67,7 @@ SB_INLINE vh float_to_fp16(vf f) {
 }
 #else
 SB_INLINE vf fp16_to_float(vh h) {
-    const vu u = __builtin_convertvector(h, vu);
+    const vu u = widen(h);
     const vu magnitude = (u & 0x7fff) << 13;
     /* 2^112 moves the exponent from float16's bias to float32's, subnormals included */
     const vf scaled = (vf)magnitude * 0x1p112f;
@@ -71,7 +87,7 @@ SB_INLINE vh float_to_fp16(vf f) {
     vu bits = (tiny & is_tiny) | (normal & ~is_tiny);
     bits = (bits & ~is_big) | (0x7c00 & is_big);
     bits = bits | (0x200 & is_nan);
-    return __builtin_convertvector(bits | (u >> 16 & 0x8000), vh);
+    return narrow(bits | (u >> 16 & 0x8000));
 }
 #endif
 
@@ -269,7 +285,7 @@ SB_INLINE sq load_square_row(const void *p, int64_t i, int dtype) {
 #if SB_VECTOR_BYTES == 64
     if (dtype == SB_BFLOAT16) {
         const sqh h = (sqh) * (const sqh_u *)((const uint16_t *)p + i);
-        return (sq)(__builtin_convertvector(h, squ) << 16);
+        return (sq)((squ)_mm256_cvtepu16_epi32((__m128i)h) << 16);
     }
     if (dtype == SB_FLOAT16)
         return (sq)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)p + i)));
@@ -346,7 +362,7 @@ typedef int32_t quadi __attribute__((vector_size(16)));
 const sb_kernels SB_PASTE2(sb, kernels, SB_ISA) = {
     .lanes_f32 = SB_VECTOR_BYTES / 4,
     .lanes_f64 = SB_VECTOR_BYTES / 8,
-    .small_m = 12,
+    .small_m = SB_SMALL_M,
     .product_f32 = SB_NAME(product, float),
     .product_f64 = SB_NAME(product, double),
     .small_f32 = SB_NAME(small, float),

@@ -159,7 +159,7 @@ SB_INLINE int64_t TYPED(padded)(int64_t width) { return width > W ? 2 * W : W; }
 /* ------------------------------------------------------------------------------------------------
  * The product: y tile = act(x panel @ packed strip + bias). */
 
-/* Activation and store of `rows` rows of sums, for everything but plain float stores. Not inlined: it
+/* Activation and store of `rows` rows of sums, for what store_tile does not do. Not inlined: it
  * would be repeated in every tile. */
 static __attribute__((noinline)) void TYPED(finish)(const sb_product *p, const T *sums, int vectors, int64_t m,
                                                     int64_t rows, int64_t n, int64_t width) {
@@ -173,6 +173,18 @@ static __attribute__((noinline)) void TYPED(finish)(const sb_product *p, const T
             else
                 STORE_PART(p->y, at, (int)(width - v * W), y, p->dtype);
         }
+}
+
+SB_INLINE void TYPED(store_tile)(const sb_product *p, V acc[SB_PANEL][2], const int tile_rows, const int vectors,
+                                 int64_t m, int64_t rows, int64_t n0, const int dtype) {
+    int64_t at = m * p->R * p->r + n0;
+#pragma GCC unroll 12
+    for (int i = 0; i < tile_rows; i++) {
+        if (i >= rows) break;
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) STORE(p->y, at + v * W, acc[i][v], dtype);
+        at += p->R * p->r;
+    }
 }
 
 SB_INLINE void TYPED(tile_as)(const sb_product *p, const sb_item *item, const T *panel, const T *strip,
@@ -213,14 +225,21 @@ SB_INLINE void TYPED(tile_as)(const sb_product *p, const sb_item *item, const T 
         }
     }
 
-    if (sizeof(T) == sb_dtype_size(p->dtype) && p->activation == SB_NONE && item->width == vectors * W) {
-        T *y = (T *)p->y + m * p->R * p->r + n0;
-#pragma GCC unroll 12
-        for (int i = 0; i < tile_rows; i++) {
-            if (i >= rows) break;
-#pragma GCC unroll 2
-            for (int v = 0; v < vectors; v++) STORE(y, v * W, acc[i][v], -1);
-            y += p->R * p->r;
+    if (p->activation == SB_NONE && item->width == vectors * W) {
+        switch (p->dtype) {
+#ifdef SB_DOUBLE
+        default:
+            TYPED(store_tile)(p, acc, tile_rows, vectors, m, rows, n0, SB_FLOAT64);
+#else
+        case SB_BFLOAT16:
+            TYPED(store_tile)(p, acc, tile_rows, vectors, m, rows, n0, SB_BFLOAT16);
+            break;
+        case SB_FLOAT16:
+            TYPED(store_tile)(p, acc, tile_rows, vectors, m, rows, n0, SB_FLOAT16);
+            break;
+        default:
+            TYPED(store_tile)(p, acc, tile_rows, vectors, m, rows, n0, SB_FLOAT32);
+#endif
         }
         return;
     }
@@ -355,7 +374,11 @@ SB_INLINE void TYPED(add_lanes)(const V *acc, const int n, T *sums) {
 }
 #endif
 
-/* out[m * r + n + a] for `outputs` outputs (at least 4, or 1) and `rows` rows of x. */
+/* bfloat16, two vectors at a time: seen as 32-bit words, a shift gives the even elements and a mask the
+ * odd ones. x has been sorted the same way (even W, odd W) when it was copied. */
+#define SB_PAIRS 100 /* a dtype for `dots`: SB_BFLOAT16 in pairs */
+
+/* out[m * r + n + a] for `outputs` outputs and `rows` rows of x, outputs * rows a multiple of 4. */
 SB_INLINE void TYPED(dots)(const sb_product *p, const T *x, int64_t x_row, int64_t i, int64_t n, const int outputs,
                            const int rows, T *out, const int dtype) {
     V acc[16];
@@ -365,6 +388,28 @@ SB_INLINE void TYPED(dots)(const sb_product *p, const T *x, int64_t x_row, int64
     for (int64_t j = p->crow[i]; j < p->crow[i + 1]; j++) {
         const T *xk = x + p->col[j] * c;
         const int64_t w = (j * p->r + n) * c;
+#ifndef SB_DOUBLE
+        if (dtype == SB_PAIRS) {
+            for (int64_t k = 0; k < c; k += 2 * W) {
+                V even[4], odd[4];
+#pragma GCC unroll 4
+                for (int m = 0; m < rows; m++) {
+                    even[m] = LOAD(xk, m * x_row + k, -1);
+                    odd[m] = LOAD(xk, m * x_row + k + W, -1);
+                }
+#pragma GCC unroll 8
+                for (int a = 0; a < outputs; a++) {
+                    const vu pair = (vu)load_float((const uint16_t *)p->values + w + a * c + k, 0, SB_FLOAT32);
+#pragma GCC unroll 4
+                    for (int m = 0; m < rows; m++) {
+                        acc[m * outputs + a] += (V)(pair << 16) * even[m];
+                        acc[m * outputs + a] += (V)(pair & 0xffff0000u) * odd[m];
+                    }
+                }
+            }
+            continue;
+        }
+#endif
         for (int64_t k = 0; k < c; k += W) {
             V xs[4];
 #pragma GCC unroll 4
@@ -395,24 +440,26 @@ SB_INLINE void TYPED(dots_all_rows)(const sb_product *p, const T *x, int64_t x_r
     for (; m < p->M; m++) TYPED(dots)(p, x + m * x_row, x_row, i, n, outputs, 1, out + m * p->r, dtype);
 }
 
+/* Where element k of x lies after the sorting for SB_PAIRS. */
+SB_INLINE int64_t TYPED(sorted)(int64_t k) { return k / (2 * W) * (2 * W) + k % 2 * W + k % (2 * W) / 2; }
+
 SB_INLINE void TYPED(small_as)(const sb_product_job *job, const T *x, int64_t x_row, int64_t g, T *out,
                                const int dtype) {
     const sb_product *p = job->p;
     const int64_t N = p->R * p->r;
+    const int storage = dtype == SB_PAIRS ? SB_BFLOAT16 : dtype;
     for (int64_t i = job->group[g]; i < job->group[g + 1]; i++) {
         int64_t n = 0;
         if (p->M == 1)
             for (; n + 8 <= p->r; n += 8) TYPED(dots)(p, x, x_row, i, n, 8, 1, out, dtype);
         for (; n + 4 <= p->r; n += 4) TYPED(dots_all_rows)(p, x, x_row, i, n, 4, out, dtype);
-        for (; n < p->r; n++) /* one output: its sums are added up lane by lane */
+        for (; n < p->r; n++) /* a last few outputs, one by one */
             for (int64_t m = 0; m < p->M; m++) {
-                V acc = {0};
-                for (int64_t j = p->crow[i]; j < p->crow[i + 1]; j++)
-                    for (int64_t k = 0; k < p->c; k += W)
-                        acc += LOAD(p->values, (j * p->r + n) * p->c + k, dtype) *
-                               LOAD(x, m * x_row + p->col[j] * p->c + k, -1);
                 T s = 0;
-                for (int lane = 0; lane < W; lane++) s += acc[lane];
+                for (int64_t j = p->crow[i]; j < p->crow[i + 1]; j++)
+                    for (int64_t k = 0; k < p->c; k++)
+                        s += ONE(p->values, (j * p->r + n) * p->c + k, storage) *
+                             x[m * x_row + p->col[j] * p->c + (dtype == SB_PAIRS ? TYPED(sorted)(k) : k)];
                 out[m * p->r + n] = s;
             }
         for (int64_t m = 0; m < p->M; m++)
@@ -420,12 +467,12 @@ SB_INLINE void TYPED(small_as)(const sb_product_job *job, const T *x, int64_t x_
                 const int width = (int)sb_min(W, p->r - n);
                 const int64_t at = i * p->r + n;
                 V y = LOAD(out, m * p->r + n, -1);
-                if (p->bias) y += width == W ? LOAD(p->bias, at, dtype) : LOAD_PART(p->bias, at, width, dtype);
+                if (p->bias) y += width == W ? LOAD(p->bias, at, storage) : LOAD_PART(p->bias, at, width, storage);
                 y = ACTIVATE(y, p->activation);
                 if (width == W)
-                    STORE(p->y, m * N + at, y, dtype);
+                    STORE(p->y, m * N + at, y, storage);
                 else
-                    STORE_PART(p->y, m * N + at, width, y, dtype);
+                    STORE_PART(p->y, m * N + at, width, y, storage);
             }
     }
 }
@@ -437,6 +484,7 @@ static void TYPED(small)(void *pointer) {
     const T *x = NULL;
     int64_t x_row = p->x_row;
     T *out = NULL;
+    const int pairs = p->dtype == SB_BFLOAT16 && p->c % (2 * W) == 0;
     for (;;) {
         const int64_t g = atomic_fetch_add(&job->next_thread, 1);
         if (g >= job->n_groups) break;
@@ -454,9 +502,18 @@ static void TYPED(small)(void *pointer) {
             } else {
                 for (int64_t m = 0; m < p->M; m++) {
                     int64_t k = 0;
-                    if (p->x_col == 1)
+#ifndef SB_DOUBLE
+                    if (pairs && p->x_col == 1)
+                        for (; k + 2 * W <= K; k += 2 * W) {
+                            const vu pair = (vu)load_float((const uint16_t *)p->x + m * x_row + k, 0, SB_FLOAT32);
+                            STORE(copy, m * K + k, (V)(pair << 16), -1);
+                            STORE(copy, m * K + k + W, (V)(pair & 0xffff0000u), -1);
+                        }
+#endif
+                    if (!pairs && p->x_col == 1)
                         for (; k + W <= K; k += W) STORE(copy, m * K + k, LOAD(p->x, m * x_row + k, p->dtype), -1);
-                    for (; k < K; k++) copy[m * K + k] = ONE(p->x, m * x_row + k * p->x_col, p->dtype);
+                    for (; k < K; k++)
+                        copy[m * K + (pairs ? TYPED(sorted)(k) : k)] = ONE(p->x, m * x_row + k * p->x_col, p->dtype);
                 }
                 x = copy;
                 x_row = K;
@@ -468,7 +525,10 @@ static void TYPED(small)(void *pointer) {
             TYPED(small_as)(job, x, x_row, g, out, SB_FLOAT64);
 #else
         case SB_BFLOAT16:
-            TYPED(small_as)(job, x, x_row, g, out, SB_BFLOAT16);
+            if (pairs)
+                TYPED(small_as)(job, x, x_row, g, out, SB_PAIRS);
+            else
+                TYPED(small_as)(job, x, x_row, g, out, SB_BFLOAT16);
             break;
         case SB_FLOAT16:
             TYPED(small_as)(job, x, x_row, g, out, SB_FLOAT16);
@@ -620,6 +680,7 @@ static void TYPED(grad)(void *pointer) {
     }
 }
 
+#undef SB_PAIRS
 #undef SB_TILE
 #undef SB_OUTER
 #undef SB_ROWS_TALL
