@@ -106,14 +106,23 @@ def load_folder_data(path: Path, image_size: int, seed: int) -> Data:
     )
     if not path.is_dir():
         raise SystemExit(f"--data-path {path}: no such folder")
+
+    def image_folder(folder: Path) -> datasets.ImageFolder:
+        try:
+            return datasets.ImageFolder(str(folder), transform)
+        except FileNotFoundError as error:
+            raise SystemExit(
+                f"--data-path {folder}: needs one folder for each class, with images in it ({error})"
+            ) from error
+
     if (path / "train").is_dir() and (path / "val").is_dir():
-        train: Dataset[Any] = datasets.ImageFolder(str(path / "train"), transform)
-        test: Dataset[Any] = datasets.ImageFolder(str(path / "val"), transform)
+        train: Dataset[Any] = image_folder(path / "train")
+        test: Dataset[Any] = image_folder(path / "val")
         classes = train.classes  # type: ignore[attr-defined]
         if classes != test.classes:  # type: ignore[attr-defined]
             raise SystemExit(f"--data-path {path}: train and val have different classes")
     else:
-        images = datasets.ImageFolder(str(path), transform)
+        images = image_folder(path)
         classes = images.classes
         count = max(1, len(images) // 5)
         generator = torch.Generator().manual_seed(seed)
@@ -211,11 +220,11 @@ def latency(
 
     for model in models.values():
         model.eval()
-        for _ in range(3):
+        for _ in range(2):
             once(model)
     times: dict[str, list[float]] = {name: [] for name in models}
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
+    while time.perf_counter() < end or len(next(iter(times.values()))) < 3:
         for name, model in models.items():
             times[name].append(once(model))
     return times
@@ -280,6 +289,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.epochs < 1:
         parser.error("--epochs must be at least 1")
+    if arguments.image_size % 8 or arguments.image_size < 8:
+        parser.error("--image-size must be a multiple of 8: an image is cut into 8 x 8 patches")
     return arguments
 
 
@@ -354,7 +365,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         results["accuracy_gap"] = gap
         print(f"  dense twin      {results['dense_accuracy']:.2%} ({gap * 100:+.2f} points)")
 
-    batch = torch.stack([data.test[i % len(data.test)][0] for i in range(256)]).to(device)  # type: ignore[arg-type]
+    count = min(256, len(data.test))  # type: ignore[arg-type]
+    batch = torch.stack([data.test[i][0] for i in range(count)]).to(device)
     times = latency({"dense": dense, "BSR": model}, batch, arguments.latency_seconds)
     ratios = [a / b for a, b in zip(times["dense"], times["BSR"], strict=True)]
     results["speedup"] = statistics.median(ratios)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -151,7 +152,7 @@ def plot_block_masks(
         )
     groups: dict[tuple[Any, ...], list[LayerMask]] = {}
     for layer in layers:
-        role = ".".join(layer.fqn.split(".")[-2:])
+        role = re.sub(r"\d+", "#", layer.fqn)
         groups.setdefault((role, layer.shape, layer.blocksize), []).append(layer)
 
     boxes = [_Box(members, width - 2 * _MARGIN) for members in groups.values()]
