@@ -124,6 +124,36 @@ def test_capturable_in_a_cuda_graph(M: int) -> None:
 
 
 @pytest.mark.gpu
+def test_a_repeated_call_is_still_checked_and_still_reads_its_own_tensors() -> None:
+    dense, crow, col, values = random_bsr(128, 256, 32, 0.5, torch.float16, "cuda")
+    plan = build_plan(crow, col, 8)
+    bias = torch.randn(128, dtype=torch.float16, device="cuda")
+    for lead in ((3,), (2, 5), (1, 1), (2, 5), (3,)):
+        for b, p, activation in (
+            (bias, plan, "relu"),
+            (None, None, "none"),
+            (bias * 2, plan, "relu"),
+        ):
+            x = torch.randn(*lead, 256, dtype=torch.float16, device="cuda")
+            for values_now in (values, values * 2):
+                factor = 1 if values_now is values else 2
+                expected = x.double() @ dense.double().T * factor + (0 if b is None else b.double())
+                expected = expected.relu() if activation == "relu" else expected
+                y = bsr_linear(x, crow, col, values_now, b, None, activation, p)
+                assert y.shape == (*lead, 128) and y.is_contiguous()
+                assert relative_error(y, expected) < 2e-3
+    transposed = torch.randn(256, 3, dtype=torch.float16, device="cuda").T
+    y = bsr_linear(transposed, crow, col, values, bias, None, "relu", plan)
+    assert relative_error(y, (transposed.double() @ dense.double().T + bias.double()).relu()) < 2e-3
+    with pytest.raises(TypeError):
+        bsr_linear(x, crow, col, values, bias.float(), None, "relu", plan)
+    with pytest.raises(RuntimeError):
+        bsr_linear(x, crow.cpu(), col, values, bias, None, "relu", plan)
+    with pytest.raises(ValueError):
+        bsr_linear(x, crow, col, values, bias, None, "tanh", plan)
+
+
+@pytest.mark.gpu
 def test_no_synchronisation_and_no_allocation_but_output_and_workspace() -> None:
     _, crow, col, values = random_bsr(4096, 4096, 64, 0.9, torch.bfloat16, "cuda")
     plan = build_plan(crow, col, 64)

@@ -11,6 +11,7 @@ r x c the block size, nnz stored blocks.
 """
 
 import math
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -339,11 +340,18 @@ def _register_backend(dispatch_key: str, load_backend) -> None:
             backend = load_backend()
         return backend
 
-    _library.impl(
-        "bsr_linear",
-        lambda *args, **kwargs: _forward(backend or loaded(), *args, **kwargs),
-        dispatch_key,
-    )
+    run = None
+
+    def forward(*args, **kwargs) -> Tensor:
+        nonlocal run
+        if run is None:
+            general = partial(_forward, loaded())
+            # A backend may know how to repeat a call without checking and deciding everything again.
+            call = getattr(loaded(), "call", None)
+            run = general if call is None else partial(call, general)
+        return run(*args, **kwargs)
+
+    _library.impl("bsr_linear", forward, dispatch_key)
     _library.impl(
         "bsr_linear_grad_x",
         lambda *args, **kwargs: _grad_x(backend or loaded(), *args, **kwargs),

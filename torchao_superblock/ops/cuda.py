@@ -130,8 +130,8 @@ def matmul_tile(problem: Problem) -> Tile:
     """The shipped rule for ``bsr_matmul_kernel``.
 
     Measured on an H200; the same shapes suit an Ampere GPU, with less shared memory taken care of at launch. Small
-    tiles win again and again: a block row holds few blocks, so a program spends much of its time starting and
-    finishing, and only other programs on the same processor can hide that.
+    tiles and few stages win again and again: a block row holds few blocks, so a program spends much of its time
+    starting and finishing, and only other programs on the same processor can hide that.
     """
     M, r, c = problem.M, problem.r, problem.c
     BN = min(max(_power_of_two(r), 16), 128)
@@ -140,22 +140,26 @@ def matmul_tile(problem: Problem) -> Tile:
     widest = 64 if problem.itemsize == 2 else 32
     run = c & -c
     BK = run if 16 <= run < widest else widest  # within a block where that is possible at all
+    row_length = problem.nnz * c // max(problem.R, 1)  # nonzero columns of an average block row
     if M <= 64:
         # Few tokens: the time is that of streaming the values once. Programs that share a long block row keep more
         # loads in flight; their sums are added up afterwards.
         BN = min(BN, 64)
         programs = problem.R * -(-r // BN)
-        steps = -(-problem.nnz * c // (max(problem.R, 1) * BK))
-        splits = min(-(-2 * problem.n_processors // max(programs, 1)), steps // 4, 8)
-        return Tile(min(M, 64), BN, BK, 1, 4, 4, max(splits, 1))
+        splits = min(-(-2 * problem.n_processors // max(programs, 1)), row_length // BK // 4, 8)
+        return Tile(min(M, 64), BN, BK, 1, 4, 3, max(splits, 1))
+    short = row_length < 160
     BM = min(M, 128)
-    GROUP_M = 1 if M <= 512 else 8
-    ordered = M <= 16384
+    num_stages = 2 if short else 3
     if problem.precision == TF32X3:
-        return Tile(min(M, 64), min(BN, 64), BK, GROUP_M, 4, 2, 1, ordered)
-    if problem.itemsize == 2 and BN == 32 and M >= 1024:
-        BM = 256
-    return Tile(BM, BN, BK, GROUP_M, 4, 3, 1, ordered)
+        BM, BN = min(M, 64), min(BN, 64)
+    elif problem.itemsize == 2 and BN == 128:
+        BM, num_stages = (min(M, 64), 2) if short else (BM, 3)
+    elif problem.itemsize == 2 and BN == 64 and M >= 1024:
+        num_stages = 2
+    programs = -(-M // BM) * problem.R * -(-r // BN)
+    ordered = programs <= 16 * problem.n_processors
+    return Tile(BM, BN, BK, 2 if BN == 128 else 4, 4, num_stages, 1, ordered)
 
 
 def grad_values_tile(problem: Problem) -> GradTile:
@@ -164,14 +168,14 @@ def grad_values_tile(problem: Problem) -> GradTile:
     BC = min(max(_power_of_two(problem.c), 16), 128)
     if problem.itemsize == 8:
         return GradTile(16, min(BR, 32), min(BC, 32), 4, 2)
-    if problem.precision == TF32X3:
-        return GradTile(32, min(BR, 64), min(BC, 64), 4, 3)
     if problem.itemsize == 4:
         # Two warps: with four, the compiler takes the warpgroup product, whose TF32 operands must be transposed first.
-        return GradTile(64, min(BR, 64), min(BC, 64), 2, 3)
+        if problem.precision == TF32X3:
+            return GradTile(32, min(BR, 32), min(BC, 64), 2, 3)
+        return GradTile(32, min(BR, 64), min(BC, 64), 2, 4)
     if BR * BC <= 1024:
         return GradTile(128, BR, BC, 1 if BR * BC <= 256 else 2, 3)
-    return GradTile(64, BR, BC, 8 if BR * BC >= 128 * 128 else 4, 4)
+    return GradTile(64, BR, BC, 8 if BR * BC >= 128 * 128 else 4, 4, 2)
 
 
 # What tuning.py found on this machine: a tile for a problem, and the problems for which plain Triton beats the Gluon
@@ -382,9 +386,9 @@ class _Product:
         return y
 
     def bind(
-        self, index: int, M: int, stride_m: int, stride_k: int
-    ) -> Callable[..., Tensor] | None:
-        """The forward for exactly this M, with nothing left to decide; None if it cannot be had."""
+        self, shape: torch.Size, index: int, M: int, stride_m: int, stride_k: int
+    ) -> Callable[..., Tensor | None] | None:
+        """The forward to an output of this shape, with nothing left to decide; None if it cannot be had."""
         N, splits = self.N, self.splits
         grid = (-(-M // self.tile.BM) * self.n_columns, splits, 1)
         launch = self.kernel.bind(grid, index, M, stride_m, stride_k, N, *self.sizes)
@@ -392,7 +396,7 @@ class _Product:
         reduce = self.reduce.bind(grid, index, M * N, N, splits) if splits > 1 else None
         if launch is None or self.has_low or (splits > 1 and reduce is None):
             return None
-        shape, accumulator, activity = (M, N), self.accumulator, triton.knobs.runtime
+        accumulator, activity = self.accumulator, triton.knobs.runtime
 
         def forward(
             x: Tensor,
@@ -412,7 +416,7 @@ class _Product:
             bias_at = x_at if bias is None else bias.data_ptr()
             out_at = y_at
             if splits > 1:
-                out = x.new_empty((splits, *shape), dtype=accumulator)
+                out = x.new_empty((splits, M, N), dtype=accumulator)
                 out_at = out.data_ptr()
             launch(x_at, at, col_at, col_at, order_at, values_at, values_at, bias_at, out_at)
             if splits > 1:
@@ -501,9 +505,11 @@ class _BlockGradient:
         return out
 
 
-# Prepared launches by what the choice of tile rests on, and forward calls by their exact shapes.
+# Prepared launches by what the choice of tile rests on, and calls of the op by everything that was checked and decided.
 _launches: dict[tuple, Any] = {}
 _bound: dict[tuple, Callable[..., Tensor | None]] = {}
+# What the last plain forward did: addresses of x and y, the launch, and what to bind it to.
+_latest: tuple[int, int, _Product, tuple[int, int, int, int]] | None = None
 # A program that keeps making new shapes must not grow these for ever; rebuilding an entry is cheap, because Triton
 # keeps the compiled kernels.
 _MOST_ENTRIES = 4096
@@ -578,31 +584,27 @@ def _plain_forward(
     plan: Tensor | None,
     index: int,
 ) -> Tensor:
-    # What this very call decided last time.
-    exact_key = (
-        x.shape,
-        x.stride(),
-        values.shape,
+    global _latest
+    M, K = x.shape
+    stride_m, stride_k = _strides(x)
+    bucket = m_bucket(M)
+    key = (
+        "forward",
+        index,
+        bucket,
+        K,
         crow.shape,
+        values.shape,
+        stride_m,
+        stride_k,
         x.dtype,
+        x.dtype == torch.float32 and allows_tf32(),
         activation,
         bias is None,
         plan is None,
         x.data_ptr() % 16,
         values.data_ptr() % 16,
-        index,
-        x.dtype == torch.float32 and allows_tf32(),
     )
-    bound = _bound.get(exact_key)
-    if bound is not None:
-        y = bound(x, crow, col, values, bias, plan)
-        if y is not None:
-            return y
-    M, K = x.shape
-    stride_m, stride_k = _strides(x)
-    bucket = m_bucket(M)
-    # What calls with about as many tokens decided.
-    key = ("forward", bucket, K, stride_m, stride_k, *exact_key[2:])
     launch = _launches.get(key)
     if launch is None:
         strides = (stride_m, stride_k)
@@ -614,9 +616,7 @@ def _plain_forward(
     # The plan starts with row_order; without one crow stands in and is not read as an order.
     order = crow if plan is None else plan
     y = launch(index, x, crow, col, col, order, values, low, bias, M, stride_m, stride_k)
-    bound = launch.bind(index, M, stride_m, stride_k)
-    if bound is not None:
-        _remember(_bound, exact_key, bound)
+    _latest = (x.data_ptr(), y.data_ptr(), launch, (index, M, stride_m, stride_k))
     return y
 
 
@@ -788,6 +788,80 @@ def forward(
         if hopper is not None:
             return hopper.forward(x, crow, col, values, bias, activation, plan)
     return _plain_forward(x, crow, col, values, bias, activation, plan, index)
+
+
+def call(
+    general: Callable[..., Tensor],
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    values: Tensor,
+    bias: Tensor | None = None,
+    out_features: int | None = None,
+    activation: str = "none",
+    plan: Tensor | None = None,
+) -> Tensor:
+    """The op on CUDA tensors. A call like an earlier one skips what that one checked and decided.
+
+    Checking arguments, choosing a kernel and preparing its launch take the host several times as long as a kernel at
+    small M takes the GPU. All of it depends on what is in the key below, and on nothing else.
+
+    Args:
+        general: the op's general implementation over this backend, with the arguments that follow.
+        x: as the op has it, as have all others.
+        crow: crow_indices.
+        col: col_indices.
+        values: values.
+        bias: bias.
+        out_features: out_features.
+        activation: activation.
+        plan: plan.
+
+    Returns:
+        The op's output.
+    """
+    key = (
+        x.shape,
+        x.stride(),
+        x.dtype,
+        x.get_device(),
+        x.data_ptr() % 16,
+        *(crow.shape, crow.dtype, crow.get_device(), crow.is_contiguous()),
+        *(col.shape, col.dtype, col.get_device(), col.is_contiguous()),
+        *(values.shape, values.dtype, values.get_device(), values.is_contiguous()),
+        values.data_ptr() % 16,
+        None if bias is None else (bias.shape, bias.dtype, bias.get_device(), bias.is_contiguous()),
+        None if plan is None else (plan.shape, plan.dtype, plan.get_device(), plan.is_contiguous()),
+        out_features,
+        activation,
+        x.dtype == torch.float32 and allows_tf32(),
+        torch._C._cuda_getDevice(),
+    )
+    bound = _bound.get(key)
+    if bound is not None and _recorder is None:
+        y = bound(x, crow, col, values, bias, plan)
+        if y is not None:
+            return y
+    global _latest
+    _latest = None
+    y = general(x, crow, col, values, bias, out_features, activation, plan)
+    latest = _latest
+    if (
+        latest is not None
+        # The kernel read and wrote these very tensors: nothing was copied, padded or cropped on the way.
+        and latest[:2] == (x.data_ptr(), y.data_ptr())
+        and y.numel() == latest[3][1] * latest[2].N
+        and crow.is_contiguous()
+        and col.is_contiguous()
+        and values.is_contiguous()
+        and (bias is None or bias.is_contiguous())
+        and (plan is None or plan.is_contiguous())
+        and x.get_device() == torch._C._cuda_getDevice()
+    ):
+        bound = latest[2].bind(y.shape, *latest[3])
+        if bound is not None:
+            _remember(_bound, key, bound)
+    return y
 
 
 class traceable:
