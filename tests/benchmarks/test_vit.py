@@ -1,0 +1,78 @@
+"""The whole-model benchmark swaps every MLP layer, keeps the model's function, and says what it left out."""
+
+import argparse
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision", reason="the benchmark needs torchvision (the `examples` extra)")
+
+from benchmarks import vit
+from benchmarks.common import Measurements, Timing, relative_error
+
+SMALL = {"image_size": 32, "num_layers": 2, "num_heads": 2, "hidden_dim": 64, "mlp_dim": 128}
+
+
+def small() -> torch.nn.Module:
+    return vit.zero_blocks(vit.build_vit(**SMALL), blocksize=16, sparsity=0.9)
+
+
+def test_random_blocks_of_every_mlp_weight_are_zero():
+    layers = dict(vit.mlp_linears(small()))
+    assert len(layers) == 4
+    for linear in layers.values():
+        assert 0.85 < (linear.weight == 0).float().mean() < 0.95
+
+
+def test_the_swapped_model_computes_the_same_and_the_dense_one_is_untouched():
+    dense = small()
+    ours = vit.swapped(dense, 16)
+    assert not dict(vit.mlp_linears(ours)) and len(dict(vit.mlp_linears(dense))) == 4
+    x = torch.randn(2, 3, 32, 32)
+    assert relative_error(ours(x), dense(x)) < 1e-5
+    assert dense(x).abs().max() > 0  # torchvision's zero classifier would hide every difference
+
+
+def test_torch_bsr_computes_the_same():
+    dense = small()
+    x = torch.randn(2, 3, 32, 32)
+    assert relative_error(vit.with_torch_bsr(dense, 16)(x), dense(x)) < 1e-5
+
+
+def test_a_layer_that_cannot_be_swapped_is_an_error():
+    with pytest.raises(RuntimeError, match="not every MLP layer was swapped"):
+        vit.swapped(small(), 24)
+
+
+def test_the_fastest_of_a_side_is_chosen():
+    measured = Measurements(
+        {
+            "dense, eager": Timing((3.0, 3.0)),
+            "dense, compiled": Timing((2.0, 2.0)),
+            "ours, eager": Timing((1.0, 1.0)),
+        }
+    )
+    assert vit.fastest(measured, "dense") == "dense, compiled"
+    assert vit.fastest(measured, "ours") == "ours, eager"
+
+
+def test_a_budget_notes_what_it_left_out():
+    budget = vit.Budget(10.0)
+    assert budget.allows("short", 1.0)
+    assert not budget.allows("long", 100.0)
+    assert [row["left out"] for row in budget.left_out] == ["long"]
+    assert vit.Budget(None).allows("anything", 1e9)
+
+
+def test_a_whole_run_reports_every_section(tmp_path):
+    arguments = argparse.Namespace(
+        quick=True, batch=2, modes=None, batches=[1, 2], sparsities=[0.5, 0.9], blocksizes=[16, 32],
+        sections=None, compile=False, no_max_autotune=True, no_pictures=False, budget=60.0,
+        output_dir=tmp_path, label=None,
+    )  # fmt: skip
+    path = vit.run(arguments, torch.device("cpu"), SMALL)
+    text = path.read_text()
+    for section in ("Best against best", "Speedup over sparsity", "Speedup over batch size"):
+        assert section in text
+    pictures = {picture.name.removeprefix(path.stem) for picture in tmp_path.glob("*.png")}
+    assert pictures == {"_sparsity_float32.png", "_batch_float32.png"}
