@@ -19,8 +19,10 @@ from __future__ import annotations
 import argparse
 import collections
 import copy
+import json
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -168,21 +170,19 @@ def rows_of(
 
 def launched_kernels(step: Step) -> collections.Counter[str]:
     """Names of the CUDA kernels of one step, with how often each was launched."""
-    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     step()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
-    names: collections.Counter[str] = collections.Counter()
-    for event in profiler.events():
-        annotation = getattr(event, "is_user_annotation", False) or "#" in event.name
-        copied = event.name.startswith(("Memcpy", "Memset"))
-        if event.device_type == DeviceType.CUDA and not annotation and not copied:
-            names[event.name] += 1
-    return names
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    # Copies and memsets have categories of their own.
+    return collections.Counter(e["name"] for e in events if e.get("cat") == "kernel")
 
 
 def count_kernels(

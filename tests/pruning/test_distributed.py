@@ -146,6 +146,8 @@ def check_fsdp(rank: int, bfloat16: bool) -> None:
         optimizer.step()
         sparsifier.step()
         optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match=r"cannot mask a sharded weight.*unshard"):
+        _ = model[0].weight
     nn.functional.linear = spy
     last = model(x).detach()
     nn.functional.linear = original
