@@ -393,6 +393,31 @@ def test_compiles_without_graph_breaks(kind: str, mode: str) -> None:
         )
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_the_compiler_merges_the_reads_of_one_forward(train: bool) -> None:
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    torch._dynamo.reset()
+    attention = nn.MultiheadAttention(32, 4, batch_first=True).train(train)
+    SupermaskSparsifier(0.5, 16).prepare(attention, [{"tensor_fqn": "*"}])
+    sorts = []
+
+    def count(graph: torch.fx.GraphModule, _inputs: object) -> object:
+        sorts.append(sum("sort" in str(node.target) for node in graph.graph.nodes))
+        return make_boxed_func(graph)
+
+    backend = aot_autograd(
+        fw_compiler=count, bw_compiler=count, partition_fn=min_cut_rematerialization_partition
+    )
+    x = torch.randn(2, 5, 32)
+    with torch.set_grad_enabled(train):
+        out = torch.compile(attention, fullgraph=True, backend=backend)(x, x, x)[0]
+        if train:
+            out.sum().backward()
+    assert sum(sorts) == 2  # in_proj_weight, which is read three times, and out_proj.weight
+
+
 def test_inductor_gives_the_same_numbers() -> None:
     torch._dynamo.reset()
     model, x = make_compilable("mlp")

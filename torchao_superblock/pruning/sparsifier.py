@@ -176,7 +176,6 @@ class SupermaskSparsifier(BaseSparsifier):
         }
         self._skipped = skipped
         self._squashed = {}
-        self.enable_mask_update = True
 
     def step(self, use_path: bool = True) -> None:
         """Applies the groups' levels: writes `n_kept` and `state[fqn]["mask"]`.
