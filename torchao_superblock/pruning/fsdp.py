@@ -1,7 +1,8 @@
-"""Folding masks into weights that FSDP2 has sharded.
+"""What folding masks has to know about FSDP2.
 
-A weight under a mask is registered at `linear.parametrizations.weight.original`; afterwards it is
-`linear.weight`. FSDP2 remembers where to put a parameter, so it is told of the move.
+It shards the weights, it remembers where to register them (a weight under a mask is
+`linear.parametrizations.weight.original` and afterwards `linear.weight`), and it puts a class of its
+own in front of a module's.
 """
 
 from __future__ import annotations
@@ -82,6 +83,24 @@ def move_parameter(record: Any, module: nn.Module, name: str) -> None:
     record._post_load_hook_handle = module.register_load_state_dict_post_hook(
         lambda *_: record.reset_sharded_param()
     )
+
+
+def step_out_of_wrapper(module: nn.Module, attribute: str) -> type | None:
+    """Takes `class Wrapper(Mixin, Cls)` off, where `Cls` is the class that defines `attribute`."""
+    cls = type(module)
+    if attribute in cls.__dict__ or attribute not in cls.__bases__[-1].__dict__:
+        return None
+    module.__class__ = cls.__bases__[-1]
+    return cls
+
+
+def step_into_wrapper(module: nn.Module, wrapper: type | None) -> None:
+    """Puts it back around the class that the module has by now."""
+    if wrapper is None:
+        return
+    own = {k: v for k, v in wrapper.__dict__.items() if k not in ("__dict__", "__weakref__")}
+    name = wrapper.__name__.replace(wrapper.__bases__[-1].__name__, type(module).__name__)
+    module.__class__ = type(name, (*wrapper.__bases__[:-1], type(module)), own)
 
 
 def is_sharded(weight: Tensor) -> bool:

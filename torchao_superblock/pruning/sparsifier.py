@@ -15,16 +15,12 @@ from torch import Tensor, nn
 from torch.ao.pruning import BaseSparsifier, CubicSL, LambdaSL
 
 from torchao_superblock.ops.block_mask import block_grid
-from torchao_superblock.pruning.attach import (
+from torchao_superblock.pruning.attach import attach, detach
+from torchao_superblock.pruning.checkpoints import (
     accept_dense_checkpoints,
-    attach,
-    detach,
-    find_supermask,
-    named_supermasks,
-    read_masked_children_once,
     refuse_dense_checkpoints,
-    undo_read_once,
 )
+from torchao_superblock.pruning.reading import read_masked_children_once, undo_read_once
 from torchao_superblock.pruning.squash import squash_tensors
 from torchao_superblock.pruning.summary import MaskedTensor, MaskSummary
 from torchao_superblock.pruning.supermask import (
@@ -32,7 +28,9 @@ from torchao_superblock.pruning.supermask import (
     Supermask,
     check_blocksize,
     check_sparsity_level,
+    find_supermask,
     kept_blocks,
+    named_supermasks,
 )
 from torchao_superblock.pruning.targets import (
     SETTINGS,

@@ -5,13 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from torchao_superblock.pruning import fsdp
-from torchao_superblock.pruning.attach import (
-    accept_dense_checkpoints,
-    detach,
-    named_supermasks,
-    undo_read_once,
-)
-from torchao_superblock.pruning.supermask import Supermask
+from torchao_superblock.pruning.attach import detach
+from torchao_superblock.pruning.checkpoints import accept_dense_checkpoints
+from torchao_superblock.pruning.reading import undo_read_once
+from torchao_superblock.pruning.supermask import Supermask, named_supermasks
 
 
 def squash(model: nn.Module) -> nn.Module:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import numbers
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from torchao_superblock.ops.block_mask import (
     block_grid,
@@ -265,6 +266,40 @@ class Supermask(nn.Module):
     def extra_repr(self) -> str:
         grid = tuple(self.held_mask.shape)
         return f"blocksize={self.blocksize}, grid={grid}, scores_init={self.scores_init!r}"
+
+
+def find_supermask(module: nn.Module, tensor_name: str) -> Supermask | None:
+    """The Supermask on a tensor of this module, or None."""
+    if not parametrize.is_parametrized(module, tensor_name):
+        return None
+    for parametrization in module.parametrizations[tensor_name]:
+        if isinstance(parametrization, Supermask):
+            return parametrization
+    return None
+
+
+def supermasks_of(module: nn.Module) -> dict[str, Supermask]:
+    """Supermasks on the tensors of this very module, by tensor name."""
+    if not parametrize.is_parametrized(module):
+        return {}
+    masks = {name: find_supermask(module, name) for name in module.parametrizations}
+    return {name: mask for name, mask in masks.items() if mask is not None}
+
+
+def named_supermasks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Supermask]]:
+    """Every Supermask in a model.
+
+    Yields:
+        The FQN of the masked tensor, the module that owns it, the tensor's name there, and the mask.
+    """
+    for path, module in model.named_modules():
+        for name, mask in supermasks_of(module).items():
+            yield (f"{path}.{name}" if path else name), module, name, mask
+
+
+def has_supermask(module: nn.Module) -> bool:
+    """Whether there is a Supermask anywhere in a module."""
+    return any(isinstance(child, Supermask) for child in module.modules())
 
 
 def block_norm(weight: Tensor, blocksize: tuple[int, int]) -> Tensor:

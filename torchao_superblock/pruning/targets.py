@@ -14,11 +14,11 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchao_superblock.ops.block_mask import block_grid
-from torchao_superblock.pruning.attach import find_supermask
 from torchao_superblock.pruning.supermask import (
     check_blocksize,
     check_scores_init,
     check_sparsity_level,
+    find_supermask,
 )
 
 SETTINGS = ("sparsity_level", "blocksize", "scores_init")
