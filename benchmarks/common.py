@@ -296,12 +296,14 @@ _flush_buffer: torch.Tensor | None = None
 
 
 def _flush_l2() -> None:
-    """Overwrites more than L2 holds; also keeps the GPU busy while the host enqueues the call."""
+    """Overwrites more than L2 holds, then keeps the GPU busy while the host enqueues the call."""
     global _flush_buffer
     if _flush_buffer is None:
         size = max(256 * 2**20, 3 * l2_bytes())
         _flush_buffer = torch.empty(size // 4, dtype=torch.int32, device="cuda")
     _flush_buffer.zero_()
+    # About half a millisecond: without it a short kernel's time would contain the host's.
+    torch.cuda._sleep(1_000_000)
 
 
 def l2_bytes() -> int:
@@ -369,7 +371,7 @@ def _measure_cuda(
             results[name] = Failure(_describe(error))
             continue
         samplers[name] = (sampler, calls, note)
-        round_time += once * calls + 2e-4
+        round_time += once * calls + 8e-4
     if not samplers:
         return results
     count = max(min_rounds, min(max_rounds, int(seconds / max(round_time, 1e-6))))
@@ -393,7 +395,11 @@ def _measure_cuda(
 
 
 def measure_host(
-    candidates: Mapping[str, Callable[[], object]], *, calls: int = 50, rounds: int = 40
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    calls: int = 50,
+    rounds: int = 40,
+    wait: bool = False,
 ) -> Measurements:
     """Host seconds per call: what Python, the dispatcher and the launch cost.
 
@@ -401,6 +407,8 @@ def measure_host(
         candidates: small calls whose work is enqueued, by name.
         calls: calls per sample, few enough that the launch queue never fills.
         rounds: samples of each candidate.
+        wait: include the wait for the GPU at the end of a sample: the time per call of an eager
+            stream of calls, whichever of host and GPU is slower.
     """
     results = Measurements()
     samples: dict[str, list[float]] = {}
@@ -423,6 +431,8 @@ def measure_host(
                     start = time.perf_counter()
                     for _ in range(calls):
                         function()
+                    if wait and torch.cuda.is_available():
+                        torch.cuda.synchronize()
                     samples[name].append((time.perf_counter() - start) / calls)
         finally:
             if enabled:
@@ -792,7 +802,7 @@ class Report:
         block = f"## {title}\n\n"
         if note:
             block += note.strip() + "\n\n"
-        block += markdown_table(rows, columns)
+        block += markdown_table(rows, columns) if rows else "Nothing was measured."
         self._blocks.append(block)
         print("\n" + block, flush=True)
         self.write()

@@ -24,6 +24,7 @@ import argparse
 import copy
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -361,7 +362,15 @@ class Bench:
                     self.dense_by_layer(mode, batch) if self.arguments.compile else None
                 )
             with_compile = self.arguments.compile
-            rows.append(self.point(mode, block, sparsity, batch, compiled[batch], with_compile))
+            try:
+                row = self.point(mode, block, sparsity, batch, compiled[batch], with_compile)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"[:160]
+                self.budget.left_out.append(
+                    {"left out": f"{name}, {mode}: {what}", "because": reason}
+                )
+                continue
+            rows.append(row)
             needs = max(needs, time.monotonic() - start)
         progress.close()
         torch._dynamo.reset()
@@ -502,6 +511,7 @@ def run(
     bench = Bench(arguments, device, report)
     bench.overrides = overrides or {}
     sections = arguments.sections or ["headline", "sparsity", "batch"]
+    broken: list[str] = []
     # The first mode completely before the next one: what a short budget drops is the least asked.
     for mode in arguments.modes:
         for section in sections:
@@ -512,11 +522,18 @@ def run(
                 continue
             if section == "headline" and not bench.budget.allows(f"headline, {mode}", 10):
                 continue
-            getattr(bench, section)(mode)
+            try:
+                getattr(bench, section)(mode)
+            except Exception as error:  # the other sections are still worth having
+                traceback.print_exc()
+                report.text(f"**{section}, {mode} failed:** {type(error).__name__}: {error}")
+                broken.append(f"{section}, {mode}")
     if bench.budget.left_out:
         report.table("Left out", bench.budget.left_out)
     path = report.write()
     print(f"\nwritten: {path}")
+    if broken:
+        raise SystemExit(f"failed: {'; '.join(broken)}")
     return path
 
 
