@@ -9,7 +9,9 @@
 
 #include "internal.h"
 
-#define SB_SMALL_M 12
+#ifndef SB_SMALL_M
+#define SB_SMALL_M 10
+#endif
 
 #define SB_PASTE3(a, b, c) a##_##b##_##c
 #define SB_PASTE2(a, b, c) SB_PASTE3(a, b, c)

@@ -1,8 +1,10 @@
 /* Checks the indices, cuts a product into pieces of equal work and hands them to the kernels. */
 #include "internal.h"
 
-#include <stdlib.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 /* The sanitizer test builds with tiny values, so that small problems take every path. */
 #ifndef SB_GROUP_ELEMENTS
@@ -27,14 +29,21 @@
 
 static atomic_int current_isa = -1;
 
+#if defined(__x86_64__)
+/* Not every compiler knows this one by name in __builtin_cpu_supports. */
+static int has_f16c(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+#endif
+
 int sb_isa_supported(int isa) {
     switch (isa) {
     case SB_BASELINE:
         return 1;
 #if defined(__x86_64__)
     case SB_AVX2:
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-               __builtin_cpu_supports("f16c");
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     case SB_AVX512:
         return sb_isa_supported(SB_AVX2) && __builtin_cpu_supports("avx512f") &&
                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
