@@ -326,6 +326,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         )
     }
     masked_logits, masked_accuracy = predict(model, data.test, device)
+    masks_picture = plot_block_masks(model)
 
     # 3. Fold the masks into the weights.
     sparsifier.squash_mask()
@@ -336,6 +337,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     report = swap_to_bsr(model, arguments.blocksize, min_sparsity=0.01)
     swapped_logits, swapped_accuracy = predict(model, data.test, device)
     print(report)
+    if not report.swapped:
+        print("nothing was swapped (see why above): what is called BSR below is dense")
 
     print("\ntest accuracy")
     print(f"  with masks      {masked_accuracy:.2%}")
@@ -387,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     pictures = [arguments.output_dir / "accuracy.png", arguments.output_dir / "masks.png"]
     save_accuracy_curve(curves, pictures[0])
-    plot_block_masks(model).savefig(pictures[1], dpi=150)
+    masks_picture.savefig(pictures[1], dpi=150)
     results["pictures"] = pictures
     print(f"\nsaved {' and '.join(map(str, pictures))}")
     print(f"done in {time.perf_counter() - started:.0f} s")
