@@ -196,6 +196,20 @@ def test_wrapper_prefixes_are_transparent(wrap: Callable[..., nn.Module], name: 
     assert type(model.head) is nn.Linear
 
 
+def test_a_part_that_is_called_module_is_not_taken_for_a_wrapper() -> None:
+    model = nn.Module()
+    model.module, model.linear = nn.Sequential(nn.Linear(32, 48)), nn.Linear(32, 48)
+    model.module.linear = nn.Linear(32, 48)
+    _, sparsifier = prepared([{"tensor_fqn": "module.linear.weight"}], model)
+    assert fqns(sparsifier) == ["module.linear.weight"]
+    state = sparsifier.state_dict()
+    sparsifier.load_state_dict(state)
+    sparsifier.squash_mask(params_to_keep_per_layer={"module.linear": ("blocksize",)})
+    assert model.module.linear.sparse_params == {"blocksize": 16}
+    converted = sparsifier.convert(model)
+    assert isinstance(converted.module.linear, BSRLinear) and type(converted.linear) is nn.Linear
+
+
 def test_a_module_registered_twice_is_one_group() -> None:
     model = nn.Module()
     model.first = model.second = nn.Linear(32, 48)
@@ -501,6 +515,16 @@ def test_convert_with_a_mapping_of_ones_own_is_atomic() -> None:
     assert type(root) is Dense
     with pytest.raises(ValueError, match=r"no module among .* type in mapping \(Conv2d\)"):
         sparsifier.convert(model, {nn.Conv2d: Dense})
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, AveragedModel])
+def test_convert_finds_the_squashed_linears_of_a_copy(wrap: Callable[..., nn.Module]) -> None:
+    model, sparsifier = prepared([{"tensor_fqn": "blocks.*.mlp.*"}])
+    copied = squash(wrap(copy.deepcopy(model)))
+    sparsifier.squash_mask()
+    converted = sparsifier.convert(copied)
+    assert sum(isinstance(module, BSRLinear) for module in converted.modules()) == 4
+    torch.testing.assert_close(converted(tokens()), model(tokens()), rtol=1e-5, atol=1e-6)
 
 
 def test_squashed_by_function_then_converted() -> None:

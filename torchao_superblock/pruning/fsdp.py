@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_WAY_OUT = (
+WAY_OUT = (
     "Gather the state dict instead (torch.distributed.checkpoint.state_dict.get_model_state_dict "
     "with full_state_dict=True), load it into a prepared copy of the model that is not sharded, and "
     "squash that copy"
@@ -34,7 +34,7 @@ def local_range(weight: Any, dim: int) -> range:
             continue
         if type(placement) is not Shard:
             raise RuntimeError(
-                f"cannot fold a block mask into a weight placed as {placement}. {_WAY_OUT}"
+                f"cannot fold a block mask into a weight placed as {placement}. {WAY_OUT}"
             )
         if placement.dim % weight.ndim == dim:
             # DTensor shards as torch.chunk does: even pieces, the last ones shorter or empty.
@@ -51,27 +51,23 @@ def reshard(model: nn.Module) -> None:
         module.reshard()
 
 
-def sharded_parameters(model: nn.Module) -> dict[tuple[int, str], Any]:
+def sharded_parameters(model: nn.Module) -> dict[tuple[int, str], Any] | None:
     """FSDP2's records of where its parameters are registered, by module id and name.
 
-    Raises:
-        RuntimeError: if this version of FSDP2 keeps them elsewhere.
+    Returns:
+        None if FSDP2 is not used. A version that keeps its records elsewhere looks as if it had
+        none of them, which :func:`torchao_superblock.pruning.squash` reports.
     """
-    records = {}
+    records = None
     for module in _fsdp_modules(model):
+        records = records or {}
         state = module._get_fsdp_state()
-        groups = getattr(state, "_fsdp_param_groups", None)
-        if groups is None:
-            groups = [group for group in [getattr(state, "_fsdp_param_group", None)] if group]
+        groups = getattr(state, "_fsdp_param_groups", [getattr(state, "_fsdp_param_group", None)])
         for group in groups:
-            for record in group.fsdp_params:
+            for record in getattr(group, "fsdp_params", ()):
                 info = getattr(record, "_module_info", None)
-                if info is None:
-                    raise RuntimeError(
-                        "cannot squash a model sharded by this version of fully_shard in place. "
-                        + _WAY_OUT
-                    )
-                records[id(info.module), info.param_name] = record
+                if info is not None:
+                    records[id(info.module), info.param_name] = record
     return records
 
 

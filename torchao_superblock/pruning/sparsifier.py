@@ -38,6 +38,7 @@ from torchao_superblock.pruning.targets import (
     check_config,
     check_settings,
     clean_fqn,
+    find_fqn,
     nearest_names,
     resolve,
 )
@@ -368,13 +369,19 @@ class SupermaskSparsifier(BaseSparsifier):
             from torchao_superblock.bsr import BSRLinear
 
             mapping = {nn.Linear: BSRLinear}
-        squashed = {id(ref()) for ref in self._squashed.values() if ref() is not None}
         names = {fqn.rpartition(".")[0] for fqn in self._squashed}
-        targets = [
+        squashed = {id(ref()) for ref in self._squashed.values() if ref() is not None}
+        convertible = [
             (path, child)
             for path, child in module.named_modules(remove_duplicate=False)
-            if (id(child) in squashed or clean_fqn(path) in names) and type(child) in mapping
+            if type(child) in mapping
         ]
+        # The very modules; in a copy those of the same name; in a wrapped copy but for the prefix.
+        targets = (
+            [(path, child) for path, child in convertible if id(child) in squashed]
+            or [(path, child) for path, child in convertible if path in names]
+            or [(path, child) for path, child in convertible if clean_fqn(path) in names]
+        )
         if not targets:
             kinds = ", ".join(kind.__name__ for kind in mapping)
             raise ValueError(
@@ -431,15 +438,15 @@ class SupermaskSparsifier(BaseSparsifier):
                 has been changed then.
         """
         self._require_groups("load_state_dict", "call prepare(model, config) first, as for saving")
+        own = {group["tensor_fqn"]: group for group in self.groups}
         try:
-            saved = {clean_fqn(group["tensor_fqn"]): group for group in state_dict["groups"]}
-            states = {clean_fqn(fqn): entry for fqn, entry in state_dict["state"].items()}
+            saved = {find_fqn(group["tensor_fqn"], own): group for group in state_dict["groups"]}
+            states = {find_fqn(fqn, own): entry for fqn, entry in state_dict["state"].items()}
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 "load_state_dict: not the state dict of a SupermaskSparsifier: it needs 'state' and "
                 f"'groups' ({type(error).__name__}: {error})"
             ) from error
-        own = {group["tensor_fqn"]: group for group in self.groups}
         if strict and set(saved) != set(own):
             missing, extra = sorted(set(own) - set(saved)), sorted(set(saved) - set(own))
             name = (missing or extra)[0]
@@ -537,13 +544,14 @@ class SupermaskSparsifier(BaseSparsifier):
         layers: dict[str, tuple[str, ...]] = {}
         known = [group["module_fqn"] for group in self.groups]
         for fqn, names in (per_layer or {}).items():
-            if clean_fqn(fqn) not in known:
+            name = find_fqn(fqn, known)
+            if name not in known:
                 raise ValueError(
                     f"squash_mask: params_to_keep_per_layer names {fqn!r}, which has no mask"
                     + nearest_names(fqn, known)
                 )
             where = f"params_to_keep_per_layer[{fqn!r}]"
-            layers[clean_fqn(fqn)] = _check_names(names, self.groups[0], where)
+            layers[name] = _check_names(names, self.groups[0], where)
         return [
             {name: group[name] for name in (*everywhere, *layers.get(group["module_fqn"], ()))}
             for group in self.groups

@@ -81,13 +81,15 @@ def squash_tensors(model: nn.Module, found: list[tuple[str, nn.Module, str, Supe
                 "module to start over"
             )
         if fsdp.is_sharded(parametrizations.original):
+            if records is not None and (id(parametrizations), "original") not in records:
+                raise RuntimeError(f"squash: fully_shard does not know {fqn!r}. {fsdp.WAY_OUT}")
             for dim in (0, 1):
                 fsdp.local_range(parametrizations.original, dim)
     for _fqn, module, name, mask in found:
         parametrizations = module.parametrizations[name]
         mask.fold_(parametrizations.original)
         detach(module, name)
-        record = records.get((id(parametrizations), "original"))
+        record = (records or {}).get((id(parametrizations), "original"))
         if record is not None:
             fsdp.move_parameter(record, module, name)
     undo_read_once(model)

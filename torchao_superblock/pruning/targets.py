@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,7 +158,10 @@ def resolve(
         pattern = entry["tensor_fqn"]
         settings = {key: value for key, value in entry.items() if key != "tensor_fqn"}
         exact = not any(character in pattern for character in "*?[")
-        matches = [site for site in sites if _matches(pattern, site, exact)]
+        # As it stands first: a model may have a part of its own that is called `module`.
+        matches = [site for site in sites if _matches(pattern.lstrip("."), site, exact)] or [
+            site for site in sites if _matches(clean_fqn(pattern), site, exact)
+        ]
         if not matches:
             raise ValueError(_no_match(pattern, exact, sites))
         for site in matches:
@@ -203,6 +206,14 @@ def clean_fqn(fqn: str) -> str:
     while len(parts) > 1 and parts[0] == "module":
         parts.pop(0)
     return ".".join(parts)
+
+
+def find_fqn(fqn: str, known: Iterable[str]) -> str:
+    """The one of the known FQNs that is meant, with wrapper prefixes or without; else `fqn`."""
+    known = list(known)
+    if fqn in known:
+        return fqn
+    return {clean_fqn(one): one for one in known}.get(clean_fqn(fqn), fqn)
 
 
 def nearest_names(name: str, names: Sequence[str]) -> str:
@@ -258,12 +269,9 @@ def _identity(parameter: Tensor) -> object:
 
 
 def _matches(pattern: str, site: _Site, exact: bool) -> bool:
-    patterns = {pattern.lstrip("."), clean_fqn(pattern)}
     if exact:
-        return any(name in patterns for name in site.names)
-    if not site.is_projection:
-        return False
-    return any(fnmatch.fnmatchcase(name, one) for name in site.names for one in patterns)
+        return pattern in site.names
+    return site.is_projection and any(fnmatch.fnmatchcase(name, pattern) for name in site.names)
 
 
 def _no_match(pattern: str, exact: bool, sites: list[_Site]) -> str:
