@@ -17,6 +17,8 @@ from torchao_superblock.ops.plan import split_plan
 
 # Elements gathered for one bmm. Larger batches save calls, smaller ones keep the copy in the cache.
 _MAX_GATHER = 1 << 20
+# Rows of x up to which blocks are multiplied one by one, where they lie.
+_FEW_ROWS = 128
 
 
 def backend_info() -> dict[str, object]:
@@ -77,6 +79,12 @@ def _product(x: Tensor, crow: Tensor, col: Tensor, blocks: Tensor, perm: Tensor 
     y_RrM = x_CcM.new_zeros(R, r, M)
     crow, col = crow.long(), col.long()
     counts = crow.diff()
+    if M <= _FEW_ROWS:
+        # Copying the weights would take longer than using them: one small product for each block.
+        w_Jrc = (blocks if perm is None else blocks.index_select(0, perm)).to(dtype)
+        row_J = torch.repeat_interleave(counts, output_size=col.numel())
+        y_RrM.index_add_(0, row_J, torch.bmm(w_Jrc, x_CcM.index_select(0, col)))
+        return y_RrM.view(R * r, M)
     for n in torch.unique(counts).tolist():
         if n == 0:
             continue
