@@ -168,3 +168,18 @@ def test_a_section_of_the_other_device_is_refused(capsys):
     with pytest.raises(SystemExit):
         bench.main(["--device", "cpu", "--sections", "host"])
     assert "cpu has no section host" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_cell_on_cuda(tmp_path, graph):
+    device = torch.device("cuda")
+    report = bench.Report("bsr_linear", "Test", device, directory=tmp_path)
+    roofline = Roofline(1e12, {"bfloat16": 1e14})
+    context = bench.Context(device, report, roofline, bench.Failures(), quick=True)
+    cell = bench.Cell(16, (256, 512), 64, 0.75, "bfloat16", peers=False, graph=graph)
+    row = bench.run_cell(cell, context)
+    assert row["ours x"] > 0 and row["dense ms"] > 0
+    assert row["error"] < 1e-2
+    assert ("over dense with zeros x" in row) and (row["over dense with zeros x"] is None) == graph
+    assert "note" not in row  # both sides could be captured
