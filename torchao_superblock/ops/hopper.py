@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Strips", "choose", "forward", "supports", "unavailable_reason"]
+__all__ = ["Strips", "boxes", "choose", "constants", "forward", "supports", "unavailable_reason"]
 
 try:
     from triton.experimental.gluon import language as gl
@@ -27,6 +27,8 @@ except Exception as error:  # an experimental module may fail in any way
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 _STRIP = 64  # outputs of one consumer warpgroup
+# Fewer tokens than this leave multiprocessors without a tile; the plain kernels split finer.
+_MIN_TOKENS = 2048
 
 
 class Strips(NamedTuple):
@@ -40,6 +42,9 @@ class Strips(NamedTuple):
         w_slots: blocks in flight for each strip.
         y_slots: output buffers of each strip (1, or 2 where ``part`` is half of ``tokens``).
         registers: registers a thread of a consumer warpgroup.
+        programs: programs that share a multiprocessor (1 or 2).
+        packed: whether blocks narrower than 64 columns travel as contiguous memory and reach the tensor cores through
+            registers.
     """
 
     tokens: int
@@ -49,6 +54,20 @@ class Strips(NamedTuple):
     w_slots: int
     y_slots: int
     registers: int
+    programs: int = 1
+    packed: bool = False
+
+
+# The rules, from runs on an H200. "Three strips" use a slice of x for the most outputs and win once blocks are dense
+# enough to keep the tensor cores busy; "two programs" overlap one tile's epilogue with another's products.
+THREE_STRIPS = Strips(256, 128, 3, 4, 2, 1, 160)
+TWO_STRIPS = Strips(256, 128, 2, 4, 3, 1, 216)
+TWO_PROGRAMS = Strips(128, 64, 2, 3, 2, 1, 104, programs=2)
+STACKED = Strips(256, 128, 3, 4, 3, 1, 160)
+PACKED = Strips(256, 128, 3, 4, 3, 1, 160, packed=True)
+PACKED_TWO = Strips(256, 128, 2, 4, 4, 1, 216, packed=True)
+TF32 = Strips(128, 128, 2, 5, 3, 1, 216)
+EXACT = Strips(128, 128, 2, 3, 3, 1, 176)
 
 
 def _table_size(rows: int, columns: int) -> int:
@@ -56,26 +75,73 @@ def _table_size(rows: int, columns: int) -> int:
     return max(128, 1 << (rows * -(-columns // 64) - 1).bit_length())
 
 
-def choose(
-    rows: int, columns: int, r: int, c: int, dtype: torch.dtype, exact: bool = False
-) -> Strips | None:
-    """The tile for a block grid, block size and dtype, or None where the kernel does not serve them.
+def _tiles(M: int, N: int, tile: Strips) -> int:
+    return -(-M // tile.tokens) * -(-N // (_STRIP * tile.group))
 
-    ``exact`` asks for float32 accuracy of float32 (three TF32 products instead of one).
+
+def _busy(M: int, N: int, tile: Strips, processors: int) -> float:
+    """Share of the multiprocessors that have work, averaged over the run."""
+    waves = _tiles(M, N, tile) / processors
+    return waves / -(-waves // 1)
+
+
+def choose(
+    M: int,
+    rows: int,
+    columns: int,
+    r: int,
+    c: int,
+    nnz: int,
+    dtype: torch.dtype,
+    *,
+    exact: bool = False,
+    activation: str = "none",
+    processors: int = 132,
+) -> Strips | None:
+    """The tile for a problem, or None where the kernel does not serve it.
+
+    Args:
+        M: tokens.
+        rows: R.
+        columns: C.
+        r: rows of a block.
+        c: columns of a block.
+        nnz: stored blocks.
+        dtype: of x and the blocks.
+        exact: ask for float32 accuracy of float32 (three TF32 products instead of one).
+        activation: name of the fused activation.
+        processors: multiprocessors of the device.
+
+    Returns:
+        The tile or None.
     """
+    # A strip is whole block rows or a part of one; a slice of x is whole block columns or a part of one.
+    fits = (_STRIP % r == 0 or r % _STRIP == 0) and (64 % c == 0 or c % 64 == 0)
+    if dtype not in _DTYPES or r < 16 or c < 16 or not fits:
+        return None
     entries = _table_size(rows, columns)
     if entries > 2048:
         return None
-    if dtype not in _DTYPES or r % 16 or c % 16 or (r < 64 and 64 % r) or (r > 64 and r % 64):
-        return None
     if dtype == torch.float32:
-        if c % 32:
+        if c == 16:
             return None
-        return Strips(128, 128, 2, 3, 3, 1, 176) if exact else Strips(128, 128, 2, 5, 3, 1, 216)
-    # Three strips use every byte of x best; a large table of column masks leaves room for two.
-    if entries <= (256 if c >= 64 else 1024):
-        return Strips(256, 128, 3, 4, 2 if c >= 64 else 3, 1, 160)
-    return Strips(256, 128, 2, 4, 3, 1, 216)
+        return EXACT if exact else TF32
+    if c % 64:
+        if r >= _STRIP:
+            return PACKED if entries <= 1024 else PACKED_TWO
+        if entries > 1024 or (r == 16 and columns > 64):
+            return PACKED_TWO
+        return STACKED
+    if activation in ("gelu", "gelu_tanh", "silu"):
+        return TWO_PROGRAMS if entries <= 1024 else TWO_STRIPS
+    if entries > 256 or r > _STRIP:
+        return TWO_STRIPS
+    if columns * c <= 1024 and nnz <= 0.15 * rows * columns:
+        return TWO_PROGRAMS
+    N = rows * r
+    if 1.06 * _busy(M, N, THREE_STRIPS, processors) < _busy(M, N, TWO_STRIPS, processors):
+        return TWO_STRIPS
+    return THREE_STRIPS
 
 
 @cache
@@ -87,6 +153,7 @@ def _layout(row_bytes: int, element_bits: int) -> Any:
 
 @cache
 def _processors(index: int) -> int:
+    """Multiprocessors of a Hopper GPU; 0 for any other."""
     properties = torch.cuda.get_device_properties(index)
     return properties.multi_processor_count if (properties.major, properties.minor) == (9, 0) else 0
 
@@ -105,6 +172,22 @@ def unavailable_reason(index: int = 0) -> str | None:
     return None
 
 
+def _choose(x: Tensor, crow: Tensor, values: Tensor, activation: str) -> Strips | None:
+    nnz, r, c = values.shape
+    return choose(
+        x.shape[0],
+        crow.shape[0] - 1,
+        x.shape[1] // c,
+        r,
+        c,
+        nnz,
+        x.dtype,
+        exact=_exact(x.dtype),
+        activation=activation,
+        processors=_processors(x.device.index),
+    )
+
+
 def supports(
     x: Tensor,
     crow: Tensor,
@@ -114,24 +197,74 @@ def supports(
     activation: str,
     plan: Tensor | None,
 ) -> bool:
-    """Whether :func:`forward` serves this call, and faster than the plain kernels do."""
+    """Whether :func:`forward` serves this call."""
     if unavailable_reason(x.device.index) is not None or activation not in _ACTIVATIONS:
         return False
-    nnz, r, c = values.shape
+    nnz, r, _c = values.shape
     M, K = x.shape
-    tile = choose(crow.shape[0] - 1, K // c, r, c, x.dtype, _exact(x.dtype))
-    if tile is None or nnz == 0 or M < 2048 or K < 64:
-        return False
     bytes_ = x.element_size()
     return (
-        x.stride(1) == 1
-        and (x.stride(0) * bytes_) % 16 == 0
+        M >= _MIN_TOKENS
+        and K >= 64
+        and nnz > 0
+        and x.stride(1) == 1
         and x.stride(0) >= K
+        and (x.stride(0) * bytes_) % 16 == 0
         and x.data_ptr() % 16 == 0
         and values.data_ptr() % 16 == 0
         and ((crow.shape[0] - 1) * r) % _STRIP == 0
         and max(M, nnz * r) < 2**31 - 512
+        and _choose(x, crow, values, activation) is not None
     )
+
+
+def boxes(tile: Strips, r: int, c: int, bytes_: int) -> tuple[list[int], list[int], list[int]]:
+    """Shapes of the TMA boxes of x, of the values and of y, in elements of ``bytes_`` bytes."""
+    chunk = min(c, 128 // bytes_)
+    # Rows of 128 bytes are what TMA copies fastest: narrow blocks share a slice of x.
+    x_width = 64 if bytes_ == 2 else chunk
+    w_box = [min(r, _STRIP), chunk]
+    if tile.packed:
+        block = min(r, _STRIP) * c
+        width = 64 if block >= 512 else 32  # a box has at least 8 rows
+        w_box = [block // width, width]
+    return [tile.tokens, x_width], w_box, [tile.part, _STRIP]
+
+
+def constants(
+    tile: Strips,
+    rows: int,
+    columns: int,
+    r: int,
+    c: int,
+    bytes_: int,
+    exact: bool,
+    has_bias: bool,
+    activation: str,
+) -> dict[str, Any]:
+    """The kernel's compile-time arguments."""
+    chunk = min(c, 128 // bytes_)
+    return {
+        "GROUP": tile.group,
+        "STACK": max(1, _STRIP // r),
+        "SPLIT": max(1, r // _STRIP),
+        "CHUNKS": c // chunk,
+        "WIDE": _STRIP // chunk if bytes_ == 2 else 1,
+        "PACKED": tile.packed,
+        "EXACT": exact,
+        "TABLE": _table_size(rows, columns),
+        "X_SLOTS": tile.x_slots,
+        "W_SLOTS": tile.w_slots,
+        "Y_SLOTS": tile.y_slots,
+        "HAS_BIAS": has_bias,
+        "ACTIVATION": activation,
+        "REGISTERS": tile.registers,
+    }
+
+
+def options(tile: Strips) -> dict[str, Any]:
+    """The kernel's compiler options."""
+    return {"num_warps": 4} if tile.programs == 1 else {"num_warps": 4, "maxnreg": 80}
 
 
 def forward(
@@ -164,55 +297,36 @@ def forward(
     nnz, r, c = values.shape
     rows = crow.shape[0] - 1
     N = rows * r
-    exact = _exact(x.dtype)
     if tile is None:
-        tile = choose(rows, K // c, r, c, x.dtype, exact)
+        tile = _choose(x, crow, values, activation)
         assert tile is not None
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     bytes_ = x.element_size()
     bits = 8 * bytes_
-    chunk = min(c, 128 // bytes_)
-    # Rows of 128 bytes are what TMA copies fastest: narrow blocks share a slice of x.
-    wide = _STRIP // chunk if bytes_ == 2 else 1
-    packed = wide > 1
-    if packed:
-        # For the same reason a narrow block travels as the contiguous memory that it is.
-        block = min(r, _STRIP) * c
-        width = 64 if block >= 512 else 32
-        w_shape, w_box = [nnz * r * c // width, width], [block // width, width]
-    else:
-        w_shape, w_box = [nnz * r, c], [min(r, _STRIP), chunk]
-    strips = N // _STRIP
-    groups = -(-strips // tile.group)
-    tiles = -(-M // tile.tokens) * groups
-    kernels.bsr_linear_strips[(min(tiles, _processors(x.device.index)),)](
+    x_box, w_box, y_box = boxes(tile, r, c, bytes_)
+    w_width = w_box[1] if tile.packed else c
+    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    tiles = _tiles(M, N, tile)
+    kernels.bsr_linear_strips[(min(tiles, tile.programs * _processors(x.device.index)),)](
+        TensorDescriptor(x, [M, K], [x.stride(0), 1], x_box, _layout(128, bits)),
         TensorDescriptor(
-            x, [M, K], [x.stride(0), 1], [tile.tokens, chunk * wide], _layout(128, bits)
+            values,
+            [nnz * r * c // w_width, w_width],
+            [w_width, 1],
+            w_box,
+            _layout(w_box[1] * bytes_, bits),
         ),
-        TensorDescriptor(values, w_shape, [w_shape[1], 1], w_box, _layout(w_box[1] * bytes_, bits)),
-        TensorDescriptor(y, [M, N], [N, 1], [tile.part, _STRIP], _layout(128, bits)),
+        TensorDescriptor(y, [M, N], [N, 1], y_box, _layout(128, bits)),
         y if bias is None else bias,
         crow,
         col,
         tiles,
-        groups,
+        -(-N // (_STRIP * tile.group)),
         rows,
         K // c,
         nnz,
-        GROUP=tile.group,
-        STACK=max(1, _STRIP // r),
-        SPLIT=max(1, r // _STRIP),
-        CHUNKS=c // chunk,
-        WIDE=wide,
-        PACKED=packed,
-        EXACT=exact,
-        TABLE=_table_size(rows, K // c),
-        X_SLOTS=tile.x_slots,
-        W_SLOTS=tile.w_slots,
-        Y_SLOTS=tile.y_slots,
-        HAS_BIAS=bias is not None,
-        ACTIVATION=activation,
-        REGISTERS=tile.registers,
-        num_warps=4,
+        **constants(
+            tile, rows, K // c, r, c, bytes_, _exact(x.dtype), bias is not None, activation
+        ),
+        **options(tile),
     )
     return y

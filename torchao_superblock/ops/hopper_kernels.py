@@ -14,12 +14,16 @@ and shared-memory bandwidth for the operands of wgmma. The kernel deals with the
 * Each strip has its own consumer warpgroup. One warp streams x and one warp for each strip streams
   the strip's blocks, by TMA, through rings of shared memory that run ahead across tile borders: the
   loads of the next tile overlap with the output of this one.
-* Blocks with fewer than 64 rows are stacked: a strip then holds several block rows, its column set
-  is their union, and an absent block is an out-of-bounds TMA box, which the hardware fills with
-  zeros without touching memory.
+* Blocks with fewer than 64 rows are stacked: a strip then holds several block rows, and its column
+  set is their union. An absent block is an out-of-bounds TMA box, which the hardware fills with zeros
+  without touching memory (or, where blocks travel packed, zeros in registers).
+* TMA copies rows of up to 128 bytes at a rate that hardly depends on their width, so slices of x are
+  always 128 bytes wide, whatever the block, and narrow blocks may travel as contiguous memory.
+* float32 is three TF32 products: one more warpgroup splits every slice of x in two parts, once for
+  all consumers, and a consumer splits its blocks in registers.
 
-All warps derive the same sequence of columns from the same indices (64 columns at a time, as a bit
-mask), so nothing but the rings' barriers passes between them. Indices are never trusted with an
+All warps derive the same sequence of columns from one table of bit masks (64 columns each) in shared
+memory, so nothing but the rings' barriers passes between them. Indices are never trusted with an
 address: row pointers are clamped to the stored blocks, columns outside the grid are dropped, and
 TMA clips whatever is left.
 """
@@ -420,13 +424,18 @@ def _split_x(
 
 @gluon.jit
 def _exact_product(w, x_high, x_low, acc):
-    """Add w @ x.T in float32 accuracy: three TF32 products, the smallest first."""
+    """Add w @ x.T in float32 accuracy: three TF32 products, the smallest first.
+
+    The tensor cores truncate when they accumulate, so they sum one slice only; the slices are added
+    in registers, with rounding.
+    """
     w_high, w_low = _tf32_parts(w)
     x_high = x_high.permute((1, 0))
-    acc = warpgroup_mma(w_low, x_high, acc, is_async=True)
-    acc = warpgroup_mma(w_high, x_low.permute((1, 0)), acc, is_async=True)
-    acc = warpgroup_mma(w_high, x_high, acc, is_async=True)
-    return warpgroup_mma_wait(0, deps=(acc,))
+    part = gl.zeros_like(acc)
+    part = warpgroup_mma(w_low, x_high, part, use_acc=False, is_async=True)
+    part = warpgroup_mma(w_high, x_low.permute((1, 0)), part, is_async=True)
+    part = warpgroup_mma(w_high, x_high, part, is_async=True)
+    return acc + warpgroup_mma_wait(0, deps=(part,))
 
 
 @gluon.jit

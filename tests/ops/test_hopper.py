@@ -1,0 +1,353 @@
+"""The Gluon kernel: compiled for sm_90 everywhere, its numerics on a Hopper GPU.
+
+Compiling needs no GPU, so what a GPU would refuse (too much shared memory, spilled registers, a product that is not on
+the tensor cores) fails here first.
+"""
+
+import math
+import os
+import re
+import subprocess
+
+import pytest
+import torch
+
+from tests.reference import block_mask, random_bsr, relative_error
+from torchao_superblock.ops import hopper
+
+triton = pytest.importorskip("triton", reason="needs Triton")
+gluon = pytest.importorskip("triton.experimental.gluon", reason="this Triton has no Gluon")
+
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+SHARED_LIMIT = 232448  # bytes of shared memory a program may have
+PROGRAM_PAIR_LIMIT = 115712  # when two share a multiprocessor
+
+needs_compiler = pytest.mark.skipif(
+    hopper._import_error is not None, reason=str(hopper._import_error)
+)
+
+
+def _compile(
+    tile, rows, columns, r, c, dtype=torch.bfloat16, exact=False, activation="none", bias=True
+):
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from torchao_superblock.ops import hopper_kernels
+
+    bytes_ = dtype.itemsize
+    name = NAMES[dtype]
+    constants = hopper.constants(tile, rows, columns, r, c, bytes_, exact, bias, activation)
+    signature = {}
+    boxes = hopper.boxes(tile, r, c, bytes_)
+    for argument, box in zip(("x_desc", "w_desc", "y_desc"), boxes, strict=True):
+        layout = hopper._layout(box[1] * bytes_, 8 * bytes_)
+        signature[argument] = f"tensordesc<{name}{box},{layout!r}>"
+    signature |= {"bias_ptr": f"*{name}", "crow_ptr": "*i32", "col_ptr": "*i32"}
+    signature |= dict.fromkeys(("tiles", "groups", "rows", "columns", "nnz"), "i32")
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = GluonASTSource(hopper_kernels.bsr_linear_strips, signature, constants)
+    target = GPUTarget("cuda", 90, 32)
+    return triton.compile(source, target=target, options=hopper.options(tile))
+
+
+def _spilled(kernel, tmp_path) -> int:
+    """Bytes of local memory a thread needs: what did not fit in registers."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    usage = subprocess.run(
+        [tool, "-res-usage", str(cubin)], capture_output=True, text=True, timeout=60
+    )
+    found = re.search(r"STACK:(\d+)", usage.stdout)
+    assert found, usage.stdout + usage.stderr
+    return int(found.group(1))
+
+
+def _problem(M, N, K, r, c, density, dtype=torch.bfloat16, **kwargs):
+    rows, columns = N // r, K // c
+    nnz = max(1, round(rows * columns * density))
+    tile = hopper.choose(M, rows, columns, r, c, nnz, dtype, **kwargs)
+    return tile, rows, columns, r, c
+
+
+# One problem for each rule of the table, named after its tile; the last number bounds the spilled bytes.
+RULES = {
+    "THREE_STRIPS": (_problem(50432, 3072, 768, 64, 64, 0.3), {}, 0),
+    "TWO_STRIPS": (_problem(8192, 14336, 14336, 128, 128, 0.1), {}, 0),
+    "TWO_PROGRAMS": (
+        _problem(50432, 3072, 768, 64, 64, 0.1, activation="gelu"),
+        {"activation": "gelu"},
+        0,
+    ),
+    "STACKED": (_problem(50432, 768, 3072, 32, 32, 0.1), {}, 64),
+    "PACKED": (_problem(50432, 3072, 768, 64, 16, 0.1), {}, 64),
+    "PACKED_TWO": (_problem(50432, 768, 3072, 16, 16, 0.1), {}, 128),
+    "TF32": (_problem(50432, 3072, 768, 64, 64, 0.1, torch.float32), {"dtype": torch.float32}, 0),
+    "EXACT": (
+        _problem(50432, 3072, 768, 64, 64, 0.1, torch.float32, exact=True),
+        {"dtype": torch.float32, "exact": True},
+        0,
+    ),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", RULES)
+def test_every_tile_of_the_rules_compiles_for_hopper(name, tmp_path):
+    problem, settings, spill_bound = RULES[name]
+    tile = problem[0]
+    assert tile == getattr(hopper, name)
+    kernel = _compile(*problem, **settings)
+    ptx = kernel.asm["ptx"]
+    assert "wgmma.mma_async" in ptx
+    assert "cp.async.bulk.tensor.2d.shared" in ptx and "cp.async.bulk.tensor.2d.global" in ptx
+    limit = SHARED_LIMIT if tile.programs == 1 else PROGRAM_PAIR_LIMIT
+    assert kernel.metadata.shared <= limit
+    assert kernel.metadata.global_scratch_size == 0, "a call would allocate a workspace"
+    assert _spilled(kernel, tmp_path) <= spill_bound
+
+
+@needs_compiler
+def test_the_output_leaves_through_transposing_matrix_stores():
+    kernel = _compile(*RULES["THREE_STRIPS"][0])
+    assert "stmatrix.sync.aligned.m8n8.x4.trans" in kernel.asm["ptx"]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("tile", "entries"),
+    [
+        ("THREE_STRIPS", 256),
+        ("TWO_STRIPS", 2048),
+        ("TWO_PROGRAMS", 1024),
+        ("STACKED", 1024),
+        ("PACKED_TWO", 2048),
+    ],
+)
+def test_the_largest_table_of_masks_that_the_rules_allow_fits(tile, entries):
+    """Shared memory is counted from the parts, without compiling: slots, output buffers, table, barriers."""
+    tile = getattr(hopper, tile)
+    bytes_ = 2
+    r, c = (32, 32) if tile in (hopper.STACKED, hopper.PACKED_TWO) else (64, 64)
+    x_box, w_box, y_box = hopper.boxes(tile, r, c, bytes_)
+    stack = max(1, 64 // r)
+    elements = tile.x_slots * math.prod(x_box)
+    elements += tile.group * tile.w_slots * stack * math.prod(w_box)
+    elements += tile.group * tile.y_slots * math.prod(y_box)
+    barriers = 2 * 8 * (tile.x_slots + tile.group * tile.w_slots)
+    limit = SHARED_LIMIT if tile.programs == 1 else PROGRAM_PAIR_LIMIT
+    assert elements * bytes_ + entries * 8 + barriers + 256 <= limit
+
+
+@pytest.mark.parametrize(
+    ("r", "c", "dtype"),
+    [
+        (8, 64, torch.bfloat16),  # below what a matrix instruction reads
+        (48, 64, torch.bfloat16),  # neither a part nor a multiple of a strip
+        (64, 48, torch.bfloat16),  # neither a part nor a multiple of a slice of x
+        (64, 16, torch.float32),
+        (64, 64, torch.float64),
+    ],
+)
+def test_block_sizes_that_the_kernel_cannot_cut_are_declined(r, c, dtype):
+    assert hopper.choose(50432, 16, 16, r, c, 64, dtype) is None
+
+
+def test_a_grid_with_too_many_masks_for_shared_memory_is_declined():
+    assert hopper.choose(50432, 14336 // 16, 14336 // 16, 16, 16, 1000, torch.bfloat16) is None
+
+
+def test_supports_says_no_without_a_hopper_gpu(monkeypatch):
+    monkeypatch.setattr(hopper, "_processors", lambda index: 0)
+    _dense, crow, col, values = random_bsr(128, 128, 64, dtype=torch.bfloat16)
+    x = torch.zeros(4096, 128, dtype=torch.bfloat16)
+    assert not hopper.supports(x, crow, col, values, None, "none", None)
+    reason = hopper.unavailable_reason(0)
+    assert reason is not None and ("sm_90" in reason or "Gluon" in reason)
+
+
+def _refused(name):
+    """x and values that break one precondition of the kernel."""
+    _dense, crow, col, values = random_bsr(128, 128, 64, dtype=torch.bfloat16)
+    x = torch.zeros(4096, 128, dtype=torch.bfloat16)
+    if name == "few tokens":
+        x = x[:100]
+    if name == "column-major x":
+        x = torch.zeros(128, 4096, dtype=torch.bfloat16).t()
+    if name == "expanded x":
+        x = x[:1].expand(4096, 128)
+    if name == "unaligned rows":
+        x = torch.zeros(4096, 132, dtype=torch.bfloat16)[:, :128]
+    if name == "unaligned start":
+        x = torch.zeros(4096, 136, dtype=torch.bfloat16)[:, 1:129]
+    if name == "no stored block":
+        _dense, crow, col, values = random_bsr(
+            128, 128, 64, dtype=torch.bfloat16, mask=torch.zeros(2, 2, dtype=torch.bool)
+        )
+    return x, crow, col, values
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "name",
+    [
+        "few tokens",
+        "column-major x",
+        "expanded x",
+        "unaligned rows",
+        "unaligned start",
+        "no stored block",
+    ],
+)
+def test_supports_declines_what_tma_cannot_read(monkeypatch, name):
+    monkeypatch.setattr(hopper, "_processors", lambda index: 132)
+    x, crow, col, values = _refused("nothing")
+    assert hopper.supports(x, crow, col, values, None, "none", None)
+    x, crow, col, values = _refused(name)
+    assert not hopper.supports(x, crow, col, values, None, "none", None)
+
+
+@pytest.fixture
+def set_precision():
+    """Sets torch's switch for float32 products; restores it afterwards."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield lambda precision: setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_exact_float32_follows_torchs_switch(set_precision):
+    set_precision("tf32")
+    assert not hopper._exact(torch.float32)
+    set_precision("ieee")
+    assert hopper._exact(torch.float32)
+    assert not hopper._exact(torch.bfloat16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a Hopper GPU.
+
+
+def _hopper_or_skip():
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    reason = hopper.unavailable_reason(torch.cuda.current_device())
+    if reason is not None:
+        pytest.skip(reason)
+
+
+ACTIVATIONS = {
+    "none": lambda z: z,
+    "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda z: torch.nn.functional.gelu(z, approximate="tanh"),
+    "silu": torch.nn.functional.silu,
+}
+BOUNDS = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+
+def _check(
+    M,
+    N,
+    K,
+    blocksize,
+    dtype,
+    bound,
+    *,
+    sparsity=0.8,
+    activation="none",
+    bias=True,
+    tile=None,
+    mask=None,
+):
+    dense, crow, col, values = random_bsr(N, K, blocksize, sparsity, dtype, "cuda", mask=mask)
+    # Rows of a wider tensor, and an output poisoned by what the allocator hands out again.
+    x = torch.randn(M, K + 64, device="cuda").to(dtype)[:, :K]
+    b = torch.randn(N, device="cuda").to(dtype) if bias else None
+    torch.full((M, N), float("nan"), device="cuda", dtype=dtype)
+    assert tile is not None or hopper.supports(x, crow, col, values, b, activation, None)
+    y = hopper.forward(x, crow, col, values, b, activation, None, tile=tile)
+    z = x.double() @ dense.double().t() + (0 if b is None else b.double())
+    assert y.shape == (M, N) and y.is_contiguous() and y.dtype == dtype
+    error = relative_error(y, ACTIVATIONS[activation](z))
+    assert error <= bound, error
+    again = hopper.forward(x, crow, col, values, b, activation, None, tile=tile)
+    assert torch.equal(y, again), "the same inputs gave other bits"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("M", [2048, 3001])
+@pytest.mark.parametrize("N, K", [(768, 768), (128, 4224), (3072, 768)])
+@pytest.mark.parametrize(
+    "blocksize",
+    [64, 32, 16, 128, (64, 16), (64, 32), (128, 64), (128, 32), (32, 64), (16, 32), (32, 16)],
+)
+def test_products_match_float64(blocksize, N, K, M, dtype):
+    _hopper_or_skip()
+    _check(M, N, K, blocksize, dtype, BOUNDS[dtype])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", ["THREE_STRIPS", "TWO_STRIPS", "TWO_PROGRAMS"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_match_float64(activation, tile):
+    _hopper_or_skip()
+    _check(
+        3001, 768, 768, 64, torch.float16, 5e-4, activation=activation, tile=getattr(hopper, tile)
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("blocksize", [64, 32, 128, (64, 32)])
+@pytest.mark.parametrize(("precision", "bound"), [("ieee", 3e-7), ("tf32", 2e-3)])
+def test_float32_has_the_accuracy_that_torch_asks_for(set_precision, blocksize, precision, bound):
+    _hopper_or_skip()
+    set_precision(precision)
+    for N, K in ((768, 768), (128, 4224)):
+        _check(2100, N, K, blocksize, torch.float32, bound)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("blocksize", [64, 16])
+def test_empty_and_full_rows(blocksize):
+    _hopper_or_skip()
+    R, C = 768 // blocksize, 768 // blocksize
+    mask = block_mask(R, C, 0.9)
+    mask[::3] = False
+    mask[1] = True
+    mask[-1] = False
+    for bias in (False, True):
+        _check(2048, 768, 768, blocksize, torch.bfloat16, 4e-3, mask=mask, bias=bias)
+
+
+@pytest.mark.gpu
+def test_indices_outside_the_grid_read_nothing_outside():
+    """Such indices break the format; the result is unspecified, but the kernel ends and touches no foreign memory."""
+    _hopper_or_skip()
+    for blocksize in (64, 16):
+        _dense, crow, col, values = random_bsr(768, 768, blocksize, 0.8, torch.bfloat16, "cuda")
+        x = torch.randn(2048, 768, device="cuda", dtype=torch.bfloat16)
+        for bad in (-5, 768 // blocksize, 2**30):
+            broken = col.clone()
+            broken[::2] = bad
+            hopper.forward(x, crow, broken, values, None, "none", None)
+        broken = crow.clone()
+        broken[3:7] = 2**30
+        broken[7] = -9
+        hopper.forward(x, broken, col, values, None, "none", None)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_a_call_can_be_captured_in_a_cuda_graph():
+    _hopper_or_skip()
+    dense, crow, col, values = random_bsr(768, 768, 64, 0.8, torch.bfloat16, "cuda")
+    x = torch.randn(2048, 768, device="cuda", dtype=torch.bfloat16)
+    hopper.forward(x, crow, col, values, None, "none", None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = hopper.forward(x, crow, col, values, None, "none", None)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert relative_error(y, x.double() @ dense.double().t()) <= 4e-3
