@@ -231,6 +231,56 @@ def test_an_updated_weight_is_seen_by_the_next_call(kernel: str) -> None:
         assert torch.equal(cpu.forward(x, crow, col, values, None, "none", None), 2 * before)
 
 
+def test_the_plain_case_takes_the_short_way(compiled: None) -> None:
+    """`call` serves whole blocks by itself, and leaves what needs a copy, padding or an error."""
+    dense, crow, col, values = random_bsr(64, 96, 16, 0.5)
+    bias, plan = torch.randn(64), build_plan(crow, col, 6)
+    asked: list[tuple] = []
+
+    def general(*args) -> str:
+        asked.append(args)
+        return "general"
+
+    for x in (
+        torch.randn(5, 96),
+        torch.randn(2, 3, 96),
+        torch.randn(96, 7).t(),
+        torch.randn(1, 96),
+    ):
+        for b, p in ((bias, plan), (None, None)):
+            y = cpu.call(general, x, crow, col, values, b, 64, "silu", p)
+            z = x.double() @ dense.double().t() + (0 if b is None else b.double())
+            assert y.shape == (*x.shape[:-1], 64) and y.is_contiguous()
+            assert relative_error(y, ACTIVATIONS["silu"](z)) < 1e-6
+    assert not asked
+    x = torch.randn(5, 96)
+    other_ways: list[tuple] = [
+        (x[:, :90], crow, col, values),
+        (x[:0], crow, col, values),
+        (x[0], crow, col, values),
+        (torch.randn(3, 2, 96).transpose(0, 1), crow, col, values),
+        (x.double(), crow, col, values),
+        (x.int(), crow, col, values.int()),
+        (x, crow.long(), col, values),
+        (x, crow, col.long(), values),
+        (x, crow, col[1:], values),
+        (x, crow, col, values.transpose(1, 2)),
+        (x, crow, col, values[0]),
+        (x, crow[None], col, values),
+        (x, crow, col, values, bias[1:]),
+        (x, crow, col, values, bias.double()),
+        (x, crow, col, values, None, 60),
+        (x, crow, col, values, None, None, "swish"),
+        (x, crow, col, values, None, None, "none", plan[1:]),
+        (x, crow, col, values.to("meta")),
+        (x.to("meta"), crow, col, values),
+        (x, crow, col, values, bias.to("meta")),
+    ]
+    for n, args in enumerate(other_ways):
+        assert cpu.call(general, *args) == "general", n
+        assert len(asked) == n + 1
+
+
 def test_several_python_threads_at_once(kernel: str) -> None:
     problems = [
         (random_bsr(256, 256, 32, 0.6, seed=s), torch.randn(20 * s + 1, 256)) for s in range(4)

@@ -10,6 +10,7 @@ rows and columns of a block.
 """
 
 import os
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -18,10 +19,10 @@ import torch
 from torch import Tensor, get_num_threads
 
 from torchao_superblock.ops import gather_gemm
-from torchao_superblock.ops.plan import split_plan
+from torchao_superblock.ops.plan import plan_length, split_plan
 from torchao_superblock.ops.source_hash import source_hash
 
-__all__ = ["backend_info", "forward", "grad_values", "grad_x"]
+__all__ = ["backend_info", "call", "forward", "grad_values", "grad_x"]
 
 BACKEND_VARIABLE = "TORCHAO_SUPERBLOCK_CPU_BACKEND"
 ISA_VARIABLE = "TORCHAO_SUPERBLOCK_CPU_ISA"
@@ -163,6 +164,105 @@ def forward(
         get_num_threads(),
     )
     return y
+
+
+def call(
+    general: Callable[..., Tensor],
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    values: Tensor,
+    bias: Tensor | None = None,
+    out_features: int | None = None,
+    activation: str = "none",
+    plan: Tensor | None = None,
+) -> Tensor:
+    """The op on CPU tensors: the plain case at once, all others (and all errors) by `general`.
+
+    At M = 1 the kernel takes about as long as the general way of checking its arguments, so the
+    case that needs no padding, no copy and no message is recognised here with as few questions as
+    will do.
+
+    Args:
+        general: the op's general implementation over this backend, with the arguments that follow.
+        x: as the op has it, as have all others.
+        crow: crow_indices.
+        col: col_indices.
+        values: values.
+        bias: bias.
+        out_features: out_features.
+        activation: activation.
+        plan: plan.
+
+    Returns:
+        The op's output.
+    """
+    shape, block, rows = x.shape, values.shape, crow.shape
+    if _kernel is not None and len(block) == 3 and len(rows) == 1 and len(shape) >= 2:
+        nnz, r, c = block
+        R, K, N = rows[0] - 1, shape[-1], (rows[0] - 1) * r
+        code = _DTYPES.get(x.dtype)
+        act = _ACTIVATIONS.get(activation)
+        if (
+            N > 0
+            and c > 0
+            and K % c == 0
+            and code is not None
+            and act is not None
+            and (out_features is None or out_features == N)
+            and values.dtype is x.dtype
+            and crow.dtype is torch.int32
+            and col.dtype is torch.int32
+            and col.shape == (nnz,)
+            and x.is_cpu
+            and crow.is_cpu
+            and col.is_cpu
+            and values.is_cpu
+            and crow.is_contiguous()
+            and col.is_contiguous()
+            and values.is_contiguous()
+            and (
+                bias is None
+                or (
+                    bias.dtype is x.dtype
+                    and bias.shape == (N,)
+                    and bias.is_cpu
+                    and bias.is_contiguous()
+                )
+            )
+            and (plan is None or _fits(plan, R, K // c, nnz))
+        ):
+            if len(shape) == 2:
+                M, strides = shape[0], x.stride()
+            else:
+                M, strides = (x.numel() // K if K else 0), ((K, 1) if x.is_contiguous() else None)
+            if M > 0 and strides is not None:
+                y = x.new_empty((*shape[:-1], N))
+                _kernel.product(
+                    x.data_ptr(),
+                    *strides,
+                    crow.data_ptr(),
+                    col.data_ptr(),
+                    0,
+                    values.data_ptr(),
+                    0 if bias is None else bias.data_ptr(),
+                    y.data_ptr(),
+                    M,
+                    R,
+                    K // c,
+                    r,
+                    c,
+                    nnz,
+                    code,
+                    act,
+                    get_num_threads(),
+                )
+                return y
+    return general(x, crow, col, values, bias, out_features, activation, plan)
+
+
+def _fits(plan: Tensor, R: int, C: int, nnz: int) -> bool:
+    return plan.dtype is torch.int32 and plan.is_cpu and plan.shape == (plan_length(R, C, nnz),)
 
 
 def grad_x(
