@@ -212,7 +212,7 @@ def test_scores_stay_float32_bit_for_bit(convert: str) -> None:
     linear.to(torch.bfloat16) if convert == "to" else getattr(linear, convert)()
     assert mask.scores.dtype == torch.float32 and torch.equal(mask.scores.detach(), before)
     assert mask.scores.grad.dtype == torch.float32
-    assert mask.n_kept.dtype == torch.int64 and mask.held_mask.dtype == torch.bool
+    assert mask.n_kept.dtype == torch.int64 and mask.held_mask.dtype == torch.int8
     assert linear.weight.dtype == linear.parametrizations.weight.original.dtype != torch.float32
     assert torch.equal(mask.block_mask(), state)
     x = torch.randn(2, 48, dtype=linear.weight.dtype)

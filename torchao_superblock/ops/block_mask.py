@@ -36,8 +36,8 @@ def block_mask(
     Args:
         scores: float32 `(R, C)`.
         n_kept: int64, 0-dim, on the same device.
-        held_mask: bool `(R, C)`, the mask returned while frozen.
-        frozen: bool, 0-dim.
+        held_mask: bool or int8 `(R, C)`, the mask returned while frozen.
+        frozen: bool or int8, 0-dim.
 
     Returns:
         The bool mask `(R, C)`, True = kept, and a 0-dim bool `live`, the negation of `frozen`. Both
@@ -51,7 +51,7 @@ def block_mask(
     order = scores.detach().reshape(-1).neg().argsort(stable=True)
     ahead = torch.arange(n, device=scores.device) < n_kept
     mask = torch.zeros_like(ahead).scatter(0, order, ahead).view(scores.shape)
-    return torch.where(frozen, held_mask, mask), frozen.logical_not()
+    return torch.where(frozen.bool(), held_mask.bool(), mask), frozen.logical_not()
 
 
 def mask_weight(weight: Tensor, mask: Tensor, blocksize: tuple[int, int]) -> Tensor:

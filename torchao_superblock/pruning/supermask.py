@@ -84,9 +84,9 @@ class Supermask(nn.Module):
     Attributes:
         scores: float32 Parameter `(ceil(N / rows), ceil(K / cols))`.
         n_kept: int64 0-dim buffer, the number of blocks to keep.
-        frozen: bool 0-dim buffer; while set, `held_mask` is the mask and the gradient of the scores
+        frozen: int8 0-dim buffer; while 1, `held_mask` is the mask and the gradient of the scores
             is zero.
-        held_mask: bool buffer of the grid's shape.
+        held_mask: int8 buffer of the grid's shape, 1 = kept.
         blocksize: `(rows, cols)`.
 
     Raises:
@@ -128,8 +128,9 @@ class Supermask(nn.Module):
         self.followers: tuple[str, ...] = ()  # parameters registered after the weight
         self.scores = nn.Parameter(torch.empty(grid, dtype=torch.float32, device=device))
         self.register_buffer("n_kept", torch.zeros((), dtype=torch.int64, device=device))
-        self.register_buffer("frozen", torch.zeros((), dtype=torch.bool, device=device))
-        self.register_buffer("held_mask", torch.zeros(grid, dtype=torch.bool, device=device))
+        # Not bool: AveragedModel(use_buffers=True) subtracts buffers.
+        self.register_buffer("frozen", torch.zeros((), dtype=torch.int8, device=device))
+        self.register_buffer("held_mask", torch.zeros(grid, dtype=torch.int8, device=device))
         self.reset_parameters(weight)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -189,13 +190,13 @@ class Supermask(nn.Module):
     def freeze(self) -> None:
         """Holds the present mask, whatever the scores and the level do from now on."""
         self.held_mask.copy_(self.block_mask())
-        self.frozen.fill_(True)
+        self.frozen.fill_(1)
 
     @torch.no_grad()
     def unfreeze(self) -> None:
         """Lets the mask follow the scores again."""
-        self.frozen.fill_(False)
-        self.held_mask.fill_(False)
+        self.frozen.fill_(0)
+        self.held_mask.fill_(0)
 
     @torch.no_grad()
     def reset_parameters(self, weight: Tensor | None = None) -> None:
