@@ -202,6 +202,7 @@ def _refused(name):
 )
 def test_supports_declines_what_tma_cannot_read(monkeypatch, name):
     monkeypatch.setattr(hopper, "_processors", lambda index: 132)
+    monkeypatch.setattr(hopper, "_MIN_BYTES", 0)
     x, crow, col, values = _refused("nothing")
     assert hopper.supports(x, crow, col, values, None, "none", None)
     x, crow, col, values = _refused(name)
@@ -214,6 +215,15 @@ def set_precision():
     before = torch.backends.cuda.matmul.fp32_precision
     yield lambda precision: setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
     torch.backends.cuda.matmul.fp32_precision = before
+
+
+@needs_compiler
+def test_supports_leaves_short_calls_to_the_kernels_that_launch_faster(monkeypatch):
+    monkeypatch.setattr(hopper, "_processors", lambda index: 132)
+    _dense, crow, col, values = random_bsr(768, 768, 64, dtype=torch.bfloat16)
+    for M, served in ((50432, True), (4096, False)):
+        x = torch.empty(M, 768, dtype=torch.bfloat16)
+        assert hopper.supports(x, crow, col, values, None, "none", None) is served
 
 
 def test_exact_float32_follows_torchs_switch(set_precision):
@@ -265,7 +275,6 @@ def _check(
     x = torch.randn(M, K + 64, device="cuda").to(dtype)[:, :K]
     b = torch.randn(N, device="cuda").to(dtype) if bias else None
     torch.full((M, N), float("nan"), device="cuda", dtype=dtype)
-    assert tile is not None or hopper.supports(x, crow, col, values, b, activation, None)
     y = hopper.forward(x, crow, col, values, b, activation, None, tile=tile)
     z = x.double() @ dense.double().t() + (0 if b is None else b.double())
     assert y.shape == (M, N) and y.is_contiguous() and y.dtype == dtype
@@ -275,13 +284,15 @@ def _check(
     assert torch.equal(y, again), "the same inputs gave other bits"
 
 
+SIZES = [64, 32, 16, 128, (64, 16), (64, 32), (128, 64), (128, 32), (32, 64), (16, 32), (32, 16)]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("M", [2048, 3001])
 @pytest.mark.parametrize("N, K", [(768, 768), (128, 4224), (3072, 768)])
 @pytest.mark.parametrize(
-    "blocksize",
-    [64, 32, 16, 128, (64, 16), (64, 32), (128, 64), (128, 32), (32, 64), (16, 32), (32, 16)],
+    ("blocksize", "dtype"),
+    [(size, torch.bfloat16) for size in SIZES] + [(64, torch.float16), (16, torch.float16)],
 )
 def test_products_match_float64(blocksize, N, K, M, dtype):
     _hopper_or_skip()

@@ -29,6 +29,9 @@ _ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 _STRIP = 64  # outputs of one consumer warpgroup
 # Fewer tokens than this leave multiprocessors without a tile; the plain kernels split finer.
 _MIN_TOKENS = 2048
+# Launching this kernel takes the host about 55 us (three TMA descriptors are made anew), which hides behind the GPU's
+# work only where that is at least the reading of x and writing of y for some tens of microseconds.
+_MIN_BYTES = 100e6
 
 
 class Strips(NamedTuple):
@@ -205,6 +208,7 @@ def supports(
     bytes_ = x.element_size()
     return (
         M >= _MIN_TOKENS
+        and M * (K + (crow.shape[0] - 1) * r) * bytes_ >= _MIN_BYTES
         and K >= 64
         and nnz > 0
         and x.stride(1) == 1
