@@ -197,6 +197,28 @@ def check_gathered_state_dict(rank: int) -> None:
         torch.testing.assert_close(plain(x), expected)
 
 
+def check_squash_at_once(rank: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = make_model()
+    sparsifier = SupermaskSparsifier(0.5, 8, scores_init="weight_norm")
+    sparsifier.prepare(model, [{"tensor_fqn": "[02].weight"}])
+    expected = copy.deepcopy(model)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    sparsifier.freeze()
+    sparsifier.squash_mask()  # no forward has initialised FSDP2 yet
+    squash(expected)
+    assert type(model[0]).__name__ == "FSDPLinear"
+    assert torch.equal(model[0].weight.full_tensor(), expected[0].weight)
+    x = torch.randn(2, 24)
+    torch.testing.assert_close(model(x), expected(x))
+    state = {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
+    expected.load_state_dict(state)
+
+
 CHECKS: dict[str, Callable[[int], None]] = {
     "ddp": functools.partial(check_ddp, frozen=False),
     "ddp_frozen": functools.partial(check_ddp, frozen=True),
@@ -205,6 +227,7 @@ CHECKS: dict[str, Callable[[int], None]] = {
     "fsdp_float32": functools.partial(check_fsdp, bfloat16=False),
     "prepare_sharded": check_prepare_sharded,
     "gathered_state_dict": check_gathered_state_dict,
+    "squash_at_once": check_squash_at_once,
 }
 
 
@@ -230,3 +253,7 @@ def test_preparing_a_sharded_model_is_refused(run: Callable[[str], None]) -> Non
 
 def test_fsdp2_state_dict_serves_an_unsharded_model(run: Callable[[str], None]) -> None:
     run("gathered_state_dict")
+
+
+def test_fsdp2_squash_before_any_forward(run: Callable[[str], None]) -> None:
+    run("squash_at_once")
