@@ -104,6 +104,17 @@ def test_layers_of_one_role_share_a_heading():
     assert {"0  50%", "10  50%", "11  50%"} <= set(texts)
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_users_layout_settings_do_not_move_the_panels():
+    import matplotlib
+
+    layers = nn.ModuleList([nn.Linear(64, 64) for _ in range(3)])
+    SupermaskSparsifier(sparsity_level=0.5, blocksize=16).prepare(layers, config=None)
+    plain = png(plot_block_masks(layers))
+    with matplotlib.rc_context({"figure.constrained_layout.use": True}):
+        assert png(plot_block_masks(layers)) == plain
+
+
 def test_a_panel_stays_inside_the_picture():
     layers = nn.ModuleList([nn.Linear(512, 16) for _ in range(9)] + [nn.Linear(16, 512)] * 1)
     SupermaskSparsifier(sparsity_level=0.5, blocksize=8).prepare(layers, config=None)

@@ -172,7 +172,8 @@ def plot_block_masks(
     title = title or f"{len(layers)} weights, {1 - kept / total:.1%} of {total:,} blocks pruned"
     used = max(used, 0.125 * len(title) + 2 * _MARGIN)
 
-    figure = figure_type(figsize=(used, height), facecolor="white")
+    # No layout engine, whatever the user's settings: every panel has its place already.
+    figure = figure_type(figsize=(used, height), facecolor="white", layout="none")
 
     def write(x: float, y: float, text: str, **style: Any) -> None:
         figure.text(x / used, 1 - y / height, text, va="top", **style)

@@ -121,7 +121,9 @@ def test_random_block_sparse_matches_its_dense_form(blocksize, sparsity):
     expected = max(1, round(weight.dense.numel() / weight.values[0].numel() * (1 - sparsity)))
     assert len(weight.col) == len(weight.values) == expected
     size = tuple(weight.values.shape[1:])
-    sparse = torch.sparse_bsr_tensor(weight.crow, weight.col, weight.values, (64, 96))
+    sparse = torch.sparse_bsr_tensor(
+        weight.crow, weight.col, weight.values, (64, 96), check_invariants=True
+    )
     assert torch.equal(sparse.to_dense(), weight.dense)
     assert size == ((16, 16) if blocksize == 16 else (8, 32))
     again = random_block_sparse(64, 96, blocksize, sparsity, dtype=torch.float64)
