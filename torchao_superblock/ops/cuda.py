@@ -27,6 +27,8 @@ from torchao_superblock.ops.triton_kernels import FMA, NATIVE, TF32, TF32X3
 
 # Read when a kernel is decorated, so it cannot change later: kernels then run on CPU tensors.
 INTERPRET: bool = triton.knobs.runtime.interpret
+# Nonzero columns from which a block row keeps a program busy for longer than it takes to start and finish.
+LONG_ROW = 160
 # What offsets within a tile must stay below for 32-bit arithmetic.
 INT32_LIMIT = 2**31
 
@@ -148,7 +150,7 @@ def matmul_tile(problem: Problem) -> Tile:
         programs = problem.R * -(-r // BN)
         splits = min(-(-2 * problem.n_processors // max(programs, 1)), row_length // BK // 4, 8)
         return Tile(min(M, 64), BN, BK, 1, 4, 3, max(splits, 1))
-    short = row_length < 160
+    short = row_length < LONG_ROW
     BM = min(M, 128)
     num_stages = 2 if short else 3
     if problem.precision == TF32X3:
@@ -738,6 +740,10 @@ def hopper_kernel(
         return None
     hopper = _load_hopper()
     if hopper is None or not hopper.supports(x, crow, col, values, bias, activation, plan):
+        return None
+    nnz, _, c = values.shape
+    if x.dtype == torch.float32 and (c < 64 or nnz * c >= LONG_ROW * (crow.shape[0] - 1)):
+        # Measured: with narrow blocks or long rows the plain kernel is up to 1.5 times as fast.
         return None
     if _plain_is_faster:
         problem = _forward_problem(x, crow, values, m_bucket(x.shape[0]), index)

@@ -1,0 +1,48 @@
+"""The break-even table: measured where it was measured, cautious elsewhere."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from torchao_superblock.ops.break_even import CAUTIOUS, break_even_sparsity
+
+HOPPER = (9, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_larger_blocks_break_even_earlier_on_hopper(dtype: torch.dtype) -> None:
+    found = [break_even_sparsity("cuda", (b, b), dtype, HOPPER) for b in (16, 32, 64, 128)]
+    assert found == sorted(found, reverse=True)
+    assert all(0 <= sparsity <= 0.9 for sparsity in found)
+
+
+def test_the_smaller_side_decides() -> None:
+    square = break_even_sparsity("cuda", (32, 32), torch.bfloat16, HOPPER)
+    assert break_even_sparsity("cuda", (128, 32), torch.bfloat16, HOPPER) == square
+    assert break_even_sparsity("cuda", (32, 128), torch.bfloat16, HOPPER) == square
+
+
+@pytest.mark.parametrize(
+    ("device_type", "blocksize", "dtype", "capability"),
+    [
+        ("cuda", (8, 8), torch.bfloat16, HOPPER),
+        ("cuda", (64, 64), torch.bfloat16, (8, 0)),
+        ("cuda", (64, 64), torch.float64, HOPPER),
+        ("xpu", (64, 64), torch.float32, None),
+    ],
+)
+def test_what_was_not_measured_is_guessed_cautiously(
+    device_type: str,
+    blocksize: tuple[int, int],
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None,
+) -> None:
+    assert break_even_sparsity(device_type, blocksize, dtype, capability) == CAUTIOUS
+
+
+def test_float32_follows_the_precision_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = break_even_sparsity("cuda", (64, 64), torch.float32, HOPPER)
+    # Not the real switch: once set this way, it makes torch's older getters raise for the rest of the process.
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32"))
+    assert break_even_sparsity("cuda", (64, 64), torch.float32, HOPPER) > exact
