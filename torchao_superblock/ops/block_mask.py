@@ -177,7 +177,8 @@ def _mask_blocks(weight: Tensor, mask: Tensor, blocksize: tuple[int, int]) -> Te
 
 def _sum_blocks(a: Tensor, b: Tensor, blocksize: tuple[int, int], dtype: torch.dtype) -> Tensor:
     products = _as_blocks(a, blocksize).to(dtype) * _as_blocks(b, blocksize).to(dtype)
-    return products.sum(dim=(1, 3))
+    # One dimension at a time: contiguous runs first is faster on CPUs than both at once.
+    return products.sum(dim=3).sum(dim=1)
 
 
 def _triton_kernels(*tensors: Tensor) -> ModuleType | None:
