@@ -14,6 +14,7 @@ PREAMBLE = """
 import json, warnings
 import torch
 from torch import nn
+from tests.ops import triton_cases  # makes older interpreters loop
 from tests.reference import random_bsr, relative_error
 from torchao_superblock.ops import cuda, tuning
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import triton
 
 from tests.reference import TOLERANCE, random_bsr, relative_error
 from torchao_superblock.ops import cuda
@@ -22,6 +23,18 @@ from torchao_superblock.ops.plan import build_plan
 from torchao_superblock.ops.triton_kernels import FMA, TF32
 
 DEVICE = "cpu" if cuda.INTERPRET else "cuda"
+if cuda.INTERPRET and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):
+    # Older interpreters make an index of a one-element array, which newer NumPy refuses: no loop to a loaded bound.
+    from triton.runtime import interpreter
+
+    _patch_tensor = interpreter._patch_lang_tensor
+
+    def _patch_tensor_and_index(tensor: type, *rest: Any) -> None:
+        _patch_tensor(tensor, *rest)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = _patch_tensor_and_index
+
 BLOCK_SIZES = [
     (16, 16),
     (32, 32),
@@ -170,7 +183,7 @@ def check_strides() -> None:
     }
     for make_x in layouts.values():
         for blocksize in ((16, 16), (64, 64), (3, 5)):
-            check(blocksize, torch.float32, 21, make_x=make_x)
+            check(blocksize, torch.float32, 21, make_x=make_x, tolerance=3e-6)
 
 
 def check_tiles() -> None:
@@ -178,7 +191,7 @@ def check_tiles() -> None:
     grad_tile = cuda.GradTile(16, 16, 16, 4, 2)
     for blocksize in ((16, 16), (64, 32)):
         with replaced(cuda, "INT32_LIMIT", 1):
-            check(blocksize, torch.float32, 20)
+            check(blocksize, torch.float32, 20, R=2, C=3)
         for tile in (
             cuda.Tile(16, 16, 16, 1, 4, 2),
             cuda.Tile(32, 32, 32, 3, 4, 2),
@@ -187,9 +200,9 @@ def check_tiles() -> None:
             cuda.Tile(32, 64, 64, 2, 4, 2, splits=2),
         ):
             with replaced(cuda, "matmul_tile", lambda problem, tile=tile: tile):
-                check(blocksize, torch.float32, 50, activation="silu")
+                check(blocksize, torch.float32, 50, R=2, C=3, activation="silu")
         with replaced(cuda, "grad_values_tile", lambda problem: grad_tile):
-            check(blocksize, torch.float32, 500)
+            check(blocksize, torch.float32, 300, R=2, C=2)
 
 
 def check_token_counts() -> None:
