@@ -27,7 +27,7 @@ def cpu_kernel() -> Extension:
         depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / csrc).glob("*.h"))],
         define_macros=macros,
         # Never -ffast-math or -march=native: each file names the instruction set it is for.
-        extra_compile_args=["-O3", "-std=gnu11", "-fvisibility=hidden", "-Wno-psabi"],
+        extra_compile_args=["-O3", "-g0", "-std=gnu11", "-fvisibility=hidden", "-Wno-psabi"],
         libraries=["m", "dl", "pthread"],
         py_limited_api=stable_abi,
         optional=True,

@@ -49,7 +49,7 @@ SB_INLINE void TYPED(rank_updates)(V acc[SB_PANEL][2], const int rows, const int
  * Packing. */
 
 #ifndef SB_PACK_LINES
-#define SB_PACK_LINES 8
+#define SB_PACK_LINES 4
 #endif
 
 /* Rows [m0, m0 + rows) of x (m, k) -> panels; only the lines of KC columns that `needed` marks. */
