@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from tests.reference import TOLERANCE, block_mask, random_bsr, relative_error
+from torchao_superblock.bsr.format import bsr_to_dense
 from torchao_superblock.ops import ACTIVATIONS, bsr_linear, build_plan
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -132,6 +134,53 @@ def test_gradcheck_and_gradgradcheck(activation):
 
     assert torch.autograd.gradcheck(function, (x, values, bias))
     assert torch.autograd.gradgradcheck(function, (x, values, bias))
+
+
+def test_one_token_without_a_batch_dimension_trains():
+    dense, crow, col, values = random_bsr(6, 8, 2, 0.5)
+    x = torch.randn(8, requires_grad=True)
+    bias = torch.randn(6, requires_grad=True)
+    bsr_linear(x, crow, col, values.requires_grad_(), bias).sum().backward()
+    assert torch.equal(bias.grad, torch.ones(6))
+    assert relative_error(x.grad, dense.double().sum(0)) <= 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_torch_func_transforms_and_forward_mode_match_dense(activation):
+    _, crow, col, values = random_bsr(6, 8, (2, 4), 0.4, torch.float64)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    bias = torch.randn(6, dtype=torch.float64)
+
+    def sparse(x, values, bias):
+        return bsr_linear(x, crow, col, values, bias, None, activation)
+
+    def reference(x, values, bias):
+        return ACTIVATIONS[activation](F.linear(x, bsr_to_dense(crow, col, values, (6, 8)), bias))
+
+    def squares(function):
+        return lambda *args: function(*args).square().sum()
+
+    for argument in range(3):
+        for transform in (torch.func.jacrev, torch.func.jacfwd):
+            torch.testing.assert_close(
+                transform(sparse, argument)(x, values, bias),
+                transform(reference, argument)(x, values, bias),
+            )
+        torch.testing.assert_close(
+            torch.func.hessian(squares(sparse), argument)(x, values, bias),
+            torch.func.hessian(squares(reference), argument)(x, values, bias),
+        )
+    per_sample, expected = (
+        torch.func.vmap(torch.func.grad(squares(function), 1), (0, None, None))(x, values, bias)
+        for function in (sparse, reference)
+    )
+    torch.testing.assert_close(per_sample, expected)
+    with forward_ad.dual_level():  # through the op itself, nothing requires a gradient
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        y = torch.ops.torchao_superblock.bsr_linear(dual, crow, col, values, bias, None, activation)
+        expected = forward_ad.unpack_dual(reference(dual, values, bias)).tangent
+        torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -10,6 +10,8 @@ BSR (block compressed sparse row; see Saad, "Iterative Methods for Sparse Linear
 Legend: N out features, K in features, R x C the block grid, r x c the block size, nnz stored blocks.
 """
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -30,12 +32,11 @@ def parse_blocksize(blocksize: int | tuple[int, int]) -> tuple[int, int]:
         TypeError: not an int or a pair of ints.
         ValueError: a size below 1.
     """
-    pair = (blocksize, blocksize) if isinstance(blocksize, int) else blocksize
+    pair = (blocksize, blocksize) if isinstance(blocksize, Integral) else blocksize
     if (
-        isinstance(blocksize, bool)
-        or not isinstance(pair, tuple | list)
+        not isinstance(pair, tuple | list)
         or len(pair) != 2
-        or not all(isinstance(size, int) and not isinstance(size, bool) for size in pair)
+        or not all(isinstance(size, Integral) and not isinstance(size, bool) for size in pair)
     ):
         raise TypeError(
             f"blocksize must be an int or a pair (rows, cols) of ints, got {blocksize!r}; "
@@ -43,7 +44,7 @@ def parse_blocksize(blocksize: int | tuple[int, int]) -> tuple[int, int]:
         )
     if min(pair) < 1:
         raise ValueError(f"blocksize must be at least 1, got {blocksize!r}")
-    return pair[0], pair[1]
+    return int(pair[0]), int(pair[1])
 
 
 def block_grid(
@@ -127,6 +128,13 @@ def check_bsr(
         ValueError: any other broken invariant; the message says which.
     """
     R, C = block_grid(shape, blocksize)
+    for label, tensor in (
+        ("crow_indices", crow_indices),
+        ("col_indices", col_indices),
+        ("values", values),
+    ):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: {label} must be a tensor, got {type(tensor).__name__}")
     for label, index in (("crow_indices", crow_indices), ("col_indices", col_indices)):
         if index.dtype != torch.int32:
             raise TypeError(
@@ -152,6 +160,8 @@ def check_bsr(
             f"{name}: crow_indices, col_indices and values must be on one device, got "
             f"{crow_indices.device}, {col_indices.device} and {values.device}"
         )
+    if values.is_meta:
+        raise ValueError(f"{name}: on the meta device the indices have no content to check")
     crow, col = crow_indices.detach().cpu().long(), col_indices.detach().cpu().long()
     if crow[0] != 0:
         raise ValueError(f"{name}: crow_indices must start with 0, got {crow[0].item()}")
@@ -174,7 +184,7 @@ def check_bsr(
             f"{name}: col_indices must lie in [0, {C}), the block columns of shape {tuple(shape)}, "
             f"got {col[outside][0].item()}"
         )
-    row = torch.repeat_interleave(torch.arange(R), lengths)
+    row = torch.repeat_interleave(torch.arange(R, device=lengths.device), lengths)
     unsorted = (row[1:] == row[:-1]) & (col[1:] <= col[:-1])
     if unsorted.any():
         at = int(unsorted.nonzero()[0])

@@ -1,11 +1,14 @@
 """``BSRLinear``: ``nn.Linear`` with its weight in BSR format."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from torchao_superblock.bsr.format import (
@@ -51,6 +54,8 @@ def conversion_obstacle(linear: nn.Module) -> tuple[str, str] | None:
             return "not_squashed", "its block mask is not squashed yet; call squash_mask() first"
         names = ", ".join(linear.parametrizations)
         return "parametrized", f"it has another parametrization (of {names}); remove it first"
+    if isinstance(linear._parameters.get("weight"), UninitializedParameter):
+        return "uninitialized", "its weight has no shape yet; run the model once first"
     if type(linear) not in LINEAR_TYPES:
         return "linear_subclass", f"it is a {type(linear).__name__}, not exactly an nn.Linear"
     weight = linear._parameters.get("weight")
@@ -63,11 +68,50 @@ def conversion_obstacle(linear: nn.Module) -> tuple[str, str] | None:
             "weight_subclass",
             f"its weight is a {type(weight.data).__name__}, not a plain tensor",
         )
+    if tuple(weight.shape) != (linear.out_features, linear.in_features) or weight.numel() == 0:
+        shape = (linear.out_features, linear.in_features)
+        return (
+            "odd_shape",
+            f"its weight has shape {tuple(weight.shape)} where its features say {shape}",
+        )
+    own = {"weight", "bias"}
+    extra = [*linear._modules, *linear._buffers, *(linear._parameters.keys() - own)]
+    if extra or "forward" in vars(linear):
+        what = f"{', '.join(sorted(extra))} of its own" if extra else "a forward of its own"
+        return "customised", f"it has {what}, which a BSRLinear would lose"
     if weight.is_meta:
         return "meta_device", "its weight is on the meta device and has no zeros to look at"
     if weight.dtype not in DTYPES:
         return "unsupported_dtype", f"its dtype is {weight.dtype}"
+    bias = linear.bias
+    if bias is not None and (bias.dtype, bias.device) != (weight.dtype, weight.device):
+        return (
+            "unsupported_dtype",
+            f"its bias ({bias.dtype}, {bias.device}) differs from its weight ({weight.dtype}, {weight.device})",
+        )
     return None
+
+
+@torch.fx.wrap  # one call in a traced graph: what is decided in here is decided when the graph runs
+def _run(
+    x: Tensor,
+    in_features: int,
+    out_features: int,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    plan: Tensor,
+) -> Tensor:
+    if x.shape[-1:] != (in_features,):
+        raise ValueError(
+            f"BSRLinear: x must have {in_features} features in its last dimension, got shape {tuple(x.shape)}"
+        )
+    # With gradients, keeping what the activation needs for its backward is faster than computing it again.
+    fused = "none" if torch.is_grad_enabled() else activation
+    y = bsr_linear(x, crow_indices, col_indices, values, bias, out_features, fused, plan)
+    return y if fused == activation else ACTIVATIONS[activation](y)
 
 
 class BSRLinear(nn.Module):
@@ -75,6 +119,9 @@ class BSRLinear(nn.Module):
 
     Trainable: ``values`` is a Parameter, so a swapped model can be fine-tuned with its sparsity fixed. The weight is
     kept in the canonical order of :mod:`torchao_superblock.bsr.format`, which is also what ``state_dict`` holds.
+
+    The indices are buffers and must not be averaged: with ``torch.optim.swa_utils.AveragedModel`` leave ``use_buffers``
+    at False.
 
     Loading a ``state_dict`` is atomic for the layer: bad content raises and changes nothing of it. Content with another
     number of blocks replaces the ``values`` Parameter; build the optimizer after loading.
@@ -119,6 +166,10 @@ class BSRLinear(nn.Module):
         activation: str = "none",
     ) -> None:
         super().__init__()
+        if min(in_features, out_features) < 1:
+            raise ValueError(
+                f"BSRLinear: in_features and out_features must be at least 1, got {in_features} and {out_features}"
+            )
         self.in_features = in_features
         self.out_features = out_features
         self.blocksize = parse_blocksize(blocksize)
@@ -203,16 +254,17 @@ class BSRLinear(nn.Module):
                     "to read the block size off; pass blocksize to convert it all the same"
                 )
         blocksize = parse_blocksize(blocksize)
-        crow_indices, col_indices, values = dense_to_bsr(linear.weight, blocksize)
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            blocksize,
-            crow_indices,
-            col_indices,
-            nn.Parameter(values, requires_grad=linear.weight.requires_grad),
-            linear.bias,
-        )
+        with torch.inference_mode(False):  # tensors made in inference mode could never be trained
+            crow_indices, col_indices, values = dense_to_bsr(linear.weight, blocksize)
+            layer = cls(
+                linear.in_features,
+                linear.out_features,
+                blocksize,
+                crow_indices,
+                col_indices,
+                nn.Parameter(values, requires_grad=linear.weight.requires_grad),
+                linear.bias,
+            )
         layer.train(linear.training)
         for name in _HOOKS:
             # Copied, not shared: the caller may go on using `linear`.
@@ -242,27 +294,27 @@ class BSRLinear(nn.Module):
         r, c = self.blocksize
         return 1.0 - self.nnz / ((self.out_features // r) * (self.in_features // c))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(
+                "the weight of a BSRLinear is stored as blocks and cannot be assigned; change layer.values, or convert "
+                "an nn.Linear that holds the new weight with to_bsr_linear"
+            )
+        super().__setattr__(name, value)
+
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features)`` -> ``(..., out_features)``, contiguous."""
-        if x.shape[-1:] != (self.in_features,):
-            raise ValueError(
-                f"BSRLinear: x must have {self.in_features} features in its last dimension, got shape {tuple(x.shape)}"
-            )
-        activation = self.activation
-        if activation != "none" and torch.is_grad_enabled():
-            # Keeping what the activation needs for its backward is faster than computing it again.
-            activation = "none"
-        y = bsr_linear(
+        return _run(
             x,
+            self.in_features,
+            self.out_features,
             self.crow_indices,
             self.col_indices,
             self.values,
             self.bias,
-            self.out_features,
-            activation,
+            self.activation,
             self.plan,
         )
-        return y if activation == self.activation else ACTIVATIONS[self.activation](y)
 
     def to_dense(self) -> Tensor:
         """The dense ``(out_features, in_features)`` weight; differentiable in ``values``."""
@@ -286,8 +338,14 @@ class BSRLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        for hook in self._load_state_dict_pre_hooks.values():
-            hook(
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        with torch.inference_mode(False), torch.no_grad():
+            try:
+                self._make_room_for(state_dict, prefix, assign)
+            except (TypeError, ValueError) as error:
+                error_msgs.append(str(error))
+                return
+            super()._load_from_state_dict(
                 state_dict,
                 prefix,
                 local_metadata,
@@ -296,72 +354,57 @@ class BSRLinear(nn.Module):
                 unexpected_keys,
                 error_msgs,
             )
+            if not self.crow_indices.is_meta:
+                self._set_indices(self.crow_indices, self.col_indices)
+
+    def _make_room_for(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> None:
+        """Check what is about to be loaded as a whole; resize what holds another number of blocks.
+
+        Raises:
+            TypeError, ValueError: it must not be loaded; nothing has been changed.
+        """
         name = prefix.removesuffix(".") or "BSRLinear"
-        own = {key: getattr(self, key) for key in ("crow_indices", "col_indices", "values", "bias")}
-        own = {key: tensor for key, tensor in own.items() if tensor is not None}
         if f"{prefix}weight" in state_dict:
-            error_msgs.append(
+            raise ValueError(
                 f"{name}: the state dict holds a dense weight, but this layer stores blocks; load it into the dense "
                 "model and swap that, or save the swapped model"
             )
-            return
-        if strict:
-            missing_keys += [prefix + key for key in own if prefix + key not in state_dict]
-            known = {prefix + key for key in own}
-            unexpected_keys += [
-                key for key in state_dict if key.startswith(prefix) and key not in known
-            ]
-        new = {key: state_dict.get(prefix + key, tensor) for key, tensor in own.items()}
-        loaded = [key for key in own if prefix + key in state_dict]
-        assign = local_metadata.get("assign_to_params_buffers", False)
-        try:
-            if not all(isinstance(tensor, Tensor) for tensor in new.values()):
-                raise TypeError(f"{name}: the state dict holds something other than tensors")
-            if any(new[key].is_meta for key in loaded):
-                raise ValueError(f"{name}: the state dict holds tensors on the meta device")
-            if not assign:
-                if any(own[key].is_meta for key in loaded):
-                    raise ValueError(
-                        f"{name}: this layer is on the meta device; load with load_state_dict(..., assign=True)"
-                    )
-                # The layer keeps its dtype and device; indices of another dtype are an error, not a cast.
-                new = {
-                    key: tensor.to(
-                        device=own[key].device,
-                        dtype=own[key].dtype if tensor.is_floating_point() else tensor.dtype,
-                    )
-                    for key, tensor in new.items()
-                }
-            self._check(
-                new["crow_indices"], new["col_indices"], new["values"], new.get("bias"), name
-            )
-        except (TypeError, ValueError) as error:
-            error_msgs.append(str(error))
-            return
-        if not loaded:
-            return
-        with torch.no_grad():
-            for key in ("values", "bias"):
-                if key not in loaded:
-                    continue
-                old = own[key]
-                if assign or old.shape != new[key].shape:
-                    tensor = new[key].detach()
-                    if not assign:
-                        tensor = tensor.clone()
-                    setattr(self, key, nn.Parameter(tensor.contiguous(), old.requires_grad))
-                else:
-                    old.copy_(new[key])
-            if "crow_indices" in loaded or "col_indices" in loaded:
-                crow_indices, col_indices = new["crow_indices"], new["col_indices"]
-                if not assign:
-                    crow_indices, col_indices = crow_indices.clone(), col_indices.clone()
-                self._set_indices(crow_indices, col_indices)
+        own = {key: getattr(self, key) for key in ("crow_indices", "col_indices", "values", "bias")}
+        own = {key: tensor for key, tensor in own.items() if tensor is not None}
+        loaded = {key: state_dict[prefix + key] for key in own if prefix + key in state_dict}
+        for key, tensor in loaded.items():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: {key} must be a tensor, got {type(tensor).__name__}")
+            if own[key].is_meta and not assign:
+                raise ValueError(
+                    f"{name}: this layer is on the meta device; load with load_state_dict(..., assign=True)"
+                )
+        new = own | loaded
+        if not loaded or (
+            any(tensor.is_meta for tensor in own.values()) and len(loaded) < len(own)
+        ):
+            return  # nothing to check, or not enough to check it against
+        if not assign:
+            # The layer keeps its dtype and device; indices of another dtype are an error, not a cast.
+            new = {
+                key: tensor.to(
+                    device=own[key].device,
+                    dtype=own[key].dtype if tensor.is_floating_point() else tensor.dtype,
+                )
+                for key, tensor in new.items()
+            }
+        self._check(new["crow_indices"], new["col_indices"], new["values"], new.get("bias"), name)
+        if new["values"].shape != self.values.shape:
+            values = self.values.new_empty(new["values"].shape)
+            self.values = nn.Parameter(values, self.values.requires_grad)
+            self.col_indices = self.col_indices.new_empty(new["col_indices"].shape)
 
 
 def _as_parameter(tensor: Tensor) -> nn.Parameter:
     if isinstance(tensor, nn.Parameter):
-        return tensor if tensor.is_contiguous() else nn.Parameter(tensor.data.contiguous())
+        if tensor.is_contiguous():
+            return tensor
+        return nn.Parameter(tensor.data.contiguous(), tensor.requires_grad)
     return nn.Parameter(tensor.contiguous())
 
 
@@ -389,6 +432,23 @@ class FoldedActivation(nn.Identity):
 
     def extra_repr(self) -> str:
         return repr(self.activation)
+
+
+def turn_off_nested_tensors(
+    model: nn.Module,
+) -> Iterator[tuple[str, nn.TransformerEncoder]]:
+    """Set ``use_nested_tensor = False`` on each ``nn.TransformerEncoder`` around a BSRLinear, and yield it.
+
+    An encoder decides on nested tensors from its first layer alone, and BSRLinear has no kernel for them.
+    """
+    for fqn, encoder in model.named_modules():
+        if (
+            isinstance(encoder, nn.TransformerEncoder)
+            and getattr(encoder, "use_nested_tensor", False)
+            and any(isinstance(module, BSRLinear) for module in encoder.modules())
+        ):
+            encoder.use_nested_tensor = False
+            yield fqn, encoder
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
+from numbers import Real
 
 from torch import nn
 
@@ -22,6 +23,7 @@ from torchao_superblock.bsr.linear import (
     has_block_mask,
     has_hooks,
     move_hooks,
+    turn_off_nested_tensors,
 )
 from torchao_superblock.ops.break_even import break_even_sparsity
 
@@ -36,9 +38,10 @@ class SwapEntry:
         blocksize: ``(rows, cols)``, or None where none was found.
         sparsity: fraction of blocks that hold only zeros, or None where it was not looked at.
         reason: a sentence.
-        code: a short stable word: ``swapped``, or why not: ``filtered_out``, ``linear_subclass``, ``meta_device``,
-            ``parametrized``, ``shape_not_multiple``, ``sharded``, ``slower_than_dense``, ``tied_weight``,
-            ``too_few_zero_blocks``, ``unsupported_dtype``, ``weight_subclass``.
+        code: a short stable word: ``swapped``, or why not: ``customised``, ``filtered_out``, ``linear_subclass``,
+            ``meta_device``, ``odd_shape``, ``parametrized``, ``shape_not_multiple``, ``sharded``,
+            ``slower_than_dense``, ``tied_weight``, ``too_few_zero_blocks``, ``uninitialized``, ``unsupported_dtype``,
+            ``weight_subclass``.
     """
 
     fqn: str
@@ -150,9 +153,18 @@ def swap_to_bsr(
         raise TypeError(f"swap_to_bsr: model must be an nn.Module, got {type(model).__name__}")
     if blocksize is not None:
         blocksize = parse_blocksize(blocksize)
+    if min_sparsity is not None and not isinstance(min_sparsity, Real):
+        raise TypeError(f"swap_to_bsr: min_sparsity must be a number, got {min_sparsity!r}")
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"swap_to_bsr: filter_fn must be callable, got {filter_fn!r}")
     if min_sparsity is not None and not 0.0 <= min_sparsity <= 1.0:
         raise ValueError(f"swap_to_bsr: min_sparsity must lie in [0, 1], got {min_sparsity}")
     for fqn, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                f"swap_to_bsr: {_clean(fqn) or 'the model'!r} is wrapped in DistributedDataParallel, which would go on "
+                "reducing the dense weights; swap ddp.module and wrap it again"
+            )
         if has_block_mask(module):
             raise RuntimeError(
                 f"swap_to_bsr: the block mask of {_clean(fqn) or 'the model'!r} is not squashed yet; call "
@@ -172,7 +184,11 @@ def swap_to_bsr(
             continue
         entry = _judge(module, _clean(fqn), blocksize, min_sparsity, filter_fn, owners)
         if entry.code == "swapped":
-            replacements[module] = BSRLinear.from_dense(module, entry.blocksize)
+            try:
+                replacements[module] = BSRLinear.from_dense(module, entry.blocksize)
+            except Exception as error:
+                error.add_note(f"while swapping {entry.fqn!r}")
+                raise
             report.swapped.append(entry)
         else:
             report.skipped.append(entry)
@@ -200,7 +216,7 @@ def _address(parameter: nn.Parameter) -> tuple[object, int]:
     # A Parameter without memory of its own (meta, sharded, empty) is known by its identity alone.
     try:
         address = parameter.data_ptr()
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, ValueError):
         address = 0
     return (parameter.device, address) if address else ("identity", id(parameter))
 
@@ -260,26 +276,18 @@ def _replace(
 ) -> None:
     """Put the new layers in place of the old ones; undo everything if anything fails."""
     undo: list[Callable[[], None]] = []
-    modules = list(model.named_modules())
     try:
-        for _, parent in modules:
+        for parent in list(model.modules()):
             for name, child in list(parent._modules.items()):
                 if child in replacements:
                     undo.append(partial(setattr, parent, name, child))
                     setattr(parent, name, replacements[child])
-        # An encoder decides on nested tensors from its first layer alone, and BSRLinear has no kernel for them.
-        for fqn, encoder in modules:
-            if (
-                isinstance(encoder, nn.TransformerEncoder)
-                and getattr(encoder, "use_nested_tensor", False)
-                and any(isinstance(module, BSRLinear) for module in encoder.modules())
-            ):
-                undo.append(partial(setattr, encoder, "use_nested_tensor", True))
-                encoder.use_nested_tensor = False
-                report.notes.append(
-                    f"{_clean(fqn) or 'the model'}: use_nested_tensor is False now, since a swapped layer "
-                    "takes no nested tensors; padding is computed and masked instead"
-                )
+        for fqn, encoder in turn_off_nested_tensors(model):
+            undo.append(partial(setattr, encoder, "use_nested_tensor", True))
+            report.notes.append(
+                f"{_clean(fqn) or 'the model'}: use_nested_tensor is False now, since a swapped layer "
+                "takes no nested tensors; padding is computed and masked instead"
+            )
         if fuse_activations:
             for fqn, sequential, layer, name, module in _foldable(model):
                 undo.append(partial(setattr, sequential, name, module))

@@ -145,6 +145,9 @@ class BSRWeight(_StandIn, Tensor):
             f"dtype={self.dtype}, device='{self.device}')"
         )
 
+    def __format__(self, spec: str) -> str:
+        return format(repr(self), spec)
+
     @classmethod
     def _other(cls, func: Callable, args: tuple, kwargs: dict) -> Any:
         # Asking what a tensor is (getters and the likes of size()) is answered by the wrapper itself.
@@ -190,7 +193,7 @@ class TracedBSRWeight(_StandIn):
         values: Tensor,
         plan: Tensor | None = None,
     ) -> None:
-        self.shape = shape
+        self.shape = torch.Size(shape)
         self.crow_indices = crow_indices
         self.col_indices = col_indices
         self.values = values
@@ -213,8 +216,27 @@ class TracedBSRWeight(_StandIn):
         return self.values.is_cuda
 
     @property
+    def is_meta(self) -> bool:
+        return self.values.is_meta
+
+    @property
     def ndim(self) -> int:
         return 2
 
-    def size(self, dim: int | None = None) -> tuple[int, int] | int:
+    def dim(self) -> int:
+        return 2
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
         return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def element_size(self) -> int:
+        return self.values.element_size()
+
+    def is_floating_point(self) -> bool:
+        return True
+
+    def __len__(self) -> int:
+        return self.shape[0]

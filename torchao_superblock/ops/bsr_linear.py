@@ -58,9 +58,9 @@ def bsr_linear(
 ) -> Tensor:
     """Linear layer with a weight in BSR (block compressed sparse row) format: ``activation(x @ weight.T + bias)``.
 
-    The same as ``torch.ops.torchao_superblock.bsr_linear``, which exported programs contain. Differentiable, twice,
-    in ``x``, ``values`` (the gradient of the stored blocks only) and ``bias``. float16 and bfloat16 accumulate in
-    float32.
+    The same as ``torch.ops.torchao_superblock.bsr_linear``, which exported programs contain; the transforms of
+    ``torch.func`` need this function. Differentiable, twice and in forward mode, in ``x``, ``values`` (the gradient of
+    the stored blocks only) and ``bias``. float16 and bfloat16 accumulate in float32.
 
     The contents of the indices are trusted to be a valid BSR index (:func:`torchao_superblock.bsr.format.check_bsr`
     checks them): kernels never read out of bounds because of a bad index, but what they then compute is not specified.
@@ -90,6 +90,11 @@ def bsr_linear(
         >>> bsr_linear(torch.ones(1, 4), crow, col, w[None, :, :2])
         tensor([[3., 7.]])
     """
+    if not torch.compiler.is_compiling() and _transformed():
+        y = _BSRLinearFunction.apply(
+            x, crow_indices, col_indices, values, bias, out_features, "none", plan
+        )
+        return ACTIVATIONS[activation](y)
     return _forward_op(x, crow_indices, col_indices, values, bias, out_features, activation, plan)
 
 
@@ -416,7 +421,43 @@ def _activation_backward(activation: str, grad: Tensor, z: Tensor) -> Tensor:
     return torch.ops.aten.gelu_backward(grad, z, approximate=approximate)
 
 
+def _transformed() -> bool:
+    """Whether a transform of torch.func, or forward-mode AD, is active."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+# How the derivatives call the three contractions. torch.func can only see an autograd.Function that is applied in front
+# of the dispatcher; everything else goes through the ops, which compilers keep whole.
+
+
+def _contract(x, crow_indices, col_indices, values, bias, out_features, plan):
+    args = (x, crow_indices, col_indices, values, bias, out_features, "none", plan)
+    return _BSRLinearFunction.apply(*args) if _transformed() else _forward_op(*args)
+
+
+def _contract_grad_x(*args):
+    return _GradXFunction.apply(*args) if _transformed() else _grad_x_op(*args)
+
+
+def _contract_grad_values(*args):
+    return _GradValuesFunction.apply(*args) if _transformed() else _grad_values_op(*args)
+
+
+def _sum_of(*terms: Tensor | None) -> Tensor | None:
+    """The sum of the terms of a product rule; None stands for zero."""
+    total = None
+    for term in terms:
+        if term is not None:
+            total = term if total is None else total + term
+    return total
+
+
 class _BSRLinearFunction(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x, crow_indices, col_indices, values, bias, out_features, activation, plan):
         with torch._C._AutoDispatchBelowAutograd():
@@ -426,11 +467,11 @@ class _BSRLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, crow_indices, col_indices, values, bias, out_features, activation, plan = inputs
-        ctx.out_features, ctx.activation = out_features, activation
+        x, crow_indices, col_indices, values, bias, _, activation, plan = inputs
+        ctx.out_features, ctx.activation = output.shape[-1], activation
         # What came before the activation is computed again in the backward: that costs one sparse forward and saves
         # keeping an (M, N) tensor. The bias is needed for that alone.
-        ctx.save_for_backward(
+        saved = (
             x,
             crow_indices,
             col_indices,
@@ -438,31 +479,46 @@ class _BSRLinearFunction(torch.autograd.Function):
             bias if activation != "none" else None,
             plan,
         )
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
         ctx.has_bias = bias is not None
 
     @staticmethod
     def backward(ctx, grad):
         x, crow_indices, col_indices, values, bias, plan = ctx.saved_tensors
         if ctx.activation != "none":
-            z = _forward_op(
-                x, crow_indices, col_indices, values, bias, ctx.out_features, "none", plan
-            )
+            z = _contract(x, crow_indices, col_indices, values, bias, ctx.out_features, plan)
             grad = _activation_backward(ctx.activation, grad, z)
         grad_x = grad_values = grad_bias = None
         if plan is None and (ctx.needs_input_grad[0] or ctx.needs_input_grad[3]):
             plan = build_plan(crow_indices, col_indices, -(-x.shape[-1] // values.shape[2]))
         if ctx.needs_input_grad[0]:
-            grad_x = _grad_x_op(grad, crow_indices, col_indices, values, x.shape[-1], plan)
+            grad_x = _contract_grad_x(grad, crow_indices, col_indices, values, x.shape[-1], plan)
         if ctx.needs_input_grad[3]:
-            grad_values = _grad_values_op(
+            grad_values = _contract_grad_values(
                 grad, x, crow_indices, col_indices, values.shape[1], values.shape[2], plan
             )
         if ctx.has_bias and ctx.needs_input_grad[4]:
-            grad_bias = grad.sum(tuple(range(grad.dim() - 1)))
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
         return grad_x, None, None, grad_values, grad_bias, None, None, None
+
+    @staticmethod
+    def jvp(ctx, x_t, crow_t, col_t, values_t, bias_t, *_):
+        # Only ever called for activation "none": the callers below apply an activation on their own.
+        x, crow, col, values, _, plan = ctx.saved_tensors
+        N = ctx.out_features
+        y_t = _sum_of(
+            None if x_t is None else _contract(x_t, crow, col, values, None, N, plan),
+            None if values_t is None else _contract(x, crow, col, values_t, None, N, plan),
+        )
+        if bias_t is None:
+            return y_t
+        return bias_t.expand(*x.shape[:-1], N) if y_t is None else y_t + bias_t
 
 
 class _GradXFunction(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(grad, crow_indices, col_indices, values, in_features, plan):
         with torch._C._AutoDispatchBelowAutograd():
@@ -470,25 +526,36 @@ class _GradXFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        grad, crow_indices, col_indices, values, _, plan = inputs
-        ctx.save_for_backward(grad, crow_indices, col_indices, values, plan)
+        grad, crow_indices, col_indices, values, ctx.in_features, plan = inputs
+        saved = (grad, crow_indices, col_indices, values, plan)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
 
     @staticmethod
     def backward(ctx, gg):
         grad, crow_indices, col_indices, values, plan = ctx.saved_tensors
         grad_grad = grad_values = None
         if ctx.needs_input_grad[0]:
-            grad_grad = _forward_op(
-                gg, crow_indices, col_indices, values, None, grad.shape[-1], "none", plan
-            )
+            grad_grad = _contract(gg, crow_indices, col_indices, values, None, grad.shape[-1], plan)
         if ctx.needs_input_grad[3]:
-            grad_values = _grad_values_op(
+            grad_values = _contract_grad_values(
                 grad, gg, crow_indices, col_indices, values.shape[1], values.shape[2], plan
             )
         return grad_grad, None, None, grad_values, None, None
 
+    @staticmethod
+    def jvp(ctx, grad_t, crow_t, col_t, values_t, *_):
+        grad, crow, col, values, plan = ctx.saved_tensors
+        K = ctx.in_features
+        return _sum_of(
+            None if grad_t is None else _contract_grad_x(grad_t, crow, col, values, K, plan),
+            None if values_t is None else _contract_grad_x(grad, crow, col, values_t, K, plan),
+        )
+
 
 class _GradValuesFunction(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(grad, x, crow_indices, col_indices, block_rows, block_cols, plan):
         with torch._C._AutoDispatchBelowAutograd():
@@ -496,31 +563,45 @@ class _GradValuesFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        grad, x, crow_indices, col_indices, _, _, plan = inputs
-        ctx.save_for_backward(grad, x, crow_indices, col_indices, plan)
+        grad, x, crow_indices, col_indices, block_rows, block_cols, plan = inputs
+        ctx.blocksize = (block_rows, block_cols)
+        saved = (grad, x, crow_indices, col_indices, plan)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
 
     @staticmethod
     def backward(ctx, gg):
         grad, x, crow_indices, col_indices, plan = ctx.saved_tensors
         grad_grad = grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_grad = _forward_op(
-                x, crow_indices, col_indices, gg, None, grad.shape[-1], "none", plan
-            )
+            grad_grad = _contract(x, crow_indices, col_indices, gg, None, grad.shape[-1], plan)
         if ctx.needs_input_grad[1]:
-            grad_x = _grad_x_op(grad, crow_indices, col_indices, gg, x.shape[-1], plan)
+            grad_x = _contract_grad_x(grad, crow_indices, col_indices, gg, x.shape[-1], plan)
         return grad_grad, grad_x, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, grad_t, x_t, *_):
+        grad, x, crow, col, plan = ctx.saved_tensors
+        r, c = ctx.blocksize
+        return _sum_of(
+            None if grad_t is None else _contract_grad_values(grad_t, x, crow, col, r, c, plan),
+            None if x_t is None else _contract_grad_values(grad, x_t, crow, col, r, c, plan),
+        )
 
 
 def _forward_autograd(
     x, crow_indices, col_indices, values, bias=None, out_features=None, activation="none", plan=None
 ):
-    if torch.is_grad_enabled() and (
-        x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    if forward_mode or (
+        torch.is_grad_enabled()
+        and (x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad))
     ):
-        return _BSRLinearFunction.apply(
-            x, crow_indices, col_indices, values, bias, out_features, activation, plan
+        fused = "none" if forward_mode else activation
+        y = _BSRLinearFunction.apply(
+            x, crow_indices, col_indices, values, bias, out_features, fused, plan
         )
+        return ACTIVATIONS[activation](y) if forward_mode else y
     with torch._C._AutoDispatchBelowAutograd():
         return _forward_op(
             x, crow_indices, col_indices, values, bias, out_features, activation, plan
@@ -528,14 +609,18 @@ def _forward_autograd(
 
 
 def _grad_x_autograd(grad, crow_indices, col_indices, values, in_features, plan=None):
-    if torch.is_grad_enabled() and (grad.requires_grad or values.requires_grad):
+    if torch.autograd.forward_ad._current_level >= 0 or (
+        torch.is_grad_enabled() and (grad.requires_grad or values.requires_grad)
+    ):
         return _GradXFunction.apply(grad, crow_indices, col_indices, values, in_features, plan)
     with torch._C._AutoDispatchBelowAutograd():
         return _grad_x_op(grad, crow_indices, col_indices, values, in_features, plan)
 
 
 def _grad_values_autograd(grad, x, crow_indices, col_indices, block_rows, block_cols, plan=None):
-    if torch.is_grad_enabled() and (grad.requires_grad or x.requires_grad):
+    if torch.autograd.forward_ad._current_level >= 0 or (
+        torch.is_grad_enabled() and (grad.requires_grad or x.requires_grad)
+    ):
         return _GradValuesFunction.apply(
             grad, x, crow_indices, col_indices, block_rows, block_cols, plan
         )
