@@ -18,7 +18,7 @@
 #endif
 #ifndef SB_SERIAL_WORK
 /* Multiply-adds below which a second thread costs more than it brings. */
-#define SB_SERIAL_WORK (1 << 16)
+#define SB_SERIAL_WORK (3 << 16)
 #endif
 #ifndef SB_GRAD_ELEMENTS
 /* Accumulators of one piece of grad_values. */
