@@ -101,7 +101,7 @@ def zero_blocks(model: nn.Module, blocksize: int, sparsity: float) -> nn.Module:
 
 
 def swapped(model: nn.Module, blocksize: int) -> nn.Module:
-    """A copy of ``model`` with the MLP layers as BSRLinear.
+    """A copy of ``model`` with the MLP layers as BSRLinear, each GELU in the layer before it.
 
     Raises:
         RuntimeError: if a layer was skipped, so that nothing is timed dense by mistake.
@@ -110,7 +110,11 @@ def swapped(model: nn.Module, blocksize: int) -> nn.Module:
 
     model = copy.deepcopy(model)
     report = swap_to_bsr(
-        model, blocksize, min_sparsity=0.0, filter_fn=lambda module, fqn: ".mlp." in fqn
+        model,
+        blocksize,
+        min_sparsity=0.0,
+        filter_fn=lambda module, fqn: ".mlp." in fqn,
+        fuse_activations=True,
     )
     if any(mlp_linears(model)):
         raise RuntimeError(f"not every MLP layer was swapped:\n{report}")
@@ -130,6 +134,7 @@ def with_torch_bsr(model: nn.Module, blocksize: int) -> nn.Module:
 def compile_layers(model: nn.Module, device: torch.device) -> nn.Module:
     """A copy of ``model`` whose encoder layers are compiled; twelve equal ones compile once."""
     model = copy.deepcopy(model)
+    torch._dynamo.reset()  # every configuration is a recompilation otherwise, and the limit is 8
     for layer in model.encoder.layers:
         layer.compile(fullgraph=True, dynamic=False)
     return model

@@ -189,8 +189,10 @@ def test_a_missing_foreign_or_damaged_file_is_refused(swapped, tmp_path):
     rewrite(path, change_metadata=lambda metadata: metadata.update(version="99"))
     assert_load_fails(Model(), path, "version 99.*upgrade")
     save_bsr(swapped, path)
-    rewrite(path, change_metadata=lambda metadata: metadata.update(layers="{"))
-    assert_load_fails(Model(), path, "damaged")
+    for broken in ("{", "[]", "null", '{"up": {}}', '{"up": 3}'):
+        save_bsr(swapped, path)
+        rewrite(path, change_metadata=lambda metadata, text=broken: metadata.update(layers=text))
+        assert_load_fails(Model(), path, "damaged")
     save_bsr(swapped, path)
     rewrite(path, lambda tensors: tensors.pop("up.values"))
     assert_load_fails(Model(), path, r"missing up\.values")
@@ -246,6 +248,77 @@ def test_a_failure_while_loading_is_undone(swapped, tmp_path, monkeypatch):
         load_bsr(model, tmp_path / "m.safetensors")
     assert type(model.up) is nn.Linear
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_a_failure_while_filling_a_meta_model_is_undone(swapped, tmp_path):
+    save_bsr(swapped, tmp_path / "m.safetensors")
+    with torch.device("meta"):
+        model = Model()
+
+    def failing(module, incompatible_keys):
+        raise RuntimeError("out of memory")
+
+    model.norm.register_load_state_dict_post_hook(failing)
+    before = dict(model.named_parameters())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        load_bsr(model, tmp_path / "m.safetensors")
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(after[name] is parameter for name, parameter in before.items())
+    assert type(model.up) is nn.Linear
+
+
+def test_parameters_stay_the_same_objects_for_the_optimizer(swapped, tokens, tmp_path):
+    save_bsr(swapped, tmp_path / "m.safetensors")
+    other = copy.deepcopy(swapped)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    before = dict(other.named_parameters())
+    load_bsr(other, tmp_path / "m.safetensors")
+    assert torch.equal(other(tokens), swapped(tokens))
+    assert all(before[name] is parameter for name, parameter in other.named_parameters())
+    fresh = Model()
+    bias = fresh.up.bias
+    load_bsr(fresh, tmp_path / "m.safetensors")
+    assert fresh.up.bias is bias
+
+
+def test_encoders_lose_their_nested_tensors_when_loaded_too(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=True)
+        prune(encoder.layers[1].linear1, 16)
+        return encoder.eval()
+
+    model = build()
+    swap_to_bsr(model, min_sparsity=0.25)
+    save_bsr(model, tmp_path / "m.safetensors")
+    fresh = load_bsr(build(), tmp_path / "m.safetensors")
+    assert not fresh.use_nested_tensor
+    x, padding = torch.randn(2, 5, 32), torch.zeros(2, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+    with torch.no_grad():
+        expected = model(x, src_key_padding_mask=padding)
+        assert torch.equal(fresh(x, src_key_padding_mask=padding)[~padding], expected[~padding])
+
+
+def test_a_compiled_model_has_the_names_of_the_module_inside(swapped, tokens, tmp_path):
+    save_bsr(torch.compile(swapped, backend="eager"), tmp_path / "m.safetensors")
+    fresh = load_bsr(Model().eval(), tmp_path / "m.safetensors")
+    assert torch.equal(fresh(tokens), swapped(tokens))
+    again = load_bsr(torch.compile(Model().eval(), backend="eager"), tmp_path / "m.safetensors")
+    assert torch.equal(again(tokens), swapped(tokens))
+
+
+def test_a_root_layer_and_a_missing_directory_are_refused(swapped, tmp_path):
+    with pytest.raises(ValueError, match="itself a BSRLinear.*nn.Sequential"):
+        save_bsr(swapped.up, tmp_path / "m.safetensors")
+    save_bsr(swapped, tmp_path / "m.safetensors")
+    assert_load_fails(nn.Linear(32, 64), tmp_path / "m.safetensors", "itself a linear layer")
+    with pytest.raises(FileNotFoundError, match="no such directory: '.*nowhere'"):
+        save_bsr(swapped, tmp_path / "nowhere" / "m.safetensors")
 
 
 def test_metadata_describes_the_layers(swapped, tmp_path):

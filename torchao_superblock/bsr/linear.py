@@ -1,7 +1,7 @@
 """``BSRLinear``: ``nn.Linear`` with its weight in BSR format."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -434,13 +434,12 @@ class FoldedActivation(nn.Identity):
         return repr(self.activation)
 
 
-def turn_off_nested_tensors(
-    model: nn.Module,
-) -> Iterator[tuple[str, nn.TransformerEncoder]]:
-    """Set ``use_nested_tensor = False`` on each ``nn.TransformerEncoder`` around a BSRLinear, and yield it.
+def turn_off_nested_tensors(model: nn.Module) -> list[str]:
+    """Set ``use_nested_tensor = False`` on each ``nn.TransformerEncoder`` around a BSRLinear; return their FQNs.
 
     An encoder decides on nested tensors from its first layer alone, and BSRLinear has no kernel for them.
     """
+    changed = []
     for fqn, encoder in model.named_modules():
         if (
             isinstance(encoder, nn.TransformerEncoder)
@@ -448,7 +447,8 @@ def turn_off_nested_tensors(
             and any(isinstance(module, BSRLinear) for module in encoder.modules())
         ):
             encoder.use_nested_tensor = False
-            yield fqn, encoder
+            changed.append(fqn)
+    return changed
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -456,7 +456,15 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in _HOOKS if name != "_is_full_backward_hook")
 
 
-def move_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Give ``new`` the hooks of ``old``, which it replaces; handles that callers hold keep working."""
-    for name in _HOOKS:
-        setattr(new, name, getattr(old, name))
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put new modules in place of old ones wherever these are registered, each with the hooks of the old one.
+
+    The hooks' dicts themselves go over, so that handles which callers hold keep working.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in replacements:
+                setattr(parent, name, replacements[child])
+    for old, new in replacements.items():
+        for name in _HOOKS:
+            setattr(new, name, getattr(old, name))

@@ -7,6 +7,7 @@ freshly built dense model of the same architecture (also one on the meta device)
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,14 @@ from torchao_superblock.bsr.linear import (
     BSRLinear,
     FoldedActivation,
     activation_name,
-    move_hooks,
+    replace_modules,
+    turn_off_nested_tensors,
 )
+from torchao_superblock.bsr.undo import all_or_nothing
 
 FORMAT = "torchao_superblock.bsr"
 VERSION = 1
+_LAYER_KEYS = {"in_features", "out_features", "blocksize", "activation", "bias"}
 
 
 def save_bsr(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -38,12 +42,22 @@ def save_bsr(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: the ``state_dict`` holds something that is not a tensor (safetensors stores tensors only).
-        ValueError: a tensor is on the meta device.
+        ValueError: a tensor is on the meta device, or the model is itself a BSRLinear.
+        FileNotFoundError: the directory does not exist.
 
     Example:
         >>> save_bsr(model, "model.safetensors")  # doctest: +SKIP
         >>> load_bsr(build_model(), "model.safetensors")  # doctest: +SKIP
     """
+    model = _unwrapped(model)
+    if isinstance(model, BSRLinear):
+        raise ValueError(
+            "save_bsr: the model is itself a BSRLinear and has no name in the file; wrap it in nn.Sequential, or save "
+            "its state_dict"
+        )
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"save_bsr: no such directory: {os.fspath(path.parent)!r}")
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first_name: dict[tuple[Any, ...], str] = {}
@@ -85,7 +99,6 @@ def save_bsr(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "folded": json.dumps(folded),
         "aliases": json.dumps(aliases),
     }
-    path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     os.close(handle)
     try:
@@ -104,14 +117,15 @@ def load_bsr(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     The model may be dense (its linear layers become :class:`BSRLinear` where the file says so), swapped already, or on
     the meta device (it then takes the tensors of the file as they are). Parameters keep the dtype and device of the
-    model otherwise. The file is checked in full first: on any error the model is as it was.
+    model otherwise, and stay the same objects (for optimizers and ties) unless a layer gets another number of blocks.
+    The file is checked in full first: on any error the model is as it was.
 
     Args:
         model: the model to load into.
         path: the file to read.
 
     Returns:
-        ``model``.
+        ``model``; of a compiled one, the module inside.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -124,7 +138,12 @@ def load_bsr(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         ...     model = build_model()
         >>> load_bsr(model, "model.safetensors")  # doctest: +SKIP
     """
+    model = _unwrapped(model)
     tensors, layers, folded = _read(path)
+    if isinstance(model, nn.Linear | BSRLinear):
+        raise ValueError(
+            "load_bsr: the model is itself a linear layer and cannot be replaced in place; wrap it in nn.Sequential"
+        )
     modules = dict(model.named_modules(remove_duplicate=False))
     new_layers: dict[nn.Module, nn.Module] = _fold(modules, folded, path)
     for fqn, spec in layers.items():
@@ -140,18 +159,19 @@ def load_bsr(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     _check_rest(model, rest, layers, path)
     _check_no_meta_left(model, rest, set(new_layers), path)
 
-    # Nothing above has changed the model. From here on, what is changed is put back on any error.
-    own = {key: tensor for key, tensor in model.state_dict().items() if key in rest}
-    snapshot = {key: tensor.clone() for key, tensor in own.items() if not tensor.is_meta}
-    replaced: list[tuple[nn.Module, str, nn.Module]] = []
-    try:
-        for parent in list(modules.values()):
-            for name, child in list(parent._modules.items()):
-                if child in new_layers:
-                    replaced.append((parent, name, child))
-                    setattr(parent, name, new_layers[child])
-        on_meta = {key: tensor for key, tensor in rest.items() if own[key].is_meta}
-        in_place = {key: tensor for key, tensor in rest.items() if not own[key].is_meta}
+    # Nothing above has changed the model.
+    own = model.state_dict()
+    on_meta = {key: tensor for key, tensor in rest.items() if own[key].is_meta}
+    in_place = {key: tensor for key, tensor in rest.items() if not own[key].is_meta}
+    kept = list(_kept_parameters(new_layers))
+    overwritten = [own[key] for key in in_place] + [parameter for *_, parameter in kept]
+    with torch.inference_mode(False), all_or_nothing(model, overwritten):
+        for layer, name, parameter in kept:
+            with torch.no_grad():
+                parameter.copy_(getattr(layer, name))
+            setattr(layer, name, parameter)
+        replace_modules(model, new_layers)
+        turn_off_nested_tensors(model)
         # Each part is loaded with strict=False because it is only a part; the whole was compared above.
         if in_place:
             model.load_state_dict(in_place, strict=False)
@@ -161,16 +181,29 @@ def load_bsr(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             for (first, first_name), *others in tied:
                 for module, name in others:
                     setattr(module, name, getattr(first, first_name))
-    except BaseException:
-        for parent, name, child in replaced:
-            setattr(parent, name, child)
-        with torch.no_grad():
-            for key, tensor in snapshot.items():
-                own[key].copy_(tensor)
-        raise
-    for old, new in new_layers.items():
-        move_hooks(old, new)
     return model
+
+
+def _kept_parameters(
+    new_layers: dict[nn.Module, nn.Module],
+) -> Iterator[tuple[BSRLinear, str, nn.Parameter]]:
+    """Parameters that can stay the same objects, for optimizers and ties: ``(layer, name, parameter)``."""
+    for old, new in new_layers.items():
+        if not isinstance(new, BSRLinear):
+            continue
+        for name in ("bias", "values"):
+            parameter = old._parameters.get(name)
+            if (
+                parameter is not None
+                and not parameter.is_meta
+                and parameter.shape == getattr(new, name).shape
+            ):
+                yield new, name, parameter
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside a ``torch.compile`` wrapper: names in files do not depend on it."""
+    return getattr(model, "_orig_mod", model)
 
 
 def _tied_parameters(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
@@ -207,7 +240,11 @@ def _read(
             folded = json.loads(metadata["folded"])
             aliases = json.loads(metadata["aliases"])
             tensors |= {key: tensors[target] for key, target in aliases.items()}
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            for spec in layers.values():
+                if not isinstance(spec, dict) or spec.keys() != _LAYER_KEYS:
+                    raise KeyError(f"a layer is described by {spec}")
+            folded = dict(folded.items())
+    except (SafetensorError, KeyError, AttributeError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"load_bsr: {os.fspath(path)!r} is damaged: {error}") from error
     return tensors, layers, folded
 

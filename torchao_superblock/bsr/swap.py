@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from numbers import Real
 
@@ -22,9 +21,10 @@ from torchao_superblock.bsr.linear import (
     conversion_obstacle,
     has_block_mask,
     has_hooks,
-    move_hooks,
+    replace_modules,
     turn_off_nested_tensors,
 )
+from torchao_superblock.bsr.undo import all_or_nothing
 from torchao_superblock.ops.break_even import break_even_sparsity
 
 
@@ -274,33 +274,18 @@ def _replace(
     report: SwapReport,
     fuse_activations: bool,
 ) -> None:
-    """Put the new layers in place of the old ones; undo everything if anything fails."""
-    undo: list[Callable[[], None]] = []
-    try:
-        for parent in list(model.modules()):
-            for name, child in list(parent._modules.items()):
-                if child in replacements:
-                    undo.append(partial(setattr, parent, name, child))
-                    setattr(parent, name, replacements[child])
-        for fqn, encoder in turn_off_nested_tensors(model):
-            undo.append(partial(setattr, encoder, "use_nested_tensor", True))
+    """Put the new layers in place of the old ones."""
+    with all_or_nothing(model):
+        replace_modules(model, replacements)
+        for fqn in turn_off_nested_tensors(model):
             report.notes.append(
                 f"{_clean(fqn) or 'the model'}: use_nested_tensor is False now, since a swapped layer "
                 "takes no nested tensors; padding is computed and masked instead"
             )
-        if fuse_activations:
-            for fqn, sequential, layer, name, module in _foldable(model):
-                undo.append(partial(setattr, sequential, name, module))
-                undo.append(partial(setattr, layer, "activation", "none"))
-                setattr(sequential, name, FoldedActivation(module))
-                layer.activation = activation_name(module)
-                report.notes.append(f"{fqn}: applies the {type(module).__name__} behind it itself")
-    except BaseException:
-        for step in reversed(undo):
-            step()
-        raise
-    for old, new in replacements.items():
-        move_hooks(old, new)
+        for fqn, sequential, layer, name, module in _foldable(model) if fuse_activations else ():
+            setattr(sequential, name, FoldedActivation(module))
+            layer.activation = activation_name(module)
+            report.notes.append(f"{fqn}: applies the {type(module).__name__} behind it itself")
 
 
 def _foldable(

@@ -23,6 +23,7 @@ from triton.runtime.errors import OutOfResources
 
 from torchao_superblock.ops import triton_kernels as kernels
 from torchao_superblock.ops.plan import split_plan
+from torchao_superblock.ops.precision import allows_tf32
 from torchao_superblock.ops.triton_kernels import FMA, NATIVE, TF32, TF32X3
 
 # Read when a kernel is decorated, so it cannot change later: kernels then run on CPU tensors.
@@ -31,16 +32,6 @@ INTERPRET: bool = triton.knobs.runtime.interpret
 LONG_ROW = 160
 # What offsets within a tile must stay below for 32-bit arithmetic.
 INT32_LIMIT = 2**31
-
-
-def allows_tf32() -> bool:
-    """Whether torch lets float32 matrix products on CUDA use TF32.
-
-    There are three ways to set it (``torch.backends.cuda.matmul.fp32_precision``, ``.allow_tf32`` and
-    ``torch.set_float32_matmul_precision``). The last two have getters that raise once the first was used; the first
-    one's getter follows all three and never raises.
-    """
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 class _Device(NamedTuple):
