@@ -62,6 +62,13 @@ report = swap_to_bsr(model, min_sparsity=0.5)
 assert len(report.swapped) == 2 and isinstance(model[0], BSRLinear), report
 assert torch.allclose(model(x), dense, atol=1e-5)
 print(backends())
+from torchao_superblock import *
+try:
+    tune(model, x)
+except RuntimeError as error:
+    assert "install Triton" in str(error)
+else:
+    raise AssertionError("tune works without Triton?")
 """
     )
 

@@ -12,7 +12,7 @@ from torchao_superblock.bsr import (
     swap_to_bsr,
     to_bsr_linear,
 )
-from torchao_superblock.ops import backends
+from torchao_superblock.ops import backends, tune
 from torchao_superblock.pruning import SupermaskSparsifier, squash
 
 __all__ = [
@@ -28,11 +28,3 @@ __all__ = [
     "to_bsr_linear",
     "tune",
 ]
-
-
-def __getattr__(name: str) -> object:
-    if name == "tune":  # the one name that needs Triton, which importing the package must not
-        from torchao_superblock.ops.tuning import tune
-
-        return tune
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,6 +6,7 @@ from torch import nn
 from tests.bsr.common import CountCalls, prune
 from tests.reference import relative_error
 from torchao_superblock.bsr import BSRLinear, BSRWeight
+from torchao_superblock.bsr.weight import TracedBSRWeight
 
 
 @pytest.fixture
@@ -120,3 +121,21 @@ def test_multihead_attention_compiles_without_a_graph_break(training):
     assert relative_error(y, expected) <= 1e-6
     y.sum().backward()
     assert attention.out_proj.values.grad is not None
+
+
+def test_the_traced_stand_in_answers_the_same_questions(pair):
+    weight = pair[1].weight
+    traced = TracedBSRWeight(
+        tuple(weight.shape),
+        *(getattr(weight, n) for n in ("crow_indices", "col_indices", "values", "plan")),
+    )
+    for name in ("shape", "dtype", "device", "requires_grad", "is_cuda", "is_meta", "ndim"):
+        assert getattr(traced, name) == getattr(weight, name), name
+    for name in ("dim", "size", "numel", "element_size", "is_floating_point", "__len__"):
+        assert getattr(traced, name)() == getattr(weight, name)(), name
+    assert f"{weight}" == repr(weight)
+
+
+def test_assigning_a_weight_says_what_to_do_instead(pair):
+    with pytest.raises(AttributeError, match=r"layer\.values.*to_bsr_linear"):
+        pair[1].weight = nn.Parameter(torch.zeros(32, 64))
