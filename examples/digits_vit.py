@@ -124,6 +124,8 @@ def load_folder_data(path: Path, image_size: int, seed: int) -> Data:
     else:
         images = image_folder(path)
         classes = images.classes
+        if len(images) < 2:
+            raise SystemExit(f"--data-path {path}: needs at least two images, found {len(images)}")
         count = max(1, len(images) // 5)
         generator = torch.Generator().manual_seed(seed)
         train, test = random_split(images, [len(images) - count, count], generator=generator)
@@ -295,6 +297,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = parse_arguments(argv)
     device = torch.device(arguments.device)
     started = time.perf_counter()
+    try:  # before the training, not after it
+        arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--output-dir {arguments.output_dir}: {error}") from error
     if arguments.data_path is None:
         data = load_digits_data(arguments.seed)
     else:
@@ -375,7 +381,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print(f"\nlatency of {len(batch)} images ({backend_line(device)})")
     for name, values in times.items():
         print(f"  {name:<15} {statistics.median(values) * 1e3:.1f} ms")
-    print(f"  BSR is {results['speedup']:.2f}x as fast as dense")
+    print(f"  BSR is {results['speedup']:.2f}x as fast as dense (median over {len(ratios)} pairs)")
 
     print("\nweights")
     for what, part in (("MLP layers", ".mlp."), ("whole model", "")):
@@ -386,7 +392,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             f"({before / after:.1f}x smaller)"
         )
 
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
     pictures = [arguments.output_dir / "accuracy.png", arguments.output_dir / "masks.png"]
     save_accuracy_curve(curves, pictures[0])
     masks_picture.savefig(pictures[1], dpi=150)

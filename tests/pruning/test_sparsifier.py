@@ -989,3 +989,113 @@ def test_convert_before_squash_is_refused() -> None:
         sparsifier.convert(model)
     with pytest.raises(RuntimeError, match="has squashed nothing"):
         SupermaskSparsifier().convert(Model())
+
+
+def test_squashing_a_part_leaves_the_rest_to_the_sparsifier() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    sparsifier = SupermaskSparsifier(0.5, 8)
+    sparsifier.prepare(model)
+    squash(model[1])
+    sparsifier.groups[0]["sparsity_level"] = 0.75
+    sparsifier.step()
+    assert [entry.fqn for entry in sparsifier.summary().groups] == ["0.weight"]
+    sparsifier.squash_mask()
+    assert type(model[0]) is nn.Linear
+    assert zero_blocks(model[0].weight, 8) == 12
+    assert not sparsifier.groups
+
+
+def test_memory_shared_under_another_shape_is_shared() -> None:
+    a, b = nn.Linear(32, 64), nn.Linear(64, 32)
+    b.weight = nn.Parameter(a.weight.detach().t())
+    model = nn.Sequential(a, b)
+    with pytest.raises(ValueError, match=r"shared with '1\.weight'"):
+        SupermaskSparsifier(0.5, 8).prepare(model, [{"tensor_fqn": "0.weight"}])
+
+
+def test_a_child_called_module_keeps_its_name() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.module(x)
+
+    model = nn.Sequential(Residual(), Residual())
+    sparsifier = SupermaskSparsifier(0.5, 8)
+    sparsifier.prepare(model)
+    assert [g["tensor_fqn"] for g in sparsifier.groups] == ["0.module.weight", "1.module.weight"]
+    sparsifier.load_state_dict(sparsifier.state_dict())
+    copied = copy.deepcopy(model)
+    squash(copied)
+    sparsifier.squash_mask(params_to_keep_per_layer={"0.module": ("sparsity_level",)})
+    assert model[0].module.sparse_params == {"sparsity_level": 0.5}
+    sparsifier.convert(copied, {nn.Linear: _Dense}, inplace=True)
+    assert type(copied[1].module) is _Dense
+
+
+class _Dense(nn.Linear):
+    @classmethod
+    def from_dense(cls, linear: nn.Linear) -> _Dense:
+        return cls(linear.in_features, linear.out_features)
+
+
+def test_assigning_a_parameter_sets_the_weight_under_the_mask() -> None:
+    linear = nn.Linear(16, 16)
+    SupermaskSparsifier(0.5, 8).prepare(linear)
+    linear.weight = nn.Parameter(torch.full((16, 16), 2.0))
+    assert linear.parametrizations.weight.original.eq(2).all()
+    assert zero_blocks(linear.weight, 8) == 2
+    linear.register_parameter("gain", nn.Parameter(torch.ones(1)))
+    assert "gain" in dict(linear.named_parameters())
+
+
+@pytest.mark.parametrize("option", [{"sparse": True}, {"max_norm": 1.0}])
+def test_embeddings_that_write_past_the_mask_are_refused(option: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Embedding(16, 16, **option))
+    with pytest.raises(ValueError, match="'0.weight'.*sparse=True or max_norm"):
+        SupermaskSparsifier(0.5, 8).prepare(model, [{"tensor_fqn": "0.weight"}])
+
+
+def test_convert_names_the_layer_that_cannot_be_converted_and_keeps_sparse_params() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 60))
+    sparsifier = SupermaskSparsifier(0.5, 16)
+    sparsifier.prepare(model)
+    sparsifier.squash_mask(params_to_keep=("blocksize",))
+    with pytest.raises(ValueError, match=r"convert: '1': .*60, 64"):
+        sparsifier.convert(model)
+    converted = sparsifier.convert(model[:1])
+    assert converted[0].sparse_params == {"blocksize": 16}
+
+
+def test_a_failed_prepare_does_not_move_the_random_numbers() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    with torch.no_grad():
+        model[1].weight[0, 0] = float("nan")
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"'1\.weight' contains NaN"):
+        SupermaskSparsifier(0.5, 8).prepare(
+            model,
+            [{"tensor_fqn": "0.weight"}, {"tensor_fqn": "1.weight", "scores_init": "weight_norm"}],
+        )
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("entry", [[1], {"mask": torch.full((2, 2), 0.3)}])
+def test_a_state_that_is_none_is_refused(entry: object) -> None:
+    model = nn.Linear(16, 16)
+    sparsifier = SupermaskSparsifier(0.5, 8)
+    sparsifier.prepare(model)
+    saved = sparsifier.state_dict()
+    before = copy.deepcopy(sparsifier.state_dict())
+    with pytest.raises(ValueError, match="'weight': its state must be a dict with a bool tensor"):
+        sparsifier.load_state_dict({**saved, "state": {"weight": entry}})
+    assert sparsifier.state_dict().keys() == before.keys()
+    assert torch.equal(sparsifier.state["weight"]["mask"], before["state"]["weight"]["mask"])
+
+
+def zero_blocks(weight: torch.Tensor, size: int) -> int:
+    """How many blocks of a weight are all zeros."""
+    rows, cols = (n // size for n in weight.shape)
+    return int((weight.detach().view(rows, size, cols, size) == 0).all(3).all(1).sum())

@@ -73,13 +73,28 @@ def _equip_class(module: nn.Module, tensor_names: list[str]) -> None:
     for name in tensor_names:
         evaluate = cls.__dict__[name]
         setattr(cls, name, property(reader(name, evaluate.fget), evaluate.fset))
-    equipment: dict[str, Any] = {"__reduce_ex__": _reduce_masked}
+    equipment: dict[str, Any] = {
+        "__reduce_ex__": _reduce_masked,
+        "register_parameter": _assigning(base.register_parameter),
+    }
     for name in _RESETS:
         if hasattr(base, name):
             equipment[name] = _resetting(getattr(base, name))
     for name, value in equipment.items():
         setattr(cls, name, value)
     cls._equipped = (*equipment, "_equipped")
+
+
+def _assigning(register: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(register)
+    def assign_or_register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        # What `module.weight = nn.Parameter(...)` ends in: its values become the weight under the mask.
+        if param is not None and name in supermasks_of(self):
+            setattr(self, name, param.detach())
+        else:
+            register(self, name, param)
+
+    return assign_or_register
 
 
 def _resetting(reset: Callable[..., Any]) -> Callable[..., Any]:

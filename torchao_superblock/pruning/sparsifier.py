@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # The base class and the schedulers only work as a pair (torchao has older copies of both): they
@@ -122,6 +123,9 @@ class SupermaskSparsifier(BaseSparsifier):
     def prepare(self, model: nn.Module, config: list[dict[str, Any]] | None = None) -> None:
         """Puts a block mask on the weights that the config names. The model changes in place.
 
+        From then on the weight is computed at each read: initialise it before, by assignment, or with
+        the module's `reset_parameters()`; writing into what a read returned is lost.
+
         Args:
             model: not yet wrapped in DDP or fully_shard.
             config: None for the weight of every exact `nn.Linear`, or a list of entries. An entry has
@@ -150,6 +154,7 @@ class SupermaskSparsifier(BaseSparsifier):
         config = check_config(config)
         groups, skipped = resolve(model, config, self.defaults)
         _refuse_ddp(model, groups)
+        _refuse_nan(groups)
         masks = [_new_mask(group) for group in groups]
 
         attached: list[dict[str, Any]] = []
@@ -205,7 +210,9 @@ class SupermaskSparsifier(BaseSparsifier):
         **kwargs: Any,
     ) -> None:
         """Applies the level of one group; :meth:`step` calls it for each."""
-        mask = self._mask_of(module, tensor_name, tensor_fqn)
+        mask = find_supermask(module, tensor_name)
+        if mask is None:  # squash(part) has folded this one; the others go on
+            return
         mask.set_sparsity_level(sparsity_level)
         self.state[tensor_fqn] = {**self.state.get(tensor_fqn, {}), "mask": mask.block_mask()}
 
@@ -389,10 +396,13 @@ class SupermaskSparsifier(BaseSparsifier):
                 f"type in mapping ({kinds})"
             )
         converted: dict[int, nn.Module] = {}
-        for _path, child in targets:
+        for path, child in targets:
             if id(child) not in converted:
                 source = child if inplace else copy.deepcopy(child)
-                new = mapping[type(child)].from_dense(source)  # type: ignore[attr-defined]
+                try:
+                    new = mapping[type(child)].from_dense(source)  # type: ignore[attr-defined]
+                except (TypeError, ValueError, RuntimeError) as error:
+                    raise type(error)(f"convert: {path!r}: {error}") from error
                 _carry_over(source, new)
                 converted[id(child)] = new
         if id(module) in converted:
@@ -456,6 +466,15 @@ class SupermaskSparsifier(BaseSparsifier):
                 + nearest_names(name, sorted(saved if missing else own))
                 + ". Prepare the model with the config it was saved with, or pass strict=False"
             )
+        for fqn, entry in states.items():
+            mask = entry.get("mask") if isinstance(entry, Mapping) else None
+            if not isinstance(entry, Mapping) or (
+                isinstance(mask, Tensor) and mask.dtype != torch.bool
+            ):
+                raise ValueError(
+                    f"load_state_dict: {fqn!r}: its state must be a dict with a bool tensor 'mask', got "
+                    + (f"a {mask.dtype} mask" if mask is not None else type(entry).__name__)
+                )
         common = [fqn for fqn in own if fqn in saved]
         updates = {}
         for fqn in common:
@@ -465,7 +484,8 @@ class SupermaskSparsifier(BaseSparsifier):
             updates[fqn] = settings
         for fqn in common:
             own[fqn].update(updates[fqn])
-            device = self._mask_of(own[fqn]["module"], own[fqn]["tensor_name"], fqn).n_kept.device
+            mask = find_supermask(own[fqn]["module"], own[fqn]["tensor_name"])
+            device = mask.n_kept.device if mask is not None else None
             entry = {
                 key: value.detach().to(device, copy=True) if isinstance(value, Tensor) else value
                 for key, value in states.get(fqn, {}).items()
@@ -517,22 +537,12 @@ class SupermaskSparsifier(BaseSparsifier):
             )
         raise RuntimeError(f"{method}: no model is prepared; {way_out}")
 
-    def _mask_of(self, module: nn.Module, tensor_name: str, fqn: str) -> Supermask:
-        mask = find_supermask(module, tensor_name)
-        if mask is None:
-            raise RuntimeError(
-                f"{fqn!r} carries no block mask any more: it was removed behind the sparsifier's "
-                "back, by squash(model) or remove_parametrizations. Use squash_mask() for the model "
-                "that was prepared"
-            )
-        return mask
-
-    def _masks(self) -> Iterable[tuple[dict[str, Any], Supermask]]:
+    def _masks(self) -> Iterator[tuple[dict[str, Any], Supermask]]:
+        """The groups that still carry a mask: `squash` may have folded those of a part of the model."""
         for group in self.groups:
-            yield (
-                group,
-                self._mask_of(group["module"], group["tensor_name"], group["tensor_fqn"]),
-            )
+            mask = find_supermask(group["module"], group["tensor_name"])
+            if mask is not None:
+                yield group, mask
 
     def _kept_params(
         self,
@@ -560,16 +570,24 @@ class SupermaskSparsifier(BaseSparsifier):
 
 def _new_mask(group: dict[str, Any]) -> Supermask:
     weight = group["module"]._parameters[group["tensor_name"]]
-    mask = Supermask(
+    return Supermask(
         weight, *(group[key] for key in ("blocksize", "sparsity_level", "scores_init"))
     )
-    if group["scores_init"] == "weight_norm" and not weight.is_meta:
-        if bool(mask.scores.isnan().any()):
+
+
+def _refuse_nan(groups: list[dict[str, Any]]) -> None:
+    """Before any scores are drawn: an error must not move the random number generator."""
+    for group in groups:
+        weight = group["module"]._parameters[group["tensor_name"]]
+        if (
+            group["scores_init"] == "weight_norm"
+            and not weight.is_meta
+            and bool(weight.isnan().any())
+        ):
             raise ValueError(
                 f"prepare: {group['tensor_fqn']!r} contains NaN, so its blocks have no norm to be "
                 "ranked by (scores_init='weight_norm')"
             )
-    return mask
 
 
 def _refuse_ddp(model: nn.Module, groups: list[dict[str, Any]]) -> None:
@@ -634,4 +652,6 @@ def _carry_over(old: nn.Module, new: nn.Module) -> None:
     for name in _HOOKS:
         setattr(new, name, getattr(old, name))
     new._is_full_backward_hook = old._is_full_backward_hook
+    if hasattr(old, "sparse_params"):
+        new.sparse_params = old.sparse_params
     new.train(old.training)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchao_superblock.ops.block_mask import block_grid
@@ -224,6 +225,14 @@ def nearest_names(name: str, names: Sequence[str]) -> str:
     return "; nearest: " + ", ".join(map(repr, close))
 
 
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
+
+
+def _wraps(module: nn.Module, path: str) -> bool:
+    """Whether a model's root does nothing but hold a `module`, as wrappers of other libraries do."""
+    return not path and len(module._modules) == 1 and not module._parameters
+
+
 def _sites(model: nn.Module) -> Iterator[_Site]:
     found: dict[tuple[int, str], _Site] = {}
 
@@ -238,7 +247,9 @@ def _sites(model: nn.Module) -> Iterator[_Site]:
         for name, child in module._modules.items():
             if child is None or (name == "parametrizations" and isinstance(child, nn.ModuleDict)):
                 continue
-            hidden = name == "_orig_mod" or (name == "module" and len(module._modules) == 1)
+            hidden = name == "_orig_mod" or (
+                name == "module" and (isinstance(module, _WRAPPERS) or _wraps(module, clean))
+            )
             walk(child, f"{real}{name}.", clean if hidden else f"{clean}{name}.")
 
     walk(model, "", "")
@@ -259,13 +270,13 @@ def _owners(model: nn.Module) -> dict[object, list[str]]:
 
 
 def _identity(parameter: Tensor) -> object:
-    """Equal for two parameters that are one object or begin at the same memory."""
+    """Equal for two parameters that are one object or begin at the same memory, whatever their shapes."""
     lazy = nn.parameter.is_lazy(parameter)
     if lazy or parameter.is_meta or is_traceable_wrapper_subclass(parameter):
         return id(parameter)
     if parameter.numel() == 0:
         return id(parameter)
-    return parameter.device, parameter.data_ptr(), tuple(parameter.shape)
+    return parameter.device, parameter.data_ptr()
 
 
 def _matches(pattern: str, site: _Site, exact: bool) -> bool:
@@ -336,6 +347,14 @@ def _obstacle(
             "dtype",
             f"it is {tensor.dtype}, not float16, bfloat16, float32 or float64",
             "name a 2-D floating parameter, such as the weight of an nn.Linear",
+        )
+    if isinstance(site.module, nn.Embedding | nn.EmbeddingBag) and (
+        site.module.sparse or site.module.max_norm is not None
+    ):
+        return (
+            "embedding_option",
+            "its embedding has sparse=True or max_norm, which write past the mask",
+            "build the embedding without them, or leave it out",
         )
     sharing = owners.get(_identity(tensor), [])
     if len(sharing) > 1:
