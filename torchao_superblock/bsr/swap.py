@@ -142,7 +142,7 @@ def swap_to_bsr(
     Raises:
         RuntimeError: a block mask is not squashed yet.
         ValueError: ``model`` is itself an ``nn.Linear`` (it cannot be replaced in place), or ``min_sparsity`` is
-            outside [0, 1], or ``blocksize`` is below 1.
+            outside [0, 1], or ``blocksize`` is below 1, or the model is wrapped in DistributedDataParallel.
         TypeError: ``model`` is not a module, or ``blocksize`` is not an int or a pair.
 
     Example:
@@ -153,12 +153,13 @@ def swap_to_bsr(
         raise TypeError(f"swap_to_bsr: model must be an nn.Module, got {type(model).__name__}")
     if blocksize is not None:
         blocksize = parse_blocksize(blocksize)
-    if min_sparsity is not None and not isinstance(min_sparsity, Real):
-        raise TypeError(f"swap_to_bsr: min_sparsity must be a number, got {min_sparsity!r}")
+    if min_sparsity is not None:
+        if not isinstance(min_sparsity, Real):
+            raise TypeError(f"swap_to_bsr: min_sparsity must be a number, got {min_sparsity!r}")
+        if not 0.0 <= min_sparsity <= 1.0:
+            raise ValueError(f"swap_to_bsr: min_sparsity must lie in [0, 1], got {min_sparsity}")
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"swap_to_bsr: filter_fn must be callable, got {filter_fn!r}")
-    if min_sparsity is not None and not 0.0 <= min_sparsity <= 1.0:
-        raise ValueError(f"swap_to_bsr: min_sparsity must lie in [0, 1], got {min_sparsity}")
     for fqn, module in model.named_modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             raise ValueError(

@@ -11,7 +11,8 @@ r x c the block size, nnz stored blocks.
 """
 
 import math
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from types import ModuleType
 
 import torch
@@ -315,6 +316,7 @@ def _grad_values(
     )
 
 
+@cache
 def cpu_backend() -> ModuleType:
     """The module that runs the op on CPU tensors."""
     from torchao_superblock.ops import cpu
@@ -322,6 +324,7 @@ def cpu_backend() -> ModuleType:
     return cpu
 
 
+@cache
 def cuda_backend() -> ModuleType:
     """The module that runs the op on CUDA tensors: the Triton kernels, or plain PyTorch where Triton is absent."""
     try:
@@ -335,36 +338,28 @@ def cuda_backend() -> ModuleType:
     return cuda
 
 
-def _register_backend(dispatch_key: str, load_backend) -> None:
+def _register_backend(dispatch_key: str, load_backend: Callable[[], ModuleType]) -> None:
     """Register the three ops for one device; the backend itself is imported at the first call."""
-    backend = None
-
-    def loaded() -> ModuleType:
-        nonlocal backend
-        if backend is None:
-            backend = load_backend()
-        return backend
-
     run = None
 
     def forward(*args, **kwargs) -> Tensor:
         nonlocal run
         if run is None:
-            general = partial(_forward, loaded())
+            general = partial(_forward, load_backend())
             # A backend may know how to repeat a call without checking and deciding everything again.
-            call = getattr(loaded(), "call", None)
+            call = getattr(load_backend(), "call", None)
             run = general if call is None else partial(call, general)
         return run(*args, **kwargs)
 
     _library.impl("bsr_linear", forward, dispatch_key)
     _library.impl(
         "bsr_linear_grad_x",
-        lambda *args, **kwargs: _grad_x(backend or loaded(), *args, **kwargs),
+        lambda *args, **kwargs: _grad_x(load_backend(), *args, **kwargs),
         dispatch_key,
     )
     _library.impl(
         "bsr_linear_grad_values",
-        lambda *args, **kwargs: _grad_values(backend or loaded(), *args, **kwargs),
+        lambda *args, **kwargs: _grad_values(load_backend(), *args, **kwargs),
         dispatch_key,
     )
 
