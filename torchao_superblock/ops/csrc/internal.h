@@ -15,17 +15,32 @@ typedef struct {
     int32_t row, n0, width;
 } sb_item;
 
-/* A product, cut in pieces: every (group of items, tile of rows) is one piece of work. */
+/* A product, or one round of it, cut in pieces. The weights are packed once, by all threads together:
+ * each claims groups of items until none is left, and waits for a group only where it is used. */
 typedef struct {
     const sb_product *p;
     const sb_item *items;
     const int64_t *group; /* (n_groups + 1): first item of each group */
-    int64_t n_groups, tile_rows, n_tiles;
-    int64_t share; /* threads that work on one group at a time */
-    atomic_llong *next_tile; /* (n_groups): first tile nobody has taken yet */
-    atomic_llong next_thread;
+    int64_t n_groups;
+    void *packed;               /* the strips of all groups */
+    const int64_t *offset;      /* (n_groups): where each group starts in `packed`, in elements */
+    atomic_int *ready;          /* (n_groups): whether a group is packed */
+    const unsigned char *needed; /* lines of x that any item reads */
+    /* The first n_whole tiles of rows are a piece of work each, with all groups; each (tile, group) of
+     * the others is one, so that the threads end together. */
+    int64_t tile_rows, n_tiles, n_whole;
+    atomic_llong next_pack, next_piece;
     atomic_int failed;
 } sb_product_job;
+
+/* Few rows: pieces are groups of consecutive block rows. */
+typedef struct {
+    const sb_product *p;
+    const int64_t *group; /* (n_groups + 1): first block row of each group */
+    int64_t n_groups;
+    atomic_llong next_group;
+    atomic_int failed;
+} sb_small_job;
 
 typedef struct {
     const sb_grad_values *p;

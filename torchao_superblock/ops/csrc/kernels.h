@@ -5,6 +5,7 @@
  * two types that sums are kept in, float and double.
  */
 #include <math.h>
+#include <sched.h>
 #include <string.h>
 
 #include "internal.h"

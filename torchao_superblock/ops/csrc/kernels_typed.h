@@ -218,6 +218,11 @@ SB_INLINE void TYPED(tile_as)(const sb_product *p, const sb_item *item, const T 
         const int64_t stop = k + p->c;
         while (k < stop) { /* one line of a panel at a time; whole lines if c is a multiple of KC */
             const int64_t offset = k % KC, n = sb_min(KC - offset, stop - k);
+            /* The line of x after this one, of this block or the next. */
+            const int64_t ahead = k + n < stop || col + 1 == last ? k + n : col[1] * p->c;
+            const T *next = panel + ahead / KC * (SB_PANEL * KC);
+#pragma GCC unroll 12
+            for (int i = 0; i < tile_rows; i++) __builtin_prefetch(next + i * KC);
             TYPED(rank_updates)(acc, tile_rows, vectors, panel + (k - offset) * SB_PANEL + offset, KC, 1,
                                 strip, vectors * W, n);
             strip += n * vectors * W;
@@ -285,54 +290,58 @@ static void TYPED(panel_rows)(const sb_product *p, const sb_item *item, const T 
 #undef SB_CASE
 }
 
+/* The strips of one group, one after the other. */
+static void TYPED(pack_group)(const sb_product_job *job, int64_t g) {
+    const sb_product *p = job->p;
+    T *out = (T *)job->packed + job->offset[g];
+    for (const sb_item *i = job->items + job->group[g]; i < job->items + job->group[g + 1]; i++) {
+        const int64_t lanes = TYPED(padded)(i->width);
+        for (int64_t j = p->crow[i->row]; j < p->crow[i->row + 1]; j++, out += p->c * lanes)
+            TYPED(pack_block)(p, j, i->n0, i->width, lanes, out);
+    }
+}
+
+/* Rows [m0, m0 + rows) of y, the items of group g. */
+static void TYPED(product_piece)(const sb_product_job *job, const T *x_pack, int64_t m0, int64_t rows, int64_t g) {
+    const sb_product *p = job->p;
+    const int64_t panel = sb_ceil_div(p->C * p->c, KC) * KC; /* elements of one row in a panel */
+    const T *strip = (const T *)job->packed + job->offset[g];
+    while (!atomic_load_explicit(&job->ready[g], memory_order_acquire)) sched_yield();
+    for (const sb_item *i = job->items + job->group[g]; i < job->items + job->group[g + 1]; i++) {
+        for (int64_t m = 0; m < rows; m += SB_PANEL)
+            TYPED(panel_rows)(p, i, x_pack + m * panel, strip, m0 + m, sb_min(SB_PANEL, rows - m));
+        strip += (p->crow[i->row + 1] - p->crow[i->row]) * p->c * TYPED(padded)(i->width);
+    }
+}
+
 static void TYPED(product)(void *pointer) {
     sb_product_job *job = pointer;
     const sb_product *p = job->p;
-    const int64_t K = p->C * p->c, n_lines = sb_ceil_div(K, KC), me = atomic_fetch_add(&job->next_thread, 1);
-    T *x_pack = NULL, *w_pack = NULL;
-    unsigned char *needed = NULL;
-
-    /* A thread starts with a group of its own and helps with the others' when that is done. */
-    for (int64_t visit = 0; visit < job->n_groups; visit++) {
-        const int64_t g = (me + visit) % job->n_groups;
-        const sb_item *first = job->items + job->group[g], *last = job->items + job->group[g + 1];
-        int packed = 0;
-        for (;;) {
-            const int64_t t = atomic_fetch_add(&job->next_tile[g], 1);
-            if (t >= job->n_tiles) break;
-            if (!packed) {
-                int64_t elements = 0;
-                for (const sb_item *i = first; i < last; i++)
-                    elements += (p->crow[i->row + 1] - p->crow[i->row]) * p->c * TYPED(padded)(i->width);
-                needed = sb_scratch(SB_SCRATCH_FLAGS, (size_t)n_lines + 1);
-                w_pack = sb_scratch(SB_SCRATCH_W, sizeof(T) * (size_t)elements + 64);
-                x_pack = sb_scratch(SB_SCRATCH_X, sizeof(T) * (size_t)(job->tile_rows * n_lines * KC) + 64);
-                if (!needed || !w_pack || !x_pack) {
-                    atomic_store(&job->failed, 1);
-                    return;
-                }
-                memset(needed, 0, (size_t)n_lines);
-                T *out = w_pack;
-                for (const sb_item *i = first; i < last; i++) {
-                    const int64_t lanes = TYPED(padded)(i->width);
-                    for (int64_t j = p->crow[i->row]; j < p->crow[i->row + 1]; j++) {
-                        TYPED(pack_block)(p, j, i->n0, i->width, lanes, out);
-                        out += p->c * lanes;
-                        const int64_t k = p->col[j] * p->c;
-                        for (int64_t line = k / KC; line <= (k + p->c - 1) / KC; line++) needed[line] = 1;
-                    }
-                }
-                packed = 1;
-            }
-            const int64_t m0 = t * job->tile_rows, rows = sb_min(job->tile_rows, p->M - m0);
-            TYPED(pack_x)(p, m0, rows, needed, x_pack);
-            const T *strip = w_pack;
-            for (const sb_item *i = first; i < last; i++) {
-                for (int64_t m = 0; m < rows; m += SB_PANEL)
-                    TYPED(panel_rows)(p, i, x_pack + m * n_lines * KC, strip, m0 + m, sb_min(SB_PANEL, rows - m));
-                strip += (p->crow[i->row + 1] - p->crow[i->row]) * p->c * TYPED(padded)(i->width);
-            }
+    int64_t g, first = 0, piece, tile_of_x = -1;
+    /* Before anything that may fail: the others wait for what this thread claims. */
+    while ((g = atomic_fetch_add(&job->next_pack, 1)) < job->n_groups) {
+        TYPED(pack_group)(job, g);
+        atomic_store_explicit(&job->ready[g], 1, memory_order_release);
+        first = g;
+    }
+    T *x_pack = sb_scratch(SB_SCRATCH_X, sizeof(T) * (size_t)(job->tile_rows * sb_ceil_div(p->C * p->c, KC) * KC) + 64);
+    if (!x_pack) {
+        atomic_store(&job->failed, 1);
+        return;
+    }
+    while ((piece = atomic_fetch_add(&job->next_piece, 1)) < job->n_whole + (job->n_tiles - job->n_whole) * job->n_groups) {
+        const int whole = piece < job->n_whole;
+        const int64_t rest = piece - job->n_whole;
+        const int64_t tile = whole ? piece : job->n_whole + rest / job->n_groups;
+        const int64_t m0 = tile * job->tile_rows, rows = sb_min(job->tile_rows, p->M - m0);
+        if (tile != tile_of_x) TYPED(pack_x)(p, m0, rows, job->needed, x_pack);
+        tile_of_x = tile;
+        if (!whole) {
+            TYPED(product_piece)(job, x_pack, m0, rows, rest % job->n_groups);
+            continue;
         }
+        for (int64_t visit = 0; visit < job->n_groups; visit++) /* what this thread packed comes first */
+            TYPED(product_piece)(job, x_pack, m0, rows, (first + visit) % job->n_groups);
     }
 }
 
@@ -443,7 +452,7 @@ SB_INLINE void TYPED(dots_all_rows)(const sb_product *p, const T *x, int64_t x_r
 /* Where element k of x lies after the sorting for SB_PAIRS. */
 SB_INLINE int64_t TYPED(sorted)(int64_t k) { return k / (2 * W) * (2 * W) + k % 2 * W + k % (2 * W) / 2; }
 
-SB_INLINE void TYPED(small_as)(const sb_product_job *job, const T *x, int64_t x_row, int64_t g, T *out,
+SB_INLINE void TYPED(small_as)(const sb_small_job *job, const T *x, int64_t x_row, int64_t g, T *out,
                                const int dtype) {
     const sb_product *p = job->p;
     const int64_t N = p->R * p->r;
@@ -478,7 +487,7 @@ SB_INLINE void TYPED(small_as)(const sb_product_job *job, const T *x, int64_t x_
 }
 
 static void TYPED(small)(void *pointer) {
-    sb_product_job *job = pointer;
+    sb_small_job *job = pointer;
     const sb_product *p = job->p;
     const int64_t K = p->C * p->c;
     const T *x = NULL;
@@ -486,7 +495,7 @@ static void TYPED(small)(void *pointer) {
     T *out = NULL;
     const int pairs = p->dtype == SB_BFLOAT16 && p->c % (2 * W) == 0;
     for (;;) {
-        const int64_t g = atomic_fetch_add(&job->next_thread, 1);
+        const int64_t g = atomic_fetch_add(&job->next_group, 1);
         if (g >= job->n_groups) break;
         if (!out) {
             out = sb_scratch(SB_SCRATCH_W, sizeof(T) * (size_t)(p->M * p->r + W));

@@ -8,13 +8,13 @@
 
 /* The sanitizer test builds with tiny values, so that small problems take every path. */
 #ifndef SB_GROUP_ELEMENTS
-/* Elements of packed weights a thread holds at a time (2 MiB in float32). Weights that need more are
- * done in several rounds, so the scratch does not grow with the layer. */
+/* Elements of packed weights for each thread (2 MiB in float32). Weights that need more are done in
+ * several rounds, so the scratch does not grow with the layer. */
 #define SB_GROUP_ELEMENTS (1 << 19)
 #endif
 #ifndef SB_X_TILE_BYTES
 /* Bytes of packed x a thread holds at a time: with the weights streaming past, it should stay in L2. */
-#define SB_X_TILE_BYTES (256 << 10)
+#define SB_X_TILE_BYTES (320 << 10)
 #endif
 #ifndef SB_SERIAL_WORK
 /* Multiply-adds below which a second thread costs more than it brings. */
@@ -24,8 +24,6 @@
 /* Accumulators of one piece of grad_values. */
 #define SB_GRAD_ELEMENTS (1 << 18)
 #endif
-/* Rows that pay for packing the weights once more: threads with fewer share the weights, not the rows. */
-#define ROWS_PER_PACK 256
 
 static atomic_int current_isa = -1;
 
@@ -148,7 +146,7 @@ static int64_t deal(const sb_product *p, int64_t strip, sb_item *items, int64_t 
 }
 
 static int run_small(const sb_product *p, const sb_kernels *k, int threads) {
-    sb_product_job job = {.p = p};
+    sb_small_job job = {.p = p};
     /* Few, equal pieces of block rows: a piece takes consecutive rows, so memory is read in order. */
     job.n_groups = threads > 1 ? sb_min(p->R, 4 * (int64_t)threads) : 1;
     int64_t *group = sb_scratch(SB_SCRATCH_JOB, sizeof(int64_t) * (size_t)(job.n_groups + 1));
@@ -163,7 +161,7 @@ static int run_small(const sb_product *p, const sb_kernels *k, int threads) {
     }
     group[g] = p->R;
     job.group = group;
-    atomic_init(&job.next_thread, 0);
+    atomic_init(&job.next_group, 0);
     atomic_init(&job.failed, 0);
     sb_parallel(p->dtype == SB_FLOAT64 ? k->small_f64 : k->small_f32, &job, threads);
     return atomic_load(&job.failed) ? SB_NO_MEMORY : SB_OK;
@@ -183,36 +181,54 @@ int sb_run_product(const sb_product *p) {
     if (p->M <= k->small_m && !p->perm && p->c % lanes == 0) return run_small(p, k, threads);
 
     const int64_t strip = 2 * lanes, n_items = p->R * sb_ceil_div(p->r, strip);
-    sb_product_job job = {.p = p};
-    /* Cut the weights rather than the rows when a thread's rows are too few to pay for packing. */
-    int64_t n_groups = threads > 1 ? sb_min(threads, sb_ceil_div((int64_t)ROWS_PER_PACK * threads, p->M)) : 1;
-    n_groups = sb_max(n_groups, sb_ceil_div(p->nnz * p->c * p->r, SB_GROUP_ELEMENTS));
-    n_groups = job.n_groups = sb_min(n_groups, n_items);
+    int64_t n_groups = sb_max(threads, sb_ceil_div(p->nnz * p->c * p->r, SB_GROUP_ELEMENTS));
+    n_groups = sb_min(n_groups, n_items);
+    const int64_t line = 64 / size, n_lines = sb_ceil_div(p->C * p->c, line);
 
-    const int64_t max_rows = sb_max(1, SB_X_TILE_BYTES / (size * sb_max(1, p->C * p->c)) / SB_PANEL) * SB_PANEL;
-    int64_t n_tiles = sb_ceil_div(p->M, sb_min(max_rows, 240));
-    /* A whole number of tiles for each thread. */
-    job.share = sb_max(1, threads / n_groups);
-    n_tiles = sb_ceil_div(n_tiles, job.share) * job.share;
-    job.tile_rows = sb_ceil_div(sb_ceil_div(p->M, n_tiles), SB_PANEL) * SB_PANEL;
+    const int64_t max_rows = sb_max(1, SB_X_TILE_BYTES / (size * line * sb_max(1, n_lines)) / SB_PANEL);
+    const int64_t own_rows = sb_max(1, p->M / threads / SB_PANEL); /* of each thread, in panels */
+    sb_product_job job = {.p = p, .tile_rows = sb_min(20, sb_min(max_rows, own_rows)) * SB_PANEL};
     job.n_tiles = sb_ceil_div(p->M, job.tile_rows);
+    job.n_whole = p->M / job.tile_rows / threads * threads;
 
     const size_t words = (size_t)(2 * n_groups + n_items + p->C + 2 + p->R);
-    const size_t bytes = sizeof(atomic_llong) * (size_t)n_groups + sizeof(int64_t) * (words + (size_t)n_groups + 1) +
-                         sizeof(sb_item) * (size_t)n_items;
-    char *memory = sb_scratch(SB_SCRATCH_JOB, bytes);
-    if (!memory) return SB_NO_MEMORY;
-    job.next_tile = (atomic_llong *)memory;
-    int64_t *group = (int64_t *)(job.next_tile + n_groups);
-    int64_t *scratch = group + n_groups + 1;
+    const size_t bytes = sizeof(int64_t) * (words + 2 * (size_t)n_groups + 1) +
+                         sizeof(sb_item) * (size_t)n_items + sizeof(atomic_int) * (size_t)n_groups + (size_t)n_lines;
+    int64_t *group = sb_scratch(SB_SCRATCH_JOB, bytes);
+    if (!group) return SB_NO_MEMORY;
+    int64_t *offset = group + n_groups + 1, *scratch = offset + n_groups;
     sb_item *items = (sb_item *)(scratch + words);
+    job.ready = (atomic_int *)(items + n_items);
+    unsigned char *needed = (unsigned char *)(job.ready + n_groups);
     deal(p, strip, items, n_items, group, n_groups, scratch);
     job.items = items;
-    job.group = group;
-    for (int64_t g = 0; g < n_groups; g++) atomic_init(&job.next_tile[g], 0);
-    atomic_init(&job.next_thread, 0);
+    job.needed = needed;
     atomic_init(&job.failed, 0);
-    sb_parallel(p->dtype == SB_FLOAT64 ? k->product_f64 : k->product_f32, &job, threads);
+
+    /* A round for as many groups as there are threads. */
+    for (int64_t g = 0; g < n_groups && !atomic_load(&job.failed); g += job.n_groups) {
+        job.n_groups = sb_min(threads, n_groups - g);
+        job.group = group + g;
+        job.offset = offset;
+        int64_t elements = 0;
+        memset(needed, 0, (size_t)n_lines);
+        for (int64_t a = 0; a < job.n_groups; a++) {
+            offset[a] = elements;
+            atomic_init(&job.ready[a], 0);
+            for (const sb_item *i = items + group[g + a]; i < items + group[g + a + 1]; i++) {
+                const int32_t first = p->crow[i->row], last = p->crow[i->row + 1];
+                elements += (last - first) * p->c * (i->width > lanes ? 2 * lanes : lanes);
+                for (int64_t j = first; j < last; j++)
+                    for (int64_t l = p->col[j] * p->c / line; l <= ((p->col[j] + 1) * p->c - 1) / line; l++)
+                        needed[l] = 1;
+            }
+        }
+        job.packed = sb_scratch(SB_SCRATCH_W, (size_t)(size * elements) + 64);
+        if (!job.packed) return SB_NO_MEMORY;
+        atomic_init(&job.next_pack, 0);
+        atomic_init(&job.next_piece, 0);
+        sb_parallel(p->dtype == SB_FLOAT64 ? k->product_f64 : k->product_f32, &job, threads);
+    }
     return atomic_load(&job.failed) ? SB_NO_MEMORY : SB_OK;
 }
 
