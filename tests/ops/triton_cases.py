@@ -205,6 +205,46 @@ def check_tiles() -> None:
             check(blocksize, torch.float32, 300, R=2, C=2)
 
 
+def check_gradients_of_small_blocks() -> None:
+    """Several blocks of a line at once, from either side, and out of a dense product."""
+    long_row = torch.zeros(4, 9, dtype=torch.bool)
+    long_row[1] = True  # several groups, the last one not full; other rows and a column are empty
+    long_row[3, 2:8] = True
+    for tile in (
+        cuda.LineTile(16, 64, 4, 2, False),
+        cuda.LineTile(16, 64, 4, 2, True),
+        cuda.LineTile(32, 32, 4, 2, True, waves=64),
+        None,
+    ):
+        with replaced(cuda, "grad_values_tile", lambda problem, tile=tile: tile):
+            for blocksize in ((16, 16), (32, 16), (8, 24), (3, 5)):
+                check(blocksize, torch.float16, 300, R=4, C=9, mask=long_row)
+            check((16, 16), torch.float16, 1, R=4, C=9, mask=torch.zeros(4, 9, dtype=torch.bool))
+            with replaced(cuda, "INT32_LIMIT", 1):
+                check((16, 32), torch.float16, 20)
+            for make_x in (
+                lambda M, K: torch.randn(K, M, device=DEVICE).T,
+                lambda M, K: torch.randn(M, K + 3, device=DEVICE)[:, 3:],
+            ):
+                check((16, 16), torch.float16, 70, make_x=make_x)
+            _, crow, col, _ = random_bsr(48, 64, 16, 0.5, torch.float16, DEVICE)
+            grad = torch.randn(20, 48, dtype=torch.float16, device=DEVICE)
+            x = torch.randn(20, 64, dtype=torch.float16, device=DEVICE)
+            wild = torch.full_like(col, 2**31 - 1)
+            for bad in (wild, -wild):
+                plan = build_plan(crow, col, 4).clamp_(min=2**30) * bad.sign()[0]
+                cuda.grad_values(grad, x, crow, bad, plan, 16, 16)
+    # The rules' own choices, where lines and ranges of tokens are many enough to be split.
+    _, crow, col, _ = random_bsr(64, 128, 16, 0.5, torch.float16, DEVICE)
+    plan = build_plan(crow, col, 8)
+    grad = torch.randn(1100, 64, dtype=torch.float16, device=DEVICE)
+    x = torch.randn(1100, 128, dtype=torch.float16, device=DEVICE)
+    first = cuda.grad_values(grad, x, crow, col, plan, 16, 16)
+    assert torch.equal(first, cuda.grad_values(grad, x, crow, col, plan, 16, 16))
+    blocks = stored_blocks(grad.double().T @ x.double(), crow, col, (16, 16))
+    assert relative_error(first, blocks) < TOLERANCE[torch.float16]
+
+
 def check_token_counts() -> None:
     """What was prepared for one number of tokens serves every other in its bucket."""
     dense, crow, col, values = random_bsr(64, 96, 32, 0.5, torch.float32, DEVICE)

@@ -1,7 +1,8 @@
 """CUDA backend: which kernel serves a call, with which tile sizes, and how it is launched with little host time.
 
-Two kernels can serve the forward: the Gluon one in ``hopper.py`` where it exists, supports the case and is the faster,
-and the plain Triton one (``triton_kernels.py``), which serves every case on every GPU and all backward passes.
+Two kernels can serve the product, forward or transposed: the Gluon one in ``hopper.py`` where it exists, supports the
+case and is the faster, and the plain Triton one (``triton_kernels.py``), which serves every case on every GPU. The
+gradient of the values has two plain Triton kernels, and takes a dense product where that beats them.
 
 A call at small M takes the GPU a few microseconds, so the host must not take twenty. What is decided once is
 therefore kept: a :class:`_Product` or :class:`_BlockGradient` holds the compiled kernel and its constants, and is found
@@ -22,7 +23,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from torchao_superblock.ops import triton_kernels as kernels
-from torchao_superblock.ops.plan import split_plan
+from torchao_superblock.ops.plan import Plan, split_plan
 from torchao_superblock.ops.precision import allows_tf32
 from torchao_superblock.ops.triton_kernels import FMA, NATIVE, TF32, TF32X3
 
@@ -110,6 +111,17 @@ class GradTile(NamedTuple):
     waves: int = 4  # programs per processor to aim at, by splitting the tokens
 
 
+class LineTile(NamedTuple):
+    """Launch parameters of ``grad_values_lines_kernel``."""
+
+    BM: int
+    BG: int
+    num_warps: int
+    num_stages: int
+    transposed: bool  # lines are block columns, not block rows
+    waves: int = 8
+
+
 def m_bucket(M: int) -> int:
     """The power of two at or above M, between 16 and 65536."""
     return min(1 << max(M - 1, 15).bit_length(), 65536)
@@ -135,12 +147,17 @@ def matmul_tile(problem: Problem) -> Tile:
     BK = run if 16 <= run < widest else widest  # within a block where that is possible at all
     row_length = problem.nnz * c // max(problem.R, 1)  # nonzero columns of an average block row
     if M <= 64:
-        # Few tokens: the time is that of streaming the values once. Programs that share a long block row keep more
-        # loads in flight; their sums are added up afterwards.
-        BN = min(BN, 64)
+        # Few tokens: the time is that of streaming the values once. Deep pipelines keep most of a block row in flight;
+        # programs that share a long one keep more, and their sums are added up afterwards.
+        half, few = problem.itemsize == 2, M <= 16
+        BN = min(BN, 32 if half and few else 64)
         programs = problem.R * -(-r // BN)
-        splits = min(-(-2 * problem.n_processors // max(programs, 1)), row_length // BK // 4, 8)
-        return Tile(min(M, 64), BN, BK, 1, 4, 3, max(splits, 1))
+        per_processor = 4 if half and few else 2
+        splits = min(
+            per_processor * problem.n_processors // max(programs, 1), row_length // BK // 4, 8
+        )
+        num_warps = 2 if half and few else 4
+        return Tile(min(M, 64), BN, BK, 1, num_warps, 5 if half else 3, max(splits, 1))
     short = row_length < LONG_ROW
     BM = min(M, 128)
     num_stages = 2 if short else 3
@@ -148,15 +165,42 @@ def matmul_tile(problem: Problem) -> Tile:
         BM, BN = min(M, 64), min(BN, 64)
     elif problem.itemsize == 2 and BN == 128:
         BM, num_stages = (min(M, 64), 2) if short else (BM, 3)
-    elif problem.itemsize == 2 and BN == 64 and M >= 1024:
+    elif problem.itemsize == 2 and BN == 64:
         num_stages = 2
     programs = -(-M // BM) * problem.R * -(-r // BN)
+    if (
+        not short
+        and problem.itemsize == 2
+        and BN >= 64
+        and problem.capability >= 90
+        and programs <= 2 * problem.n_processors
+    ):
+        # One or two programs a processor have its shared memory to themselves, and nobody else to hide latency.
+        num_stages = 4 if BN == 64 else 5
     ordered = programs <= 16 * problem.n_processors
-    return Tile(BM, BN, BK, 2 if BN == 128 else 4, 4, num_stages, 1, ordered)
+    pairs = BN == 128 or (BN == 64 and problem.itemsize == 2 and M <= 512)
+    return Tile(BM, BN, BK, 2 if pairs else 4, 4, num_stages, 1, ordered)
 
 
-def grad_values_tile(problem: Problem) -> GradTile:
-    """The shipped rule for ``grad_values_kernel``."""
+# From which share of stored blocks a dense product, of which most is thrown away, is the faster gradient of 16-bit
+# values, by the smaller side of a block: a small block costs as many reads as a large one and is less arithmetic.
+# Measured on an H200 for 16 and 32 (a line through two sparsities, for 32 through one and the cost without blocks).
+_DENSE_GRADIENT = {1: 0.01, 8: 0.03, 16: 0.065, 32: 0.2}
+# Below this many tokens a dense gradient is mostly writing it.
+_DENSE_GRADIENT_TOKENS = 4096
+
+
+def grad_values_tile(problem: Problem) -> GradTile | LineTile | None:
+    """The shipped rule for the gradient of the values: which of the two kernels, or None for a dense product."""
+    if problem.itemsize == 2 and problem.r * problem.c <= 1024 and max(problem.r, problem.c) <= 64:
+        side = min(problem.r, problem.c)
+        dense_from = max(share for least, share in _DENSE_GRADIENT.items() if least <= side)
+        if problem.M >= _DENSE_GRADIENT_TOKENS and problem.nnz > dense_from * problem.R * problem.C:
+            return None
+        # Long lines in wide tiles for the smallest blocks, short lines in narrower ones for the others.
+        if side <= 16:
+            return LineTile(64, 256, 4, 4, problem.R > problem.C)
+        return LineTile(64, 128, 4, 4, problem.C > problem.R)
     BR = min(max(_power_of_two(problem.r), 16), 128)
     BC = min(max(_power_of_two(problem.c), 16), 128)
     if problem.itemsize == 8:
@@ -166,14 +210,12 @@ def grad_values_tile(problem: Problem) -> GradTile:
         if problem.precision == TF32X3:
             return GradTile(32, min(BR, 32), min(BC, 64), 2, 3)
         return GradTile(32, min(BR, 64), min(BC, 64), 2, 4)
-    if BR * BC <= 1024:
-        return GradTile(128, BR, BC, 1 if BR * BC <= 256 else 2, 3)
     return GradTile(64, BR, BC, 8 if BR * BC >= 128 * 128 else 4, 4, 2)
 
 
 # What tuning.py found on this machine: a tile for a problem, and the problems for which plain Triton beats the Gluon
 # kernel. Both are looked at only when a launch is first prepared.
-_tuned: dict[Problem, Tile | GradTile] = {}
+_tuned: dict[Problem, Tile] = {}
 _plain_is_faster: set[Problem] = set()
 _tuned_devices: set[int] = set()
 # While a model is being tuned, called with the arguments of every forward.
@@ -422,13 +464,16 @@ class _Product:
 class _BlockGradient:
     """A prepared ``grad_values_kernel`` launch: everything but the tensors and M."""
 
-    def __init__(self, problem: Problem, index: int, wide: bool) -> None:
+    def __init__(self, problem: Problem, tile: Any, wide: bool) -> None:
         self.problem = problem
         self.wide = wide
         self.accumulator = torch.float64 if problem.itemsize == 8 else torch.float32
-        self.set_tile(_tile(problem, grad_values_tile, index))
+        self.reduce = _Kernel(
+            kernels.sum_splits_kernel, {"HAS_BIAS": False, "ACTIVATION": 0, "BLOCK": 256}, 4, 2
+        )
+        self.set_tile(tile)
 
-    def set_tile(self, tile: GradTile) -> None:
+    def set_tile(self, tile: Any) -> None:
         self.tile = tile
         problem = self.problem
         self.n_tiles = problem.nnz * -(-problem.r // tile.BR) * -(-problem.c // tile.BC)
@@ -442,32 +487,22 @@ class _BlockGradient:
             "BR": tile.BR,
             "BC": tile.BC,
         }
-        self.kernels = [
-            _Kernel(
-                kernels.grad_values_kernel,
-                constants | {"SPLIT": split},
-                tile.num_warps,
-                tile.num_stages,
-            )
-            for split in (False, True)
-        ]
-        self.reduce = _Kernel(
-            kernels.sum_splits_kernel, {"HAS_BIAS": False, "ACTIVATION": 0, "BLOCK": 256}, 4, 2
-        )
+        self._set_kernels(kernels.grad_values_kernel, constants)
 
-    def __call__(
-        self,
-        index: int,
-        grad: Tensor,
-        x: Tensor,
-        row: Tensor,
-        col: Tensor,
-        strides: tuple[int, int, int, int],
+    def _set_kernels(self, function: Any, constants: dict[str, Any]) -> None:
+        options = (self.tile.num_warps, self.tile.num_stages)
+        self.kernels = [
+            _Kernel(function, constants | {"SPLIT": split}, *options) for split in (False, True)
+        ]
+
+    def _split_tokens(
+        self, index: int, grad: Tensor, M: int, launch: Callable[[bool, int, int, Tensor], None]
     ) -> Tensor:
+        """Launch over as many ranges of tokens as keep the processors busy, and add up their sums in order."""
         problem = self.problem
-        M, nnz = x.shape[0], problem.nnz
-        numel = nnz * problem.r * problem.c
-        out = torch.empty((nnz, problem.r, problem.c), dtype=grad.dtype, device=grad.device)
+        numel = problem.nnz * problem.r * problem.c
+        shape = (problem.nnz, problem.r, problem.c)
+        out = torch.empty(shape, dtype=grad.dtype, device=grad.device)
         while True:
             tile = self.tile
             # At least 8 steps a program: below that, adding up the parts costs more than the parallelism brings.
@@ -479,23 +514,106 @@ class _BlockGradient:
             if splits > 1:
                 target = torch.empty((splits, numel), dtype=self.accumulator, device=grad.device)
             try:
-                self.kernels[splits > 1](
-                    (self.n_tiles * splits, 1, 1),
-                    index,
-                    (grad, x, row, col, target),
-                    M,
-                    *strides,
-                    problem.R,
-                    problem.C,
-                    nnz,
-                    tokens,
-                )
+                launch(splits > 1, splits, tokens, target)
                 break
             except OutOfResources:
                 self.set_tile(_smaller(tile))
         if splits > 1:
             self.reduce((-(-numel // 256), 1, 1), index, (target, out, out), numel, 1, splits)
         return out
+
+    def __call__(
+        self,
+        index: int,
+        grad: Tensor,
+        x: Tensor,
+        crow: Tensor,
+        col: Tensor,
+        parts: Plan,
+        strides: tuple[int, int, int, int],
+    ) -> Tensor:
+        problem = self.problem
+        tensors = (grad, x, parts.row_indices, col)
+        sizes = (problem.R, problem.C, problem.nnz)
+
+        def launch(split: bool, splits: int, tokens: int, target: Tensor) -> None:
+            grid = (self.n_tiles * splits, 1, 1)
+            numbers = (x.shape[0], *strides, *sizes, tokens)
+            self.kernels[split](grid, index, (*tensors, target), *numbers)
+
+        return self._split_tokens(index, grad, x.shape[0], launch)
+
+
+class _LineGradient(_BlockGradient):
+    """A prepared ``grad_values_lines_kernel`` launch: everything but the tensors and M."""
+
+    def set_tile(self, tile: LineTile) -> None:
+        self.tile = tile
+        problem = self.problem
+        f, g = (problem.c, problem.r) if tile.transposed else (problem.r, problem.c)
+        self.n_tiles = problem.C if tile.transposed else problem.R
+        constants = {
+            "f": f,
+            "g": g,
+            "STRIDE_F": 1 if tile.transposed else problem.c,
+            "STRIDE_G": problem.c if tile.transposed else 1,
+            "HAS_PERM": tile.transposed,
+            "WIDE": self.wide,
+            "BM": tile.BM,
+            "BF": max(_power_of_two(f), 16),
+            "BG": tile.BG,
+        }
+        self._set_kernels(kernels.grad_values_lines_kernel, constants)
+
+    def __call__(
+        self,
+        index: int,
+        grad: Tensor,
+        x: Tensor,
+        crow: Tensor,
+        col: Tensor,
+        parts: Plan,
+        strides: tuple[int, int, int, int],
+    ) -> Tensor:
+        problem = self.problem
+        if self.tile.transposed:
+            tensors = (x, grad, parts.crow_t, parts.row_t, parts.perm_t, parts.col_order)
+            strides = (*strides[2:], *strides[:2])
+            sizes = (problem.C, problem.R, problem.nnz)
+        else:
+            tensors = (grad, x, crow, col, col, parts.row_order)
+            sizes = (problem.R, problem.C, problem.nnz)
+
+        def launch(split: bool, splits: int, tokens: int, target: Tensor) -> None:
+            grid = (self.n_tiles * splits, 1, 1)
+            numbers = (x.shape[0], *strides, *sizes, tokens)
+            self.kernels[split](grid, index, (*tensors, target), *numbers)
+
+        return self._split_tokens(index, grad, x.shape[0], launch)
+
+
+class _DenseGradient:
+    """The gradient of the values out of a dense product, where the stored blocks are many or tiny."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+    def __call__(
+        self,
+        index: int,
+        grad: Tensor,
+        x: Tensor,
+        crow: Tensor,
+        col: Tensor,
+        parts: Plan,
+        strides: tuple[int, int, int, int],
+    ) -> Tensor:
+        problem = self.problem
+        R, C, r, c = problem.R, problem.C, problem.r, problem.c
+        blocks = (grad.t() @ x).view(R, r, C, c).transpose(1, 2)
+        # Clamped, as the kernels do: a bad index gives wrong numbers, and no assertion on the device.
+        rows, columns = parts.row_indices.clamp(0, R - 1), col.clamp(0, C - 1)
+        return blocks[rows.long(), columns.long()].contiguous()
 
 
 # Prepared launches by what the choice of tile rests on, and calls of the op by everything that was checked and decided.
@@ -652,11 +770,16 @@ def _forward_product(
     )
 
 
-_split_kernels: dict[tuple, _Kernel] = {}
+_pack_kernels: dict[tuple, _Kernel] = {}
 
 
-def _split_kernel(
-    r: int, c: int, has_perm: bool, transpose: bool, kernel_type: type[_Kernel] = _Kernel
+def _pack_kernel(
+    r: int,
+    c: int,
+    has_perm: bool,
+    transpose: bool,
+    split: bool,
+    kernel_type: type[_Kernel] = _Kernel,
 ) -> _Kernel:
     constants = {
         "n": c if transpose else r,
@@ -664,9 +787,34 @@ def _split_kernel(
         "STRIDE_N": 1 if transpose else c,
         "STRIDE_K": c if transpose else 1,
         "HAS_PERM": has_perm,
+        "SPLIT": split,
         "BLOCK": 1024,
     }
-    return kernel_type(kernels.split_tf32_kernel, constants, 4, 2)
+    return kernel_type(kernels.pack_blocks_kernel, constants, 4, 2)
+
+
+def _pack(
+    values: Tensor,
+    perm: Tensor | None,
+    transpose: bool,
+    out: Tensor,
+    split: bool,
+    index: int,
+    kernel: _Kernel | None = None,
+) -> None:
+    """Write the stored blocks to ``out``, permuted, transposed and split in TF32 parts as asked."""
+    nnz, r, c = values.shape
+    if nnz == 0:
+        return
+    if kernel is None:
+        aligned = values.data_ptr() & 15 == 0
+        key = (index, r, c, transpose, perm is None, split, values.dtype, aligned)
+        kernel = _pack_kernels.get(key)
+        if kernel is None:
+            kernel = _pack_kernel(r, c, perm is not None, transpose, split)
+            _pack_kernels[key] = kernel
+    tensors = (values, values if perm is None else perm, out)
+    kernel((-(-nnz * r * c // 1024), 1, 1), index, tensors, nnz)
 
 
 def _split_tf32(
@@ -679,15 +827,7 @@ def _split_tf32(
     """High and low TF32 parts of the stored blocks, permuted and transposed as asked."""
     nnz, r, c = values.shape
     parts = torch.empty((2, nnz, r * c), dtype=torch.float32, device=values.device)
-    if nnz > 0:
-        if kernel is None:
-            key = (index, r, c, transpose, perm is None, values.data_ptr() & 15 == 0)
-            kernel = _split_kernels.get(key)
-            if kernel is None:
-                kernel = _split_kernel(r, c, perm is not None, transpose)
-                _split_kernels[key] = kernel
-        tensors = (values, values if perm is None else perm, parts)
-        kernel((-(-nnz * r * c // 1024), 1, 1), index, tensors, nnz)
+    _pack(values, perm, transpose, parts, True, index, kernel)
     return parts[0], parts[1]
 
 
@@ -899,7 +1039,8 @@ class traceable:
         )
         low = values
         if launch.has_low:
-            split = _split_kernel(values.shape[1], values.shape[2], False, False, _TracedKernel)
+            r, c = values.shape[1:]
+            split = _pack_kernel(r, c, False, False, True, _TracedKernel)
             values, low = _split_tf32(values, None, False, index, split)
         order = crow if plan is None else plan
         return launch(index, x, crow, col, col, order, values, low, bias, M, strides[0], strides[1])
@@ -929,6 +1070,14 @@ def grad_x(
     nnz, r, c = values.shape
     R = crow.shape[0] - 1
     parts = split_plan(plan, R, n_block_cols, nnz)
+    if M >= HOPPER_TOKENS and _device(index).capability == 90:
+        # A forward over the transposed index, once the blocks are transposed: a pass of a few microseconds.
+        blocks = values.new_empty((nnz, c, r))
+        index_t = (parts.crow_t, parts.row_t)
+        hopper = hopper_kernel(grad, *index_t, blocks, None, "none", None, index)
+        if hopper is not None:
+            _pack(values, parts.perm_t, True, blocks, False, index)
+            return hopper.forward(grad, *index_t, blocks, None, "none", None)
     stride_m, stride_n = _strides(grad)
     precision = _precision(grad.dtype, index)
     # TF32 tensor cores take no transposed operand, so float32 blocks are transposed beforehand.
@@ -1043,11 +1192,19 @@ def grad_values(
     if launch is None:
         bucket = m_bucket(x.shape[0])
         problem = _problem("grad_values", bucket, x, R, C, r, c, nnz, precision, index)
-        wide = _needs_64_bits(
-            _TALLEST * strides[0] + r * strides[1], _TALLEST * strides[2] + c * strides[3], r * c
-        )
-        launch = _remember(_launches, key, _BlockGradient(problem, index, wide))
-    return launch(index, grad, x, parts.row_indices, col, strides)
+        tile = _tile(problem, grad_values_tile, index)
+        if tile is None:
+            launch = _DenseGradient(problem)
+        else:
+            gathers = isinstance(tile, LineTile)  # then a tile spans an operand's whole width
+            wide = _needs_64_bits(
+                _TALLEST * strides[0] + (R if gathers else 1) * r * strides[1],
+                _TALLEST * strides[2] + (C if gathers else 1) * c * strides[3],
+                r * c,
+            )
+            launch = (_LineGradient if gathers else _BlockGradient)(problem, tile, wide)
+        _remember(_launches, key, launch)
+    return launch(index, grad, x, crow, col, parts, strides)
 
 
 def backend_info() -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Plain Triton kernels: one block-sparse matrix product, its weight gradient, and three small helpers.
+"""Plain Triton kernels: one block-sparse matrix product, its weight gradient in two forms, and two small helpers.
 
 They run on every NVIDIA GPU that Triton supports, can be traced into an exported program, and run in Triton's
 interpreter, which is how they are tested on machines without a GPU. ``cuda.py`` decides how they are launched.
@@ -29,7 +29,10 @@ FMA = 3  # float32 without tensor cores, for GPUs that have no TF32
 
 # A compiled kernel serves every value of these: batch sizes differ from call to call, and the parts of a plan start
 # anywhere. Strides and the addresses of x and values are left to Triton, which makes wide loads of them.
-_NUMBERS = ("M", "numel", "n_splits", "n_block_rows", "n_block_cols", "nnz", "tokens_per_split")
+_NUMBERS = (
+    *("M", "numel", "n_splits", "n_block_rows", "n_block_cols", "n_lines", "n_others", "nnz"),
+    "tokens_per_split",
+)
 _INDICES = ("start_ptr", "block_ptr", "perm_ptr", "order_ptr", "row_ptr", "col_ptr", "bias_ptr")
 
 
@@ -278,22 +281,23 @@ def sum_splits_kernel(
 
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_INDICES)
-def split_tf32_kernel(
+def pack_blocks_kernel(
     values_ptr,  # (nnz, r, c)
     perm_ptr,  # (nnz,), if HAS_PERM
-    out_ptr,  # (2, nnz, n, k): the high parts, then the low parts
+    out_ptr,  # (nnz, n, k), or with SPLIT (2, nnz, n, k): the high parts, then the low parts
     nnz,
     n: tl.constexpr,  # output block: (r, c) as stored, (c, r) transposed
     k: tl.constexpr,
     STRIDE_N: tl.constexpr,
     STRIDE_K: tl.constexpr,
     HAS_PERM: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Stored blocks, permuted and transposed if asked for, as high and low TF32 parts.
+    """Stored blocks, permuted and transposed if asked for, as they are or as high and low TF32 parts.
 
     One pass over the nonzeros, a fraction of one tile's work in the product, which then needs neither the arithmetic of
-    splitting nor a transposed operand (TF32 tensor cores take none).
+    splitting nor a transposed operand (TF32 tensor cores and the Gluon kernel take none).
     """
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     numel = nnz.to(tl.int64) * (n * k)
@@ -306,9 +310,12 @@ def split_tf32_kernel(
         block = tl.minimum(tl.maximum(block, 0), nnz - 1).to(tl.int64)
     source = block * (n * k) + (within // k) * STRIDE_N + (within % k) * STRIDE_K
     value = tl.load(values_ptr + source, mask=inside, other=0.0)
-    high = _tf32_high(value)
-    tl.store(out_ptr + i, high, mask=inside)
-    tl.store(out_ptr + numel + i, _tf32_low(value, high), mask=inside)
+    if SPLIT:
+        high = _tf32_high(value)
+        tl.store(out_ptr + i, high, mask=inside)
+        tl.store(out_ptr + numel + i, _tf32_low(value, high), mask=inside)
+    else:
+        tl.store(out_ptr + i, value, mask=inside)
 
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_INDICES)
@@ -405,3 +412,98 @@ def grad_values_kernel(
         out += split.to(tl.int64) * nnz * (r * c)
     stored = (i[:, None] < r) & (k[None, :] < c)
     tl.store(out + (i * c)[:, None] + k[None, :], acc.to(out_ptr.dtype.element_ty), mask=stored)
+
+
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_INDICES)
+def grad_values_lines_kernel(
+    fixed_ptr,  # (M, n_lines * f), any strides: grad, or x with the transposed index
+    gathered_ptr,  # (M, n_others * g), any strides: x, or grad with the transposed index
+    start_ptr,  # (n_lines + 1,) where the blocks of each line start in block_ptr
+    block_ptr,  # (nnz,) where each block lies along its line
+    perm_ptr,  # (nnz,) where in the output that block is stored, if HAS_PERM
+    order_ptr,  # (n_lines,) lines in the order in which they are worked on
+    out_ptr,  # (nnz, r, c), or with SPLIT a float workspace (splits, nnz, r, c)
+    M,
+    fixed_stride_m,
+    fixed_stride_n,
+    gathered_stride_m,
+    gathered_stride_n,
+    n_lines,
+    n_others,
+    nnz,
+    tokens_per_split,  # a multiple of BM
+    f: tl.constexpr,  # columns of fixed that a block spans: r, or c with the transposed index
+    g: tl.constexpr,  # columns of gathered that it spans: the other one
+    STRIDE_F: tl.constexpr,  # strides inside a stored block: (c, 1), or (1, c) with the transposed index
+    STRIDE_G: tl.constexpr,
+    HAS_PERM: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WIDE: tl.constexpr,
+    BM: tl.constexpr,
+    BF: tl.constexpr,
+    BG: tl.constexpr,
+):
+    """The stored blocks of grad.T @ x for small blocks of 16-bit numbers, several blocks of a line at a time.
+
+    A line is a block row, or a block column with the transposed index: its blocks share their columns of one operand.
+    Those are loaded once for BG // g blocks, whose columns of the other operand lie side by side in one wide tile; a
+    block of its own would read both, and feed the tensor cores scraps. Bound by L2 reads of the gathered operand,
+    about nnz * M * g elements.
+    """
+    GROUP: tl.constexpr = BG // g
+    RUN: tl.constexpr = g & -g  # gathered columns come in aligned runs of this many, at least
+    index_dtype: tl.constexpr = tl.int64 if WIDE else tl.int32
+
+    pid = tl.program_id(0)
+    split = pid // n_lines
+    # Clamped, here and below: a bad index may give wrong numbers, never a wild access.
+    line = tl.minimum(tl.maximum(tl.load(order_ptr + pid % n_lines), 0), n_lines - 1)
+    begin = tl.minimum(tl.maximum(tl.load(start_ptr + line), 0), nnz)
+    end = tl.minimum(tl.maximum(tl.load(start_ptr + line + 1), begin), nnz)
+
+    m0 = split.to(tl.int64) * tokens_per_split
+    left = (tl.minimum(m0 + tokens_per_split, M) - m0).to(tl.int32)
+    m = tl.arange(0, BM).to(index_dtype)
+    i = tl.arange(0, BF)
+    i_in = i.to(index_dtype)
+    if f % BF != 0:
+        i_in = tl.minimum(i, f - 1).to(index_dtype)
+    k = tl.arange(0, BG)
+    fixed_base = (
+        fixed_ptr
+        + line.to(tl.int64) * f * fixed_stride_n
+        + m0 * fixed_stride_m
+        + (i_in * fixed_stride_n)[None, :]
+        + (m * fixed_stride_m)[:, None]
+    )
+    gathered_base = gathered_ptr + m0 * gathered_stride_m + (m * gathered_stride_m)[:, None]
+    out = out_ptr
+    if SPLIT:
+        out += split.to(tl.int64) * nnz * (f * g)
+
+    for first in range(begin, end, GROUP):
+        j = first + k // g
+        present = (j < end) & (k < GROUP * g)
+        other = tl.load(block_ptr + j, mask=present, other=0)
+        other = tl.minimum(tl.maximum(other, 0), n_others - 1)
+        columns = other.to(index_dtype) * g + k % g
+        columns = tl.max_contiguous(tl.multiple_of(columns, RUN), RUN)
+        fixed_tile = fixed_base
+        gathered_tile = gathered_base + (columns * gathered_stride_n)[None, :]
+        acc = tl.zeros((BG, BF), tl.float32)
+        for done in range(0, left, BM):
+            inside = (m < left - done)[:, None]
+            fixed = tl.load(fixed_tile, mask=inside, other=0.0)
+            gathered = tl.load(gathered_tile, mask=inside & present[None, :], other=0.0)
+            fixed_tile += tl.cast(BM, tl.int64) * fixed_stride_m
+            gathered_tile += tl.cast(BM, tl.int64) * gathered_stride_m
+            # The wide side first: that is the side tensor cores want long.
+            acc = tl.dot(tl.trans(gathered), fixed, acc)
+        place = j
+        if HAS_PERM:
+            place = tl.load(perm_ptr + j, mask=present, other=0)
+            place = tl.minimum(tl.maximum(place, 0), nnz - 1)
+        element = place.to(tl.int64) * (f * g) + (k % g) * STRIDE_G
+        out_tile = out + element[:, None] + (i * STRIDE_F)[None, :]
+        stored = present[:, None] & (i < f)[None, :]
+        tl.store(out_tile, acc.to(out_ptr.dtype.element_ty), mask=stored)

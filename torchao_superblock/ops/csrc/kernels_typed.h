@@ -3,9 +3,9 @@
  * What limits them is the number of multiply-adds a core can start in a cycle, so everything serves one
  * loop, `rank_updates`: a tile of sums stays in registers while, for each k of each stored block, two
  * vectors of packed weights meet one broadcast element from each row of x. That needs
- *   - weights k-major ([k][lane]). `values` is n-major, so a thread packs the strips it works on into
- *     its scratch and uses them for all rows of x; few rows take `small` below instead, which reads
- *     the canonical order;
+ *   - weights k-major ([k][lane]). `values` is n-major, so the threads pack it strip by strip into the
+ *     scratch of the thread that called, for all rows of x; few rows take `small` below instead,
+ *     which reads the canonical order;
  *   - x in panels of 12 rows, [k / KC][row][k % KC]: KC elements are one cache line, so packing is a copy
  *     of whole lines (any dtype, any strides), rows lie at constant offsets, and rows that are 4096
  *     bytes apart no longer fight for the same lines of the cache.
