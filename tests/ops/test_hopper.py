@@ -43,10 +43,12 @@ def _compile(
     for argument, box in zip(("x_desc", "w_desc", "y_desc"), boxes, strict=True):
         layout = hopper._layout(box[1] * bytes_, 8 * bytes_)
         signature[argument] = f"tensordesc<{name}{box},{layout!r}>"
-    signature |= {"bias_ptr": f"*{name}", "crow_ptr": "*i32", "col_ptr": "*i32"}
+    pointers = {"w_ptr": f"*{name}", "bias_ptr": f"*{name}", "crow_ptr": "*i32", "col_ptr": "*i32"}
+    signature |= pointers
     signature |= dict.fromkeys(("tiles", "groups", "rows", "columns", "nnz"), "i32")
     signature |= dict.fromkeys(constants, "constexpr")
-    source = GluonASTSource(hopper_kernels.bsr_linear_strips, signature, constants)
+    aligned = {(list(signature).index(p),): [["tt.divisibility", 16]] for p in pointers}
+    source = GluonASTSource(hopper_kernels.bsr_linear_strips, signature, constants, aligned)
     target = GPUTarget("cuda", 90, 32)
     return triton.compile(source, target=target, options=hopper.options(tile))
 
@@ -80,9 +82,12 @@ RULES = {
         {"activation": "gelu"},
         0,
     ),
-    "STACKED": (_problem(50432, 768, 3072, 32, 32, 0.1), {}, 64),
+    "STACKED": (_problem(50432, 3072, 768, 32, 32, 0.1), {}, 64),
+    "COPIED_16": (_problem(50432, 3072, 768, 16, 16, 0.1), {}, 64),
+    "COPIED_16_LONG": (_problem(50432, 768, 3072, 16, 16, 0.1), {}, 64),
+    "COPIED_32": (_problem(50432, 768, 3072, 32, 32, 0.1), {}, 64),
     "PACKED": (_problem(50432, 3072, 768, 64, 16, 0.1), {}, 64),
-    "PACKED_TWO": (_problem(50432, 768, 3072, 16, 16, 0.1), {}, 128),
+    "PACKED_TWO": (_problem(50432, 8192, 4096, 16, 16, 0.1), {}, 128),
     "TF32": (_problem(50432, 3072, 768, 64, 64, 0.1, torch.float32), {"dtype": torch.float32}, 0),
     "EXACT": (
         _problem(50432, 3072, 768, 64, 64, 0.1, torch.float32, exact=True),
@@ -115,6 +120,14 @@ def test_the_output_leaves_through_transposing_matrix_stores():
 
 
 @needs_compiler
+@pytest.mark.parametrize("name", ["COPIED_16", "COPIED_16_LONG", "COPIED_32"])
+def test_copied_blocks_travel_16_bytes_a_thread(name):
+    ptx = _compile(*RULES[name][0]).asm["ptx"]
+    assert "cp.async.cg.shared.global" in ptx and "0x10" in ptx
+    assert "cp.async.mbarrier.arrive.noinc" in ptx
+
+
+@needs_compiler
 @pytest.mark.parametrize(
     ("tile", "entries"),
     [
@@ -122,6 +135,9 @@ def test_the_output_leaves_through_transposing_matrix_stores():
         ("TWO_STRIPS", 2048),
         ("TWO_PROGRAMS", 1024),
         ("STACKED", 1024),
+        ("COPIED_16", 256),
+        ("COPIED_16_LONG", 1024),
+        ("COPIED_32", 1024),
         ("PACKED_TWO", 2048),
     ],
 )
@@ -129,7 +145,11 @@ def test_the_largest_table_of_masks_that_the_rules_allow_fits(tile, entries):
     """Shared memory is counted from the parts, without compiling: slots, output buffers, table, barriers."""
     tile = getattr(hopper, tile)
     bytes_ = 2
-    r, c = (32, 32) if tile in (hopper.STACKED, hopper.PACKED_TWO) else (64, 64)
+    r, c = (64, 64)
+    if tile in (hopper.STACKED, hopper.COPIED_32, hopper.PACKED_TWO):
+        r, c = (32, 32)
+    if tile in (hopper.COPIED_16, hopper.COPIED_16_LONG):
+        r, c = (16, 16)
     x_box, w_box, y_box = hopper.boxes(tile, r, c, bytes_)
     stack = max(1, 64 // r)
     elements = tile.x_slots * math.prod(x_box)
@@ -300,13 +320,22 @@ def test_products_match_float64(blocksize, N, K, M, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", ["THREE_STRIPS", "TWO_STRIPS", "TWO_PROGRAMS"])
+@pytest.mark.parametrize(
+    ("tile", "blocksize"),
+    [
+        ("THREE_STRIPS", 64),
+        ("TWO_STRIPS", 64),
+        ("TWO_PROGRAMS", 64),
+        ("COPIED_16", 16),
+        ("COPIED_16_LONG", 16),
+        ("COPIED_32", 32),
+    ],
+)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_match_float64(activation, tile):
+def test_activations_match_float64(activation, tile, blocksize):
     _hopper_or_skip()
-    _check(
-        3001, 768, 768, 64, torch.float16, 5e-4, activation=activation, tile=getattr(hopper, tile)
-    )
+    tile = getattr(hopper, tile)
+    _check(3001, 768, 768, blocksize, torch.float16, 5e-4, activation=activation, tile=tile)
 
 
 @pytest.mark.gpu

@@ -48,6 +48,7 @@ class Strips(NamedTuple):
         programs: programs that share a multiprocessor (1 or 2).
         packed: whether blocks narrower than 64 columns travel as contiguous memory and reach the tensor cores through
             registers.
+        copied: whether blocks narrower than 64 columns are copied by the threads of a warp instead of TMA.
     """
 
     tokens: int
@@ -59,6 +60,7 @@ class Strips(NamedTuple):
     registers: int
     programs: int = 1
     packed: bool = False
+    copied: bool = False
 
 
 # The rules, from runs on an H200. "Three strips" use a slice of x for the most outputs and win once blocks are dense
@@ -67,6 +69,11 @@ THREE_STRIPS = Strips(256, 128, 3, 4, 2, 1, 160)
 TWO_STRIPS = Strips(256, 128, 2, 4, 3, 1, 216)
 TWO_PROGRAMS = Strips(128, 64, 2, 3, 2, 1, 104, programs=2)
 STACKED = Strips(256, 128, 3, 4, 3, 1, 160)
+# TMA takes as long for a row of 32 bytes as for one of 128, and an absent block still is a box: for 16 x 16 blocks, the
+# boxes of a stack take longer than its products. Masks of long rows leave room for fewer slots.
+COPIED_16 = Strips(256, 128, 3, 4, 8, 1, 160, copied=True)
+COPIED_16_LONG = Strips(256, 128, 3, 4, 6, 1, 160, copied=True)
+COPIED_32 = Strips(256, 128, 3, 4, 3, 1, 160, copied=True)
 PACKED = Strips(256, 128, 3, 4, 3, 1, 160, packed=True)
 PACKED_TWO = Strips(256, 128, 2, 4, 4, 1, 216, packed=True)
 TF32 = Strips(128, 128, 2, 5, 3, 1, 216)
@@ -132,6 +139,10 @@ def choose(
     if c % 64:
         if r >= _STRIP:
             return PACKED if entries <= 1024 else PACKED_TWO
+        if r == c == 16 and entries <= 1024:
+            return COPIED_16 if entries <= 256 and columns <= 64 else COPIED_16_LONG
+        if r == c == 32 and entries <= 1024 and columns > 64:
+            return COPIED_32
         if entries > 1024 or (r == 16 and columns > 64):
             return PACKED_TWO
         return STACKED
@@ -255,6 +266,7 @@ def constants(
         "CHUNKS": c // chunk,
         "WIDE": _STRIP // chunk if bytes_ == 2 else 1,
         "PACKED": tile.packed,
+        "COPIED": tile.copied,
         "EXACT": exact,
         "TABLE": _table_size(rows, columns),
         "X_SLOTS": tile.x_slots,
@@ -320,6 +332,7 @@ def forward(
             _layout(w_box[1] * bytes_, bits),
         ),
         TensorDescriptor(y, [M, N], [N, 1], y_box, _layout(128, bits)),
+        values,
         y if bias is None else bias,
         crow,
         col,

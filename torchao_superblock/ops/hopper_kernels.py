@@ -18,7 +18,9 @@ and shared-memory bandwidth for the operands of wgmma. The kernel deals with the
   set is their union. An absent block is an out-of-bounds TMA box, which the hardware fills with zeros
   without touching memory (or, where blocks travel packed, zeros in registers).
 * TMA copies rows of up to 128 bytes at a rate that hardly depends on their width, so slices of x are
-  always 128 bytes wide, whatever the block, and narrow blocks may travel as contiguous memory.
+  always 128 bytes wide, whatever the block. Narrow blocks would be many short rows: they travel as
+  contiguous memory ("packed", through registers), or the strip's warp copies them itself, 16 bytes a
+  thread, with cp.async ("copied").
 * float32 is three TF32 products: one more warpgroup splits every slice of x in two parts, once for
   all consumers, and a consumer splits its blocks in registers.
 
@@ -31,6 +33,7 @@ TMA clips whatever is left.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
     fence_async_shared,
     mbarrier,
     tma,
@@ -185,14 +188,32 @@ def _stream_x(
 
 @gluon.jit
 def _copy_block(
-    w_desc, bits, low, first, nnz, part, h, full, dst, SPLIT: gl.constexpr, PACKED: gl.constexpr
+    w_desc,
+    w_ptr,
+    inner,
+    bits,
+    low,
+    first,
+    nnz,
+    part,
+    h,
+    full,
+    dst,
+    SPLIT: gl.constexpr,
+    CHUNKS: gl.constexpr,
+    PACKED: gl.constexpr,
+    COPIED: gl.constexpr,
 ):
     """Copy the part of a block row's block in column ``low`` that lies in the strip."""
     BOX: gl.constexpr = w_desc.block_type.shape[0]
     BK: gl.constexpr = w_desc.block_type.shape[1]
     position = first + _popcount(bits & (low - 1))
     present = (bits & low) != 0
-    if PACKED:
+    if COPIED:
+        # Zeros for an absent block, which is not read. The caller arrives at the barrier.
+        start = (position.to(gl.int64) * SPLIT + part) * (BOX * BK * CHUNKS) + h * BK
+        async_copy.async_copy_global_to_shared(dst, w_ptr + start + inner, mask=present)
+    elif PACKED:
         # One arrival for each block row of the strip, with or without data.
         if present:
             mbarrier.expect(full, w_desc.block_type.nbytes)
@@ -212,6 +233,7 @@ def _copy_block(
 def _stream_blocks(
     g: gl.constexpr,
     w_desc,
+    w_ptr,
     crow_ptr,
     table,
     w_ring,
@@ -221,11 +243,20 @@ def _stream_blocks(
     SPLIT: gl.constexpr,
     CHUNKS: gl.constexpr,
     PACKED: gl.constexpr,
+    COPIED: gl.constexpr,
 ):
     w_s, w_full, w_empty = w_ring
     tiles, groups, rows, windows, nnz = sizes
     SLOTS: gl.constexpr = w_s.shape[0] // GROUP
     BOX: gl.constexpr = w_desc.block_type.shape[0]
+    BK: gl.constexpr = w_desc.block_type.shape[1]
+    inner = 0
+    if COPIED:
+        # Where each thread's 16 bytes lie in a block.
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BK, BK // 8], [1, 1], [1, 0])
+        i = gl.arange(0, BOX, layout=gl.SliceLayout(1, layout))
+        k = gl.arange(0, BK, layout=gl.SliceLayout(0, layout))
+        inner = i[:, None] * (BK * CHUNKS) + k[None, :]
     item = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
         _m, group = _tile(t, groups)
@@ -261,6 +292,8 @@ def _stream_blocks(
                     full = w_full.index(slot)
                     _copy_block(
                         w_desc,
+                        w_ptr,
+                        inner,
                         bits0,
                         low,
                         next0,
@@ -270,11 +303,15 @@ def _stream_blocks(
                         full,
                         w_s.index(slot).slice(0 * BOX, BOX, dim=0),
                         SPLIT,
+                        CHUNKS,
                         PACKED,
+                        COPIED,
                     )
                     if STACK > 1:
                         _copy_block(
                             w_desc,
+                            w_ptr,
+                            inner,
                             bits1,
                             low,
                             next1,
@@ -284,11 +321,15 @@ def _stream_blocks(
                             full,
                             w_s.index(slot).slice(1 * BOX, BOX, dim=0),
                             SPLIT,
+                            CHUNKS,
                             PACKED,
+                            COPIED,
                         )
                     if STACK > 2:
                         _copy_block(
                             w_desc,
+                            w_ptr,
+                            inner,
                             bits2,
                             low,
                             next2,
@@ -298,10 +339,14 @@ def _stream_blocks(
                             full,
                             w_s.index(slot).slice(2 * BOX, BOX, dim=0),
                             SPLIT,
+                            CHUNKS,
                             PACKED,
+                            COPIED,
                         )
                         _copy_block(
                             w_desc,
+                            w_ptr,
+                            inner,
                             bits3,
                             low,
                             next3,
@@ -311,8 +356,12 @@ def _stream_blocks(
                             full,
                             w_s.index(slot).slice(3 * BOX, BOX, dim=0),
                             SPLIT,
+                            CHUNKS,
                             PACKED,
+                            COPIED,
                         )
+                    if COPIED:
+                        async_copy.mbarrier_arrive(full, increment_count=False)
                     item += 1
 
 
@@ -536,6 +585,9 @@ def _consume(
                                 mbarrier.arrive(w_empty.index(w_slot), count=1)
                                 acc0 = _exact_product(w, x, low_s.index(x_slot), acc0)
                             else:
+                                # Copied blocks get no proxy fence, as in what Triton makes of a
+                                # pipelined tl.dot: cp.async, its completion, wgmma. A fence for
+                                # each product costs 16 x 16 blocks 6 %.
                                 w = w_s.index(w_slot)
                                 acc0, acc1 = _product(w, x, acc0, acc1, BN, PARTS)
                                 mbarrier.arrive(w_empty.index(w_slot), count=1)
@@ -555,6 +607,7 @@ def bsr_linear_strips(
     x_desc,
     w_desc,
     y_desc,
+    w_ptr,
     bias_ptr,
     crow_ptr,
     col_ptr,
@@ -569,6 +622,7 @@ def bsr_linear_strips(
     CHUNKS: gl.constexpr,
     WIDE: gl.constexpr,
     PACKED: gl.constexpr,
+    COPIED: gl.constexpr,
     EXACT: gl.constexpr,
     TABLE: gl.constexpr,
     X_SLOTS: gl.constexpr,
@@ -581,7 +635,7 @@ def bsr_linear_strips(
     """y = act(x @ W.T + bias) for strips of 64 outputs; see the module's docstring.
 
     x_desc [BM, WIDE * BK] boxes of x (M, K); w_desc [64 / STACK, BK] boxes of the values as an
-    (nnz * r, c) matrix; y_desc [tokens of one accumulator, 64] boxes of y (M, N).
+    (nnz * r, c) matrix; y_desc [tokens of one accumulator, 64] boxes of y (M, N); w_ptr the values.
     """
     BM: gl.constexpr = x_desc.block_type.shape[0]
     XK: gl.constexpr = x_desc.block_type.shape[1]
@@ -603,7 +657,8 @@ def bsr_linear_strips(
         mbarrier.init(x_full.index(i), count=1)
         mbarrier.init(x_empty.index(i), count=GROUP)
     for i in gl.static_range(GROUP * W_SLOTS):
-        mbarrier.init(w_full.index(i), count=STACK)
+        # Every thread of the copying warp arrives, or every box.
+        mbarrier.init(w_full.index(i), count=32 if COPIED else STACK)
         mbarrier.init(w_empty.index(i), count=1)
     fence_async_shared()
     windows = (columns + 63) // 64
@@ -631,10 +686,10 @@ def bsr_linear_strips(
                             CHUNKS, WIDE, PACKED, EXACT, HAS_BIAS, ACTIVATION)),
                 (_split_x, (table, x_ring, sizes, GROUP, STACK, SPLIT, CHUNKS, WIDE)),
                 (_stream_x, (x_desc, table, x_ring, sizes, GROUP, STACK, SPLIT, CHUNKS, WIDE)),
-                (_stream_blocks, (0, w_desc, crow_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT, CHUNKS,
-                                  PACKED)),
-                (_stream_blocks, (1, w_desc, crow_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT, CHUNKS,
-                                  PACKED)),
+                (_stream_blocks, (0, w_desc, w_ptr, crow_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
+                                  CHUNKS, PACKED, COPIED)),
+                (_stream_blocks, (1, w_desc, w_ptr, crow_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
+                                  CHUNKS, PACKED, COPIED)),
             ],
             [4, 4, 1, 1, 1],
             [REGISTERS, 96, 32, 32, 32],
@@ -647,10 +702,10 @@ def bsr_linear_strips(
                 (_consume, (1, y_desc, bias_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
                             CHUNKS, WIDE, PACKED, EXACT, HAS_BIAS, ACTIVATION)),
                 (_stream_x, (x_desc, table, x_ring, sizes, GROUP, STACK, SPLIT, CHUNKS, WIDE)),
-                (_stream_blocks, (0, w_desc, crow_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT, CHUNKS,
-                                  PACKED)),
-                (_stream_blocks, (1, w_desc, crow_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT, CHUNKS,
-                                  PACKED)),
+                (_stream_blocks, (0, w_desc, w_ptr, crow_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
+                                  CHUNKS, PACKED, COPIED)),
+                (_stream_blocks, (1, w_desc, w_ptr, crow_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
+                                  CHUNKS, PACKED, COPIED)),
             ],
             [4, 1, 1, 1],
             [REGISTERS, 32, 32, 32],
@@ -666,12 +721,12 @@ def bsr_linear_strips(
                 (_consume, (2, y_desc, bias_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
                             CHUNKS, WIDE, PACKED, EXACT, HAS_BIAS, ACTIVATION)),
                 (_stream_x, (x_desc, table, x_ring, sizes, GROUP, STACK, SPLIT, CHUNKS, WIDE)),
-                (_stream_blocks, (0, w_desc, crow_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT, CHUNKS,
-                                  PACKED)),
-                (_stream_blocks, (1, w_desc, crow_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT, CHUNKS,
-                                  PACKED)),
-                (_stream_blocks, (2, w_desc, crow_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT, CHUNKS,
-                                  PACKED)),
+                (_stream_blocks, (0, w_desc, w_ptr, crow_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
+                                  CHUNKS, PACKED, COPIED)),
+                (_stream_blocks, (1, w_desc, w_ptr, crow_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
+                                  CHUNKS, PACKED, COPIED)),
+                (_stream_blocks, (2, w_desc, w_ptr, crow_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
+                                  CHUNKS, PACKED, COPIED)),
             ],
             [4, 4, 1, 1, 1, 1],
             [REGISTERS, REGISTERS, 32, 32, 32, 32],
