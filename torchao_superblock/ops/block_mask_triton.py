@@ -88,7 +88,8 @@ def _mask_weight_kernel(
         block_col = tl.program_id(0) * K_TILE // C_SIZE
         # The same decision for the whole tile: a pruned tile is written without being read.
         keep = tl.load(mask_ptr + block_row * C + block_col) != 0
-        inside_kept = inside & keep
+        # Not `inside & keep`: Triton 3.9's interpreter makes no bool of a bool that it widens.
+        inside_kept = tl.where(keep, inside, False)
     else:
         # `inside` guards the load: past the edge there is no block.
         blocks = (n // R_SIZE)[:, None] * C + (k // C_SIZE)[None, :]
@@ -143,7 +144,9 @@ def _mask_weight_backward_kernel(
                 total += grad.to(ACC_DTYPE) * weight.to(ACC_DTYPE)
                 grad = tl.where(keep, grad, tl.zeros_like(grad))
             else:
-                grad = tl.load(grad_ptr + grad_offsets, mask=inside & keep, other=0.0)
+                grad = tl.load(
+                    grad_ptr + grad_offsets, mask=tl.where(keep, inside, False), other=0.0
+                )
             if NEED_GRAD_WEIGHT:
                 # grad_weight = grad * mask
                 tl.store(grad_weight_ptr + offsets, grad, mask=inside)
