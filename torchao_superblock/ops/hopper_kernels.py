@@ -43,6 +43,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 __all__ = ["bsr_linear_strips"]
 
+# Names that changed on the way from Triton 3.6 to 3.9.
+_tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_async_load = (
+    async_copy.async_load
+    if hasattr(async_copy, "async_load")
+    else async_copy.async_copy_global_to_shared
+)
+_tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+_REINTERPRET_IS_PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
 
 @gluon.jit
 def _popcount(bits):
@@ -69,7 +79,10 @@ def _fill_table(table, crow_ptr, col_ptr, rows, columns, nnz, windows):
     thread makes one mask.
     """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    masks = table._reinterpret(gl.int64, [table.shape[0] // 128, 128], table.layout)
+    if _REINTERPRET_IS_PUBLIC:
+        masks = table.reinterpret(gl.int64, [table.shape[0] // 128, 128], table.layout)
+    else:
+        masks = table._reinterpret(gl.int64, [table.shape[0] // 128, 128], table.layout)
     zero = gl.full([128], 0, gl.int64, layout)
     for start in range(0, rows * windows, 128):
         entry = start + gl.arange(0, 128, layout=layout)
@@ -177,7 +190,7 @@ def _stream_x(
                     slot = item % SLOTS
                     mbarrier.wait(x_empty.index(slot), ((item // SLOTS) & 1) ^ 1)
                     mbarrier.expect(x_full.index(slot), x_desc.block_type.nbytes)
-                    tma.async_copy_global_to_shared(
+                    _tma_load(
                         x_desc,
                         [m * BM, (column // WIDE * CHUNKS + h) * BK],
                         x_full.index(slot),
@@ -212,21 +225,19 @@ def _copy_block(
     if COPIED:
         # Zeros for an absent block, which is not read. The caller arrives at the barrier.
         start = (position.to(gl.int64) * SPLIT + part) * (BOX * BK * CHUNKS) + h * BK
-        async_copy.async_copy_global_to_shared(dst, w_ptr + start + inner, mask=present)
+        _async_load(dst, w_ptr + start + inner, mask=present)
     elif PACKED:
         # One arrival for each block row of the strip, with or without data.
         if present:
             mbarrier.expect(full, w_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(w_desc, [(position * SPLIT + part) * BOX, 0], full, dst)
+            _tma_load(w_desc, [(position * SPLIT + part) * BOX, 0], full, dst)
         else:
             mbarrier.arrive(full, count=1)
     else:
         # An absent block is a box past the end of the values: TMA writes zeros.
         position = gl.where(present, position, nnz)
         mbarrier.expect(full, w_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            w_desc, [(position * SPLIT + part) * BOX, h * BK], full, dst
-        )
+        _tma_load(w_desc, [(position * SPLIT + part) * BOX, h * BK], full, dst)
 
 
 @gluon.jit
@@ -404,7 +415,7 @@ def _store(
     y_s.permute((1, 0)).store(out)
     fence_async_shared()
     if active:
-        tma.async_copy_shared_to_global(y_desc, [row, column], y_s)
+        _tma_store(y_desc, [row, column], y_s)
 
 
 @gluon.jit
