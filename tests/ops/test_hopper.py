@@ -92,7 +92,7 @@ RULES = {
     "EXACT": (
         _problem(50432, 3072, 768, 64, 64, 0.1, torch.float32, exact=True),
         {"dtype": torch.float32, "exact": True},
-        0,
+        16,  # Triton 3.9; 0 with 3.6
     ),
 }
 
