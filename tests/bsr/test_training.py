@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import gc
 import subprocess
 import sys
 import traceback
@@ -143,6 +144,9 @@ def _on_rank(rank: int, folder: str) -> None:
         except Exception:
             result = traceback.format_exc()
         Path(folder, f"{name}.{rank}").write_text(result)
+    # Wrapped models go before the group, and no rank while another still talks to it.
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()
 
 
