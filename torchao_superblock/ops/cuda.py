@@ -495,11 +495,31 @@ class _BlockGradient:
             _Kernel(function, constants | {"SPLIT": split}, *options) for split in (False, True)
         ]
 
-    def _split_tokens(
-        self, index: int, grad: Tensor, M: int, launch: Callable[[bool, int, int, Tensor], None]
+    def _operands(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        crow: Tensor,
+        col: Tensor,
+        parts: Plan,
+        strides: tuple[int, int, int, int],
+    ) -> tuple[tuple[Tensor, ...], tuple[int, int, int, int], tuple[int, int]]:
+        """The kernel's tensors, strides and grid sizes, in its order."""
+        return (grad, x, parts.row_indices, col), strides, (self.problem.R, self.problem.C)
+
+    def __call__(
+        self,
+        index: int,
+        grad: Tensor,
+        x: Tensor,
+        crow: Tensor,
+        col: Tensor,
+        parts: Plan,
+        strides: tuple[int, int, int, int],
     ) -> Tensor:
         """Launch over as many ranges of tokens as keep the processors busy, and add up their sums in order."""
-        problem = self.problem
+        problem, M = self.problem, x.shape[0]
+        tensors, strides, sizes = self._operands(grad, x, crow, col, parts, strides)
         numel = problem.nnz * problem.r * problem.c
         shape = (problem.nnz, problem.r, problem.c)
         out = torch.empty(shape, dtype=grad.dtype, device=grad.device)
@@ -514,34 +534,22 @@ class _BlockGradient:
             if splits > 1:
                 target = torch.empty((splits, numel), dtype=self.accumulator, device=grad.device)
             try:
-                launch(splits > 1, splits, tokens, target)
+                self.kernels[splits > 1](
+                    (self.n_tiles * splits, 1, 1),
+                    index,
+                    (*tensors, target),
+                    M,
+                    *strides,
+                    *sizes,
+                    problem.nnz,
+                    tokens,
+                )
                 break
             except OutOfResources:
                 self.set_tile(_smaller(tile))
         if splits > 1:
             self.reduce((-(-numel // 256), 1, 1), index, (target, out, out), numel, 1, splits)
         return out
-
-    def __call__(
-        self,
-        index: int,
-        grad: Tensor,
-        x: Tensor,
-        crow: Tensor,
-        col: Tensor,
-        parts: Plan,
-        strides: tuple[int, int, int, int],
-    ) -> Tensor:
-        problem = self.problem
-        tensors = (grad, x, parts.row_indices, col)
-        sizes = (problem.R, problem.C, problem.nnz)
-
-        def launch(split: bool, splits: int, tokens: int, target: Tensor) -> None:
-            grid = (self.n_tiles * splits, 1, 1)
-            numbers = (x.shape[0], *strides, *sizes, tokens)
-            self.kernels[split](grid, index, (*tensors, target), *numbers)
-
-        return self._split_tokens(index, grad, x.shape[0], launch)
 
 
 class _LineGradient(_BlockGradient):
@@ -565,31 +573,20 @@ class _LineGradient(_BlockGradient):
         }
         self._set_kernels(kernels.grad_values_lines_kernel, constants)
 
-    def __call__(
+    def _operands(
         self,
-        index: int,
         grad: Tensor,
         x: Tensor,
         crow: Tensor,
         col: Tensor,
         parts: Plan,
         strides: tuple[int, int, int, int],
-    ) -> Tensor:
+    ) -> tuple[tuple[Tensor, ...], tuple[int, int, int, int], tuple[int, int]]:
         problem = self.problem
         if self.tile.transposed:
             tensors = (x, grad, parts.crow_t, parts.row_t, parts.perm_t, parts.col_order)
-            strides = (*strides[2:], *strides[:2])
-            sizes = (problem.C, problem.R, problem.nnz)
-        else:
-            tensors = (grad, x, crow, col, col, parts.row_order)
-            sizes = (problem.R, problem.C, problem.nnz)
-
-        def launch(split: bool, splits: int, tokens: int, target: Tensor) -> None:
-            grid = (self.n_tiles * splits, 1, 1)
-            numbers = (x.shape[0], *strides, *sizes, tokens)
-            self.kernels[split](grid, index, (*tensors, target), *numbers)
-
-        return self._split_tokens(index, grad, x.shape[0], launch)
+            return tensors, (*strides[2:], *strides[:2]), (problem.C, problem.R)
+        return (grad, x, crow, col, col, parts.row_order), strides, (problem.R, problem.C)
 
 
 class _DenseGradient:

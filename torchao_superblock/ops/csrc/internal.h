@@ -25,7 +25,7 @@ typedef struct {
     void *packed;               /* the strips of all groups */
     const int64_t *offset;      /* (n_groups): where each group starts in `packed`, in elements */
     atomic_int *ready;          /* (n_groups): whether a group is packed */
-    const unsigned char *needed; /* lines of x that any item reads */
+    const unsigned char *needed; /* lines of x that the product reads */
     /* The first n_whole tiles of rows are a piece of work each, with all groups; each (tile, group) of
      * the others is one, so that the threads end together. */
     int64_t tile_rows, n_tiles, n_whole;

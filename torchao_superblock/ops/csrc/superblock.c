@@ -202,25 +202,23 @@ int sb_run_product(const sb_product *p) {
     unsigned char *needed = (unsigned char *)(job.ready + n_groups);
     deal(p, strip, items, n_items, group, n_groups, scratch);
     job.items = items;
+    job.offset = offset;
     job.needed = needed;
+    memset(needed, 0, (size_t)n_lines);
+    for (int64_t j = 0; j < p->nnz; j++)
+        for (int64_t l = p->col[j] * p->c / line; l <= ((p->col[j] + 1) * p->c - 1) / line; l++) needed[l] = 1;
     atomic_init(&job.failed, 0);
 
     /* A round for as many groups as there are threads. */
     for (int64_t g = 0; g < n_groups && !atomic_load(&job.failed); g += job.n_groups) {
         job.n_groups = sb_min(threads, n_groups - g);
         job.group = group + g;
-        job.offset = offset;
         int64_t elements = 0;
-        memset(needed, 0, (size_t)n_lines);
         for (int64_t a = 0; a < job.n_groups; a++) {
             offset[a] = elements;
             atomic_init(&job.ready[a], 0);
             for (const sb_item *i = items + group[g + a]; i < items + group[g + a + 1]; i++) {
-                const int32_t first = p->crow[i->row], last = p->crow[i->row + 1];
-                elements += (last - first) * p->c * (i->width > lanes ? 2 * lanes : lanes);
-                for (int64_t j = first; j < last; j++)
-                    for (int64_t l = p->col[j] * p->c / line; l <= ((p->col[j] + 1) * p->c - 1) / line; l++)
-                        needed[l] = 1;
+                elements += (p->crow[i->row + 1] - p->crow[i->row]) * p->c * (i->width > lanes ? 2 * lanes : lanes);
             }
         }
         job.packed = sb_scratch(SB_SCRATCH_W, (size_t)(size * elements) + 64);
