@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.reference import block_mask, random_bsr, relative_error
-from torchao_superblock.ops import hopper
+from torchao_superblock.ops import build_plan, hopper
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 gluon = pytest.importorskip("triton.experimental.gluon", reason="this Triton has no Gluon")
@@ -28,7 +28,16 @@ needs_compiler = pytest.mark.skipif(
 
 
 def _compile(
-    tile, rows, columns, r, c, dtype=torch.bfloat16, exact=False, activation="none", bias=True
+    tile,
+    rows,
+    columns,
+    r,
+    c,
+    dtype=torch.bfloat16,
+    exact=False,
+    order=True,
+    activation="none",
+    bias=True,
 ):
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -37,13 +46,14 @@ def _compile(
 
     bytes_ = dtype.itemsize
     name = NAMES[dtype]
-    constants = hopper.constants(tile, rows, columns, r, c, bytes_, exact, bias, activation)
+    constants = hopper.constants(tile, rows, columns, r, c, bytes_, exact, order, bias, activation)
     signature = {}
     boxes = hopper.boxes(tile, r, c, bytes_)
     for argument, box in zip(("x_desc", "w_desc", "y_desc"), boxes, strict=True):
         layout = hopper._layout(box[1] * bytes_, 8 * bytes_)
         signature[argument] = f"tensordesc<{name}{box},{layout!r}>"
     pointers = {"w_ptr": f"*{name}", "bias_ptr": f"*{name}", "crow_ptr": "*i32", "col_ptr": "*i32"}
+    pointers["order_ptr"] = "*i32"
     signature |= pointers
     signature |= dict.fromkeys(("tiles", "groups", "rows", "columns", "nnz"), "i32")
     signature |= dict.fromkeys(constants, "constexpr")
@@ -82,9 +92,10 @@ RULES = {
         {"activation": "gelu"},
         0,
     ),
-    "STACKED": (_problem(50432, 3072, 768, 32, 32, 0.1), {}, 64),
+    "SHORT_TILES": (_problem(50432, 3072, 768, 64, 64, 0.1), {}, 0),
+    "STACKED": (_problem(50432, 3072, 768, 32, 16, 0.1), {}, 64),
     "COPIED_16": (_problem(50432, 3072, 768, 16, 16, 0.1), {}, 64),
-    "COPIED_16_LONG": (_problem(50432, 768, 3072, 16, 16, 0.1), {}, 64),
+    "COPIED_16_LONG": (_problem(50432, 1536, 6144, 16, 16, 0.1), {}, 64),
     "COPIED_32": (_problem(50432, 768, 3072, 32, 32, 0.1), {}, 64),
     "PACKED": (_problem(50432, 3072, 768, 64, 16, 0.1), {}, 64),
     "PACKED_TWO": (_problem(50432, 8192, 4096, 16, 16, 0.1), {}, 128),
@@ -134,6 +145,7 @@ def test_copied_blocks_travel_16_bytes_a_thread(name):
         ("THREE_STRIPS", 256),
         ("TWO_STRIPS", 2048),
         ("TWO_PROGRAMS", 1024),
+        ("SHORT_TILES", 1024),
         ("STACKED", 1024),
         ("COPIED_16", 256),
         ("COPIED_16_LONG", 1024),
@@ -294,14 +306,17 @@ def _check(
     # Rows of a wider tensor, and an output poisoned by what the allocator hands out again.
     x = torch.randn(M, K + 64, device="cuda").to(dtype)[:, :K]
     b = torch.randn(N, device="cuda").to(dtype) if bias else None
+    plan = build_plan(crow, col, K // values.shape[2], group_rows=True)
     torch.full((M, N), float("nan"), device="cuda", dtype=dtype)
-    y = hopper.forward(x, crow, col, values, b, activation, None, tile=tile)
+    y = hopper.forward(x, crow, col, values, b, activation, plan, tile=tile)
     z = x.double() @ dense.double().t() + (0 if b is None else b.double())
     assert y.shape == (M, N) and y.is_contiguous() and y.dtype == dtype
     error = relative_error(y, ACTIVATIONS[activation](z))
     assert error <= bound, error
-    again = hopper.forward(x, crow, col, values, b, activation, None, tile=tile)
+    again = hopper.forward(x, crow, col, values, b, activation, plan, tile=tile)
     assert torch.equal(y, again), "the same inputs gave other bits"
+    ungrouped = hopper.forward(x, crow, col, values, b, activation, None, tile=tile)
+    assert torch.equal(y, ungrouped), "the order of the rows changed the sums"
 
 
 SIZES = [64, 32, 16, 128, (64, 16), (64, 32), (128, 64), (128, 32), (32, 64), (16, 32), (32, 16)]
@@ -326,6 +341,7 @@ def test_products_match_float64(blocksize, N, K, M, dtype):
         ("THREE_STRIPS", 64),
         ("TWO_STRIPS", 64),
         ("TWO_PROGRAMS", 64),
+        ("SHORT_TILES", 64),
         ("COPIED_16", 16),
         ("COPIED_16_LONG", 16),
         ("COPIED_32", 32),
@@ -346,6 +362,29 @@ def test_float32_has_the_accuracy_that_torch_asks_for(set_precision, blocksize, 
     set_precision(precision)
     for N, K in ((768, 768), (128, 4224)):
         _check(2100, N, K, blocksize, torch.float32, bound)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "relu"])
+@pytest.mark.parametrize(("precision", "bound"), [("ieee", 3e-7), ("tf32", 2e-3)])
+def test_float32_activations_match_float64(set_precision, activation, precision, bound):
+    _hopper_or_skip()
+    set_precision(precision)
+    _check(2100, 768, 768, 64, torch.float32, bound, activation=activation)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+def test_activations_of_infinity_and_nan_are_torchs(activation, dtype):
+    _hopper_or_skip()
+    _dense, crow, col, values = random_bsr(128, 768, 64, 0.5, dtype, "cuda")
+    x = torch.zeros(2048, 768, device="cuda", dtype=dtype)
+    bias = torch.zeros(128, device="cuda", dtype=dtype)
+    bias[:4] = torch.tensor([math.inf, math.nan, -30.0, 30.0])
+    y = hopper.forward(x, crow, col, values, bias, activation, None)
+    expected = ACTIVATIONS[activation](bias.float()).to(dtype).expand_as(y)
+    torch.testing.assert_close(y, expected, equal_nan=True, rtol=0, atol=1e-6)
 
 
 @pytest.mark.gpu
@@ -376,6 +415,10 @@ def test_indices_outside_the_grid_read_nothing_outside():
         broken[3:7] = 2**30
         broken[7] = -9
         hopper.forward(x, broken, col, values, None, "none", None)
+        plan = build_plan(crow, col, 768 // blocksize)
+        for bad in (-5, 2**30):
+            tile = hopper.THREE_STRIPS if blocksize == 64 else None
+            hopper.forward(x, crow, col, values, None, "none", plan * 0 + bad, tile=tile)
     torch.cuda.synchronize()
 
 

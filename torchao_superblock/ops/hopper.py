@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchao_superblock.ops.plan import split_plan
+
 __all__ = ["Strips", "boxes", "choose", "constants", "forward", "supports", "unavailable_reason"]
 
 try:
@@ -49,6 +51,7 @@ class Strips(NamedTuple):
         packed: whether blocks narrower than 64 columns travel as contiguous memory and reach the tensor cores through
             registers.
         copied: whether blocks narrower than 64 columns are copied by the threads of a warp instead of TMA.
+        grouped: whether the strips of a tile are chosen by the plan, to share columns, where a strip is a block row.
     """
 
     tokens: int
@@ -61,13 +64,17 @@ class Strips(NamedTuple):
     programs: int = 1
     packed: bool = False
     copied: bool = False
+    grouped: bool = False
 
 
 # The rules, from runs on an H200. "Three strips" use a slice of x for the most outputs and win once blocks are dense
-# enough to keep the tensor cores busy; "two programs" overlap one tile's epilogue with another's products.
-THREE_STRIPS = Strips(256, 128, 3, 4, 2, 1, 160)
+# enough to keep the tensor cores busy; "two programs" overlap one tile's epilogue with another's products, which is
+# what an activation is for 16-bit numbers.
+THREE_STRIPS = Strips(256, 128, 3, 4, 2, 1, 160, grouped=True)
 TWO_STRIPS = Strips(256, 128, 2, 4, 3, 1, 216)
 TWO_PROGRAMS = Strips(128, 64, 2, 3, 2, 1, 104, programs=2)
+# With few products a tile is mostly output: small tiles and deep rings overlap one strip's output with another's loads.
+SHORT_TILES = Strips(128, 64, 3, 5, 2, 2, 160)
 STACKED = Strips(256, 128, 3, 4, 3, 1, 160)
 # TMA takes as long for a row of 32 bytes as for one of 128, and an absent block still is a box: for 16 x 16 blocks, the
 # boxes of a stack take longer than its products. Masks of long rows leave room for fewer slots.
@@ -77,7 +84,7 @@ COPIED_32 = Strips(256, 128, 3, 4, 3, 1, 160, copied=True)
 PACKED = Strips(256, 128, 3, 4, 3, 1, 160, packed=True)
 PACKED_TWO = Strips(256, 128, 2, 4, 4, 1, 216, packed=True)
 TF32 = Strips(128, 128, 2, 5, 3, 1, 216)
-EXACT = Strips(128, 128, 2, 3, 3, 1, 176)
+EXACT = Strips(128, 128, 2, 3, 3, 1, 176, grouped=True)
 
 
 def _table_size(rows: int, columns: int) -> int:
@@ -140,18 +147,18 @@ def choose(
         if r >= _STRIP:
             return PACKED if entries <= 1024 else PACKED_TWO
         if r == c == 16 and entries <= 1024:
-            return COPIED_16 if entries <= 256 and columns <= 64 else COPIED_16_LONG
-        if r == c == 32 and entries <= 1024 and columns > 64:
+            return COPIED_16 if entries <= 256 else COPIED_16_LONG
+        if r == c == 32 and entries <= 1024:
             return COPIED_32
         if entries > 1024 or (r == 16 and columns > 64):
             return PACKED_TWO
         return STACKED
     if activation in ("gelu", "gelu_tanh", "silu"):
         return TWO_PROGRAMS if entries <= 1024 else TWO_STRIPS
+    if columns * c <= 1024 and nnz <= 0.15 * rows * columns and entries <= 1024:
+        return SHORT_TILES
     if entries > 256 or r > _STRIP:
         return TWO_STRIPS
-    if columns * c <= 1024 and nnz <= 0.15 * rows * columns:
-        return TWO_PROGRAMS
     N = rows * r
     if 1.06 * _busy(M, N, THREE_STRIPS, processors) < _busy(M, N, TWO_STRIPS, processors):
         return TWO_STRIPS
@@ -254,6 +261,7 @@ def constants(
     c: int,
     bytes_: int,
     exact: bool,
+    has_order: bool,
     has_bias: bool,
     activation: str,
 ) -> dict[str, Any]:
@@ -272,6 +280,7 @@ def constants(
         "X_SLOTS": tile.x_slots,
         "W_SLOTS": tile.w_slots,
         "Y_SLOTS": tile.y_slots,
+        "HAS_ORDER": has_order,
         "HAS_BIAS": has_bias,
         "ACTIVATION": activation,
         "REGISTERS": tile.registers,
@@ -303,7 +312,7 @@ def forward(
         values: ``(nnz, r, c)`` contiguous.
         bias: ``(R * r,)`` contiguous or None.
         activation: name of an activation.
-        plan: not used; the kernel works in the natural order.
+        plan: packed plan or None; its groups of block rows share what they read of x.
         tile: overrides the choice by rule (for tuning and tests).
 
     Returns:
@@ -316,6 +325,10 @@ def forward(
     if tile is None:
         tile = _choose(x, crow, values, activation)
         assert tile is not None
+    order = crow
+    has_order = tile.grouped and r == _STRIP and plan is not None
+    if has_order:
+        order = split_plan(plan, rows, K // c, nnz).row_groups
     bytes_ = x.element_size()
     bits = 8 * bytes_
     x_box, w_box, y_box = boxes(tile, r, c, bytes_)
@@ -336,13 +349,23 @@ def forward(
         y if bias is None else bias,
         crow,
         col,
+        order,
         tiles,
         -(-N // (_STRIP * tile.group)),
         rows,
         K // c,
         nnz,
         **constants(
-            tile, rows, K // c, r, c, bytes_, _exact(x.dtype), bias is not None, activation
+            tile,
+            rows,
+            K // c,
+            r,
+            c,
+            bytes_,
+            _exact(x.dtype),
+            has_order,
+            bias is not None,
+            activation,
         ),
         **options(tile),
     )

@@ -8,6 +8,7 @@ and shared-memory bandwidth for the operands of wgmma. The kernel deals with the
 
 * A program owns a tile of BM tokens x GROUP "strips" of 64 outputs. A slice of x is copied once for
   all strips of the tile that have a block in that column, so x crosses the L2-SM link less often.
+  Which strips those are the plan may choose: block rows that share columns share slices.
 * The product is computed transposed, y.T = W @ x.T: 64 outputs are the M side of wgmma and up to
   256 tokens its N side. Such an instruction reads far less shared memory for the same arithmetic
   than 64 tokens x 64 outputs would.
@@ -51,6 +52,7 @@ _async_load = (
     else async_copy.async_copy_global_to_shared
 )
 _tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 _REINTERPRET_IS_PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
@@ -63,7 +65,7 @@ def _popcount(bits):
 
 @gluon.jit
 def _block_row(strip, s: gl.constexpr, STACK: gl.constexpr, SPLIT: gl.constexpr):
-    """Block row number s of a strip: STACK block rows a strip, or SPLIT strips a block row."""
+    """The place of block row number s of a strip: STACK block rows a strip, or SPLIT strips a block row."""
     if STACK > 1:
         row = strip * STACK + s
     else:
@@ -72,24 +74,43 @@ def _block_row(strip, s: gl.constexpr, STACK: gl.constexpr, SPLIT: gl.constexpr)
 
 
 @gluon.jit
-def _fill_table(table, crow_ptr, col_ptr, rows, columns, nnz, windows):
+def _row_at(order_ptr, place, rows, HAS_ORDER: gl.constexpr):
+    """The block row in a place of the order in which they are worked on."""
+    row = place
+    if HAS_ORDER:
+        # Clamped: a bad order may give wrong numbers, never a wild access.
+        row = gl.load(order_ptr + gl.minimum(place, rows - 1))
+        row = gl.minimum(gl.maximum(row, 0), rows - 1)
+    return row
+
+
+@gluon.jit
+def _reinterpreted(memory, dtype: gl.constexpr, shape: gl.constexpr):
+    if _REINTERPRET_IS_PUBLIC:
+        return memory.reinterpret(dtype, shape, memory.layout)
+    else:
+        return memory._reinterpret(dtype, shape, memory.layout)
+
+
+@gluon.jit
+def _fill_table(
+    table, order_ptr, crow_ptr, col_ptr, rows, columns, nnz, windows, HAS_ORDER: gl.constexpr
+):
     """Write the column masks of all block rows, 64 block columns a mask, to shared memory.
 
-    Entry row * windows + w has bit j set when the row has a block in block column 64 w + j. One
-    thread makes one mask.
+    Entry place * windows + w has bit j set when the block row in that place of the order has a block
+    in block column 64 w + j. One thread makes one mask.
     """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    if _REINTERPRET_IS_PUBLIC:
-        masks = table.reinterpret(gl.int64, [table.shape[0] // 128, 128], table.layout)
-    else:
-        masks = table._reinterpret(gl.int64, [table.shape[0] // 128, 128], table.layout)
+    masks = _reinterpreted(table, gl.int64, [table.shape[0] // 128, 128])
     zero = gl.full([128], 0, gl.int64, layout)
     for start in range(0, rows * windows, 128):
         entry = start + gl.arange(0, 128, layout=layout)
-        row = entry // windows
+        place = entry // windows
         base = (entry % windows) * 64
-        first = gl.load(crow_ptr + row, mask=row < rows, other=0)
-        end = gl.load(crow_ptr + row + 1, mask=row < rows, other=0)
+        row = _row_at(order_ptr, place, rows, HAS_ORDER)
+        first = gl.load(crow_ptr + row, mask=place < rows, other=0)
+        end = gl.load(crow_ptr + row + 1, mask=place < rows, other=0)
         first = gl.minimum(gl.maximum(first, 0), nnz)
         count = gl.minimum(gl.maximum(end, first), nnz) - first
         bits = zero
@@ -144,12 +165,15 @@ def _group_slices(
 
 
 @gluon.jit
-def _first_block(crow_ptr, table, row, rows, nnz, window, windows):
+def _first_block(
+    crow_ptr, order_ptr, table, place, rows, nnz, window, windows, HAS_ORDER: gl.constexpr
+):
     """Where the row's first block of a window is stored: row start + blocks of earlier windows."""
-    position = gl.load(crow_ptr + gl.minimum(row, rows - 1))
+    row = _row_at(order_ptr, gl.minimum(place, rows - 1), rows, HAS_ORDER)
+    position = gl.load(crow_ptr + row)
     position = gl.minimum(gl.maximum(position, 0), nnz)
     for earlier in range(window):
-        position += _popcount(_row_bits(table, row, rows, earlier, windows))
+        position += _popcount(_row_bits(table, place, rows, earlier, windows))
     return position
 
 
@@ -246,6 +270,7 @@ def _stream_blocks(
     w_desc,
     w_ptr,
     crow_ptr,
+    order_ptr,
     table,
     w_ring,
     sizes,
@@ -255,6 +280,7 @@ def _stream_blocks(
     CHUNKS: gl.constexpr,
     PACKED: gl.constexpr,
     COPIED: gl.constexpr,
+    HAS_ORDER: gl.constexpr,
 ):
     w_s, w_full, w_empty = w_ring
     tiles, groups, rows, windows, nnz = sizes
@@ -276,7 +302,9 @@ def _stream_blocks(
         for window in range(windows):
             row = _block_row(strip, 0, STACK, SPLIT)
             bits0 = _row_bits(table, row, rows, window, windows)
-            next0 = _first_block(crow_ptr, table, row, rows, nnz, window, windows)
+            next0 = _first_block(
+                crow_ptr, order_ptr, table, row, rows, nnz, window, windows, HAS_ORDER
+            )
             bits1 = bits0
             next1 = next0
             bits2 = bits0
@@ -286,13 +314,19 @@ def _stream_blocks(
             todo = bits0
             if STACK > 1:
                 bits1 = _row_bits(table, row + 1, rows, window, windows)
-                next1 = _first_block(crow_ptr, table, row + 1, rows, nnz, window, windows)
+                next1 = _first_block(
+                    crow_ptr, order_ptr, table, row + 1, rows, nnz, window, windows, HAS_ORDER
+                )
                 todo = todo | bits1
             if STACK > 2:
                 bits2 = _row_bits(table, row + 2, rows, window, windows)
-                next2 = _first_block(crow_ptr, table, row + 2, rows, nnz, window, windows)
+                next2 = _first_block(
+                    crow_ptr, order_ptr, table, row + 2, rows, nnz, window, windows, HAS_ORDER
+                )
                 bits3 = _row_bits(table, row + 3, rows, window, windows)
-                next3 = _first_block(crow_ptr, table, row + 3, rows, nnz, window, windows)
+                next3 = _first_block(
+                    crow_ptr, order_ptr, table, row + 3, rows, nnz, window, windows, HAS_ORDER
+                )
                 todo = todo | bits2 | bits3
             for _ in range(_popcount(todo)):
                 low = todo & (0 - todo)
@@ -429,13 +463,37 @@ def _activate(z, FLOAT32: gl.constexpr, ACTIVATION: gl.constexpr):
 
 
 @gluon.jit
+def _activate_in_place(y_s, ACTIVATION: gl.constexpr):
+    """The activation of float32 in shared memory, in a loop over a few tokens at a time.
+
+    Unrolled over an accumulator it is thousands of instructions that run once a tile, and nearly all
+    of the time goes into fetching them. Those of a loop stay at hand.
+    """
+    ROWS: gl.constexpr = 32
+    PARTS: gl.constexpr = y_s.shape[0] * 64 // (ROWS * 32)
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
+    # 128 bytes are what a row of the layout is wide: the left halves of all tokens, then the right.
+    parts = _reinterpreted(y_s, gl.float32, [PARTS, ROWS, 32])
+    _barrier()
+    for i in range(PARTS):
+        part = parts.index(i)
+        part.store(_activate(part.load(layout), True, ACTIVATION))
+    _barrier()
+
+
+@gluon.jit
 def _store(
     acc, bias, y_desc, y_s, row, column, active, PENDING: gl.constexpr, ACTIVATION: gl.constexpr
 ):
     FLOAT32: gl.constexpr = y_desc.dtype.primitive_bitwidth == 32
-    out = _activate(acc + bias[:, None], FLOAT32, ACTIVATION).to(y_desc.dtype)
+    LATER: gl.constexpr = FLOAT32 and ACTIVATION != "none" and ACTIVATION != "relu"
+    out = acc + bias[:, None]
+    if not LATER:
+        out = _activate(out, FLOAT32, ACTIVATION).to(y_desc.dtype)
     tma.store_wait(PENDING)
     y_s.permute((1, 0)).store(out)
+    if LATER:
+        _activate_in_place(y_s, ACTIVATION)
     fence_async_shared()
     if active:
         _tma_store(y_desc, [row, column], y_s)
@@ -526,6 +584,7 @@ def _consume(
     g: gl.constexpr,
     y_desc,
     bias_ptr,
+    order_ptr,
     table,
     x_ring,
     w_ring,
@@ -538,6 +597,7 @@ def _consume(
     WIDE: gl.constexpr,
     PACKED: gl.constexpr,
     EXACT: gl.constexpr,
+    HAS_ORDER: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
 ):
@@ -563,10 +623,15 @@ def _consume(
         m, group = _tile(t, groups)
         strip = group * GROUP + g
         active = strip < strips
+        feature = strip * 64
+        if HAS_ORDER:
+            place = _block_row(strip, 0, STACK, SPLIT)
+            feature = (_row_at(order_ptr, place, rows, HAS_ORDER) * SPLIT + strip % SPLIT) * 64
         bias = gl.zeros([64], gl.float32, lanes)
         if HAS_BIAS:
-            feature = strip * 64 + gl.arange(0, 64, layout=lanes)
-            bias = gl.load(bias_ptr + feature, mask=feature < strips * 64, other=0).to(gl.float32)
+            i = gl.arange(0, 64, layout=lanes)
+            bias = gl.load(bias_ptr + feature + i, mask=i < strips * 64 - feature, other=0)
+            bias = bias.to(gl.float32)
         acc0 = gl.zeros([64, BN], gl.float32, layout)
         acc1 = acc0
         for window in range(windows):
@@ -629,14 +694,18 @@ def _consume(
                     mbarrier.arrive(x_empty.index(x_slot), count=1)
                     x_item += 1
         y0 = y_s.index(g * BUFFERS)
-        _store(acc0, bias, y_desc, y0, m * BM, strip * 64, active, BUFFERS - 1, ACTIVATION)
+        _store(acc0, bias, y_desc, y0, m * BM, feature, active, BUFFERS - 1, ACTIVATION)
         if PARTS == 2:
             y1 = y_s.index(g * BUFFERS + BUFFERS - 1)
-            _store(acc1, bias, y_desc, y1, m * BM + BN, strip * 64, active, BUFFERS - 1, ACTIVATION)
+            _store(acc1, bias, y_desc, y1, m * BM + BN, feature, active, BUFFERS - 1, ACTIVATION)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["tiles", "groups", "rows", "columns", "nnz"])
+# The parts of a plan start anywhere: one compiled kernel serves them all.
+@gluon.jit(
+    do_not_specialize=["tiles", "groups", "rows", "columns", "nnz"],
+    do_not_specialize_on_alignment=["bias_ptr", "crow_ptr", "col_ptr", "order_ptr"],
+)
 def bsr_linear_strips(
     x_desc,
     w_desc,
@@ -645,6 +714,7 @@ def bsr_linear_strips(
     bias_ptr,
     crow_ptr,
     col_ptr,
+    order_ptr,
     tiles,
     groups,
     rows,
@@ -662,6 +732,7 @@ def bsr_linear_strips(
     X_SLOTS: gl.constexpr,
     W_SLOTS: gl.constexpr,
     Y_SLOTS: gl.constexpr,
+    HAS_ORDER: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
     REGISTERS: gl.constexpr,
@@ -696,7 +767,7 @@ def bsr_linear_strips(
         mbarrier.init(w_empty.index(i), count=1)
     fence_async_shared()
     windows = (columns + 63) // 64
-    _fill_table(table, crow_ptr, col_ptr, rows, columns, nnz, windows)
+    _fill_table(table, order_ptr, crow_ptr, col_ptr, rows, columns, nnz, windows, HAS_ORDER)
 
     low_s = x_s
     x_split = x_full
@@ -714,16 +785,16 @@ def bsr_linear_strips(
         gl.static_assert(GROUP == 2)
         gl.warp_specialize(
             [
-                (_consume, (0, y_desc, bias_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
-                            CHUNKS, WIDE, PACKED, EXACT, HAS_BIAS, ACTIVATION)),
-                (_consume, (1, y_desc, bias_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
-                            CHUNKS, WIDE, PACKED, EXACT, HAS_BIAS, ACTIVATION)),
+                (_consume, (0, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
+                            CHUNKS, WIDE, PACKED, EXACT, HAS_ORDER, HAS_BIAS, ACTIVATION)),
+                (_consume, (1, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
+                            CHUNKS, WIDE, PACKED, EXACT, HAS_ORDER, HAS_BIAS, ACTIVATION)),
                 (_split_x, (table, x_ring, sizes, GROUP, STACK, SPLIT, CHUNKS, WIDE)),
                 (_stream_x, (x_desc, table, x_ring, sizes, GROUP, STACK, SPLIT, CHUNKS, WIDE)),
-                (_stream_blocks, (0, w_desc, w_ptr, crow_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
-                                  CHUNKS, PACKED, COPIED)),
-                (_stream_blocks, (1, w_desc, w_ptr, crow_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
-                                  CHUNKS, PACKED, COPIED)),
+                (_stream_blocks, (0, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
+                                  CHUNKS, PACKED, COPIED, HAS_ORDER)),
+                (_stream_blocks, (1, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
+                                  CHUNKS, PACKED, COPIED, HAS_ORDER)),
             ],
             [4, 4, 1, 1, 1],
             [REGISTERS, 96, 32, 32, 32],
@@ -731,15 +802,15 @@ def bsr_linear_strips(
     elif GROUP == 2:
         gl.warp_specialize(
             [
-                (_consume, (0, y_desc, bias_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
-                            CHUNKS, WIDE, PACKED, EXACT, HAS_BIAS, ACTIVATION)),
-                (_consume, (1, y_desc, bias_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
-                            CHUNKS, WIDE, PACKED, EXACT, HAS_BIAS, ACTIVATION)),
+                (_consume, (0, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
+                            CHUNKS, WIDE, PACKED, EXACT, HAS_ORDER, HAS_BIAS, ACTIVATION)),
+                (_consume, (1, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
+                            CHUNKS, WIDE, PACKED, EXACT, HAS_ORDER, HAS_BIAS, ACTIVATION)),
                 (_stream_x, (x_desc, table, x_ring, sizes, GROUP, STACK, SPLIT, CHUNKS, WIDE)),
-                (_stream_blocks, (0, w_desc, w_ptr, crow_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
-                                  CHUNKS, PACKED, COPIED)),
-                (_stream_blocks, (1, w_desc, w_ptr, crow_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
-                                  CHUNKS, PACKED, COPIED)),
+                (_stream_blocks, (0, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
+                                  CHUNKS, PACKED, COPIED, HAS_ORDER)),
+                (_stream_blocks, (1, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
+                                  CHUNKS, PACKED, COPIED, HAS_ORDER)),
             ],
             [4, 1, 1, 1],
             [REGISTERS, 32, 32, 32],
@@ -748,19 +819,19 @@ def bsr_linear_strips(
         gl.static_assert(GROUP == 3)
         gl.warp_specialize(
             [
-                (_consume, (0, y_desc, bias_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
-                            CHUNKS, WIDE, PACKED, EXACT, HAS_BIAS, ACTIVATION)),
-                (_consume, (1, y_desc, bias_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
-                            CHUNKS, WIDE, PACKED, EXACT, HAS_BIAS, ACTIVATION)),
-                (_consume, (2, y_desc, bias_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
-                            CHUNKS, WIDE, PACKED, EXACT, HAS_BIAS, ACTIVATION)),
+                (_consume, (0, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
+                            CHUNKS, WIDE, PACKED, EXACT, HAS_ORDER, HAS_BIAS, ACTIVATION)),
+                (_consume, (1, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
+                            CHUNKS, WIDE, PACKED, EXACT, HAS_ORDER, HAS_BIAS, ACTIVATION)),
+                (_consume, (2, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
+                            CHUNKS, WIDE, PACKED, EXACT, HAS_ORDER, HAS_BIAS, ACTIVATION)),
                 (_stream_x, (x_desc, table, x_ring, sizes, GROUP, STACK, SPLIT, CHUNKS, WIDE)),
-                (_stream_blocks, (0, w_desc, w_ptr, crow_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
-                                  CHUNKS, PACKED, COPIED)),
-                (_stream_blocks, (1, w_desc, w_ptr, crow_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
-                                  CHUNKS, PACKED, COPIED)),
-                (_stream_blocks, (2, w_desc, w_ptr, crow_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
-                                  CHUNKS, PACKED, COPIED)),
+                (_stream_blocks, (0, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
+                                  CHUNKS, PACKED, COPIED, HAS_ORDER)),
+                (_stream_blocks, (1, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
+                                  CHUNKS, PACKED, COPIED, HAS_ORDER)),
+                (_stream_blocks, (2, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
+                                  CHUNKS, PACKED, COPIED, HAS_ORDER)),
             ],
             [4, 4, 1, 1, 1, 1],
             [REGISTERS, REGISTERS, 32, 32, 32, 32],

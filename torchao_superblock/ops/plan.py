@@ -1,8 +1,9 @@
 """The plan: everything a kernel wants to know about the indices, worked out once.
 
-A BSR index answers "which blocks are in this block row". The forward also wants to start with the longest rows,
-and the backward asks the transposed question, "which blocks are in this block column". Both answers depend on the
-indices alone, so they are computed once, packed in one int32 tensor, and passed to the op beside the indices.
+A BSR index answers "which blocks are in this block row". The forward also wants to start with the longest rows
+and to work on rows together that need the same columns of x, and the backward asks the transposed question, "which
+blocks are in this block column". The answers depend on the indices alone, so they are computed once, packed in one
+int32 tensor, and passed to the op beside the indices.
 
 Legend: R block rows, C block columns, nnz stored blocks.
 """
@@ -23,6 +24,8 @@ class Plan(NamedTuple):
         crow_t: ``(C + 1,)`` for each block column, where its blocks start in ``row_t`` and ``perm_t``.
         row_t: ``(nnz,)`` block row of each stored block, block column after block column.
         perm_t: ``(nnz,)`` position in ``values`` of each stored block, block column after block column.
+        row_groups: ``(R,)`` block rows, each GROUP consecutive ones chosen to share block columns; as they are stored
+            if the plan was built without groups.
     """
 
     row_order: Tensor
@@ -31,14 +34,48 @@ class Plan(NamedTuple):
     crow_t: Tensor
     row_t: Tensor
     perm_t: Tensor
+    row_groups: Tensor
+
+
+# Block rows that share a slice of x, where a kernel can make use of that: see hopper.py.
+GROUP = 3
 
 
 def plan_length(n_block_rows: int, n_block_cols: int, nnz: int) -> int:
     """Number of int32 entries of a plan."""
-    return n_block_rows + 2 * n_block_cols + 1 + 3 * nnz
+    return 2 * n_block_rows + 2 * n_block_cols + 1 + 3 * nnz
 
 
-def build_plan(crow_indices: Tensor, col_indices: Tensor, n_block_cols: int) -> Tensor:
+def _group_rows(row_indices: Tensor, col_indices: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Greedily put block rows together that need the same block columns.
+
+    A group starts with the longest row that is left and takes, one after the other, the row that adds the fewest
+    columns to it, the longer one of equals. For a random mask of 224 x 64 blocks, 90 % pruned, threes then need 13.8
+    columns instead of 17.1; for a mask with structure, less.
+    """
+    n_rows, n_cols = shape
+    device = row_indices.device
+    has = torch.zeros(shape, device=device)
+    has[row_indices, col_indices] = 1
+    length = has.sum(1)
+    taken = torch.zeros(n_rows, device=device)  # infinity for a row that has its place
+    order = torch.empty(n_rows, device=device, dtype=torch.int64)
+    columns = torch.zeros(n_cols, device=device)
+    for place in range(n_rows):
+        if place % GROUP == 0:
+            row = torch.argmin(taken - length)
+            columns.zero_()
+        else:
+            row = torch.argmin(taken + (length - has @ columns) - length / (4 * n_cols))
+        order[place] = row
+        taken[row] = torch.inf
+        columns = torch.maximum(columns, has[row])
+    return order
+
+
+def build_plan(
+    crow_indices: Tensor, col_indices: Tensor, n_block_cols: int, group_rows: bool = False
+) -> Tensor:
     """Pack the plan of a BSR index into one int32 tensor.
 
     Runs on the device of the indices without a host synchronisation, so it may be called inside a CUDA graph capture.
@@ -47,6 +84,7 @@ def build_plan(crow_indices: Tensor, col_indices: Tensor, n_block_cols: int) -> 
         crow_indices: ``(R + 1,)`` int32.
         col_indices: ``(nnz,)`` int32.
         n_block_cols: C, the number of block columns.
+        group_rows: also work out which block rows share columns, a few small operations for each block row.
 
     Returns:
         int32 tensor of ``plan_length(R, C, nnz)`` entries; see :class:`Plan` for its parts.
@@ -66,7 +104,11 @@ def build_plan(crow_indices: Tensor, col_indices: Tensor, n_block_cols: int) -> 
     crow_t = torch.searchsorted(col_sorted, boundaries, out_int32=True)
     col_order = torch.argsort(crow_t.diff(), descending=True, stable=True)
     row_t = row_indices[perm_t]
-    parts = (row_order, col_order, row_indices, crow_t, row_t, perm_t)
+    if group_rows:
+        row_groups = _group_rows(row_indices, col_indices, (n_block_rows, n_block_cols))
+    else:
+        row_groups = torch.arange(n_block_rows, device=device)
+    parts = (row_order, col_order, row_indices, crow_t, row_t, perm_t, row_groups)
     plan = torch.cat([part.to(torch.int32) for part in parts])
     assert plan.numel() == plan_length(n_block_rows, n_block_cols, nnz)
     return plan
@@ -74,5 +116,5 @@ def build_plan(crow_indices: Tensor, col_indices: Tensor, n_block_cols: int) -> 
 
 def split_plan(plan: Tensor, n_block_rows: int, n_block_cols: int, nnz: int) -> Plan:
     """Name the parts of a packed plan (views, no copy)."""
-    sizes = (n_block_rows, n_block_cols, nnz, n_block_cols + 1, nnz, nnz)
+    sizes = (n_block_rows, n_block_cols, nnz, n_block_cols + 1, nnz, nnz, n_block_rows)
     return Plan(*plan.split(sizes))
