@@ -185,8 +185,8 @@ def make_operands(cell: Cell, device: torch.device) -> Operands:
     )
     x = torch.randn(cell.M, k, device=device, generator=generator).to(cell.dtype)
     bias = torch.randn(n, device=device, generator=generator).to(cell.dtype)
-    rows, columns = weight.values.shape[1:]
-    plan = build_plan(weight.crow, weight.col, k // columns, group_rows=rows == 64)
+    blocksize = tuple(weight.values.shape[1:])
+    plan = build_plan(weight.crow, weight.col, k // blocksize[1], blocksize)
     return Operands(x, weight, bias, plan)
 
 

@@ -306,7 +306,7 @@ def _check(
     # Rows of a wider tensor, and an output poisoned by what the allocator hands out again.
     x = torch.randn(M, K + 64, device="cuda").to(dtype)[:, :K]
     b = torch.randn(N, device="cuda").to(dtype) if bias else None
-    plan = build_plan(crow, col, K // values.shape[2], group_rows=True)
+    plan = build_plan(crow, col, K // values.shape[2], tuple(values.shape[1:]))
     torch.full((M, N), float("nan"), device="cuda", dtype=dtype)
     y = hopper.forward(x, crow, col, values, b, activation, plan, tile=tile)
     z = x.double() @ dense.double().t() + (0 if b is None else b.double())

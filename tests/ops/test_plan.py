@@ -39,21 +39,37 @@ def test_plan_of_a_weight_without_blocks():
     assert plan.row_groups.tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize(("R", "C"), [(24, 12), (7, 5), (2, 9), (1, 1)])
-def test_row_groups_are_every_row_once_and_share_more_columns_than_neighbours_do(R, C):
-    mask = block_mask(R, C, 0.75)
-    _, crow, col, _ = random_bsr(R * 2, C * 2, 2, mask=mask)
-    order = split_plan(build_plan(crow, col, C, group_rows=True), R, C, col.numel()).row_groups
+def _row_groups(mask, blocksize):
+    row, column = mask.nonzero(as_tuple=True)
+    crow = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).int()
+    (R, C), nnz = mask.shape, row.numel()
+    return split_plan(build_plan(crow, column.int(), C, blocksize), R, C, nnz).row_groups.long()
+
+
+@pytest.mark.parametrize("blocksize", [(64, 64), (32, 32), (16, 16), (64, 16), (16, 128)])
+@pytest.mark.parametrize(("R", "C"), [(24, 12), (4, 9), (4, 1)])
+def test_row_groups_are_whole_strips_that_share_more_slices_than_neighbours_do(R, C, blocksize):
+    mask = block_mask(R, C, 0.9)
+    order = _row_groups(mask, blocksize)
     assert sorted(order.tolist()) == list(range(R))
+    stack, width = max(1, 64 // blocksize[0]), max(1, 64 // blocksize[1])
+    strips = order.view(-1, stack)
+    assert (strips[:, 0] % stack == 0).all() and (strips.diff(dim=1) == 1).all()
 
-    def columns(rows):
-        return sum(int(group.any(0).sum()) for group in rows.split(GROUP))
+    def slices(rows):
+        padded = torch.nn.functional.pad(rows, (0, -C % width))
+        needs = padded.view(R // stack, stack, -1, width).any(3).any(1)
+        return sum(int(group.any(0).sum()) for group in needs.split(GROUP))
 
-    assert columns(mask[order.long()]) <= columns(mask)
+    assert slices(mask[order]) <= slices(mask)
 
 
 def test_rows_that_repeat_a_pattern_are_grouped_by_it():
     mask = torch.eye(4, dtype=torch.bool).repeat(3, 1)  # rows i, i + 4 and i + 8 are the same
-    _, crow, col, _ = random_bsr(24, 8, 2, mask=mask)
-    order = split_plan(build_plan(crow, col, 4, group_rows=True), 12, 4, col.numel()).row_groups
-    assert [len({row % 4 for row in group.tolist()}) for group in order.split(3)] == [1] * 4
+    groups = _row_groups(mask, (64, 64)).split(3)
+    assert [len({row % 4 for row in group.tolist()}) for group in groups] == [1] * 4
+
+
+@pytest.mark.parametrize(("R", "blocksize"), [(5, (32, 32)), (6, (128, 128)), (6, (48, 48))])
+def test_rows_that_make_no_whole_strips_keep_their_order(R, blocksize):
+    assert _row_groups(block_mask(R, 8, 0.5), blocksize).tolist() == list(range(R))

@@ -212,13 +212,8 @@ class BSRLinear(nn.Module):
     def _set_indices(self, crow_indices: Tensor, col_indices: Tensor) -> None:
         self.register_buffer("crow_indices", crow_indices.contiguous())
         self.register_buffer("col_indices", col_indices.contiguous())
-        plan = build_plan(
-            crow_indices,
-            col_indices,
-            self.in_features // self.blocksize[1],
-            # What the Hopper kernel can make use of: block rows of one strip.
-            group_rows=self.blocksize[0] == 64,
-        )
+        n_block_cols = self.in_features // self.blocksize[1]
+        plan = build_plan(crow_indices, col_indices, n_block_cols, self.blocksize)
         self.register_buffer("plan", plan, persistent=False)
 
     @classmethod

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchao_superblock.ops.plan import split_plan
+from torchao_superblock.ops.plan import STRIP, split_plan
 
 __all__ = ["Strips", "boxes", "choose", "constants", "forward", "supports", "unavailable_reason"]
 
@@ -28,7 +28,6 @@ except Exception as error:  # an experimental module may fail in any way
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
-_STRIP = 64  # outputs of one consumer warpgroup
 # Fewer tokens than this leave multiprocessors without a tile; the plain kernels split finer.
 _MIN_TOKENS = 2048
 # Launching this kernel takes the host about 55 us (three TMA descriptors are made anew), which hides behind the GPU's
@@ -51,7 +50,7 @@ class Strips(NamedTuple):
         packed: whether blocks narrower than 64 columns travel as contiguous memory and reach the tensor cores through
             registers.
         copied: whether blocks narrower than 64 columns are copied by the threads of a warp instead of TMA.
-        grouped: whether the strips of a tile are chosen by the plan, to share columns, where a strip is a block row.
+        grouped: whether the plan chooses the strips of a tile, so that they share slices of x.
     """
 
     tokens: int
@@ -75,12 +74,12 @@ TWO_STRIPS = Strips(256, 128, 2, 4, 3, 1, 216)
 TWO_PROGRAMS = Strips(128, 64, 2, 3, 2, 1, 104, programs=2)
 # With few products a tile is mostly output: small tiles and deep rings overlap one strip's output with another's loads.
 SHORT_TILES = Strips(128, 64, 3, 5, 2, 2, 160)
-STACKED = Strips(256, 128, 3, 4, 3, 1, 160)
+STACKED = Strips(256, 128, 3, 4, 3, 1, 160, grouped=True)
 # TMA takes as long for a row of 32 bytes as for one of 128, and an absent block still is a box: for 16 x 16 blocks, the
 # boxes of a stack take longer than its products. Masks of long rows leave room for fewer slots.
-COPIED_16 = Strips(256, 128, 3, 4, 8, 1, 160, copied=True)
-COPIED_16_LONG = Strips(256, 128, 3, 4, 6, 1, 160, copied=True)
-COPIED_32 = Strips(256, 128, 3, 4, 3, 1, 160, copied=True)
+COPIED_16 = Strips(256, 128, 3, 4, 8, 1, 160, copied=True, grouped=True)
+COPIED_16_LONG = Strips(256, 128, 3, 4, 6, 1, 160, copied=True, grouped=True)
+COPIED_32 = Strips(256, 128, 3, 4, 3, 1, 160, copied=True, grouped=True)
 PACKED = Strips(256, 128, 3, 4, 3, 1, 160, packed=True)
 PACKED_TWO = Strips(256, 128, 2, 4, 4, 1, 216, packed=True)
 TF32 = Strips(128, 128, 2, 5, 3, 1, 216)
@@ -93,7 +92,7 @@ def _table_size(rows: int, columns: int) -> int:
 
 
 def _tiles(M: int, N: int, tile: Strips) -> int:
-    return -(-M // tile.tokens) * -(-N // (_STRIP * tile.group))
+    return -(-M // tile.tokens) * -(-N // (STRIP * tile.group))
 
 
 def _busy(M: int, N: int, tile: Strips, processors: int) -> float:
@@ -133,7 +132,7 @@ def choose(
         The tile or None.
     """
     # A strip is whole block rows or a part of one; a slice of x is whole block columns or a part of one.
-    fits = (_STRIP % r == 0 or r % _STRIP == 0) and (64 % c == 0 or c % 64 == 0)
+    fits = (STRIP % r == 0 or r % STRIP == 0) and (64 % c == 0 or c % 64 == 0)
     if dtype not in _DTYPES or r < 16 or c < 16 or not fits:
         return None
     entries = _table_size(rows, columns)
@@ -144,7 +143,7 @@ def choose(
             return None
         return EXACT if exact else TF32
     if c % 64:
-        if r >= _STRIP:
+        if r >= STRIP:
             return PACKED if entries <= 1024 else PACKED_TWO
         if r == c == 16 and entries <= 1024:
             return COPIED_16 if entries <= 256 else COPIED_16_LONG
@@ -157,7 +156,7 @@ def choose(
         return TWO_PROGRAMS if entries <= 1024 else TWO_STRIPS
     if columns * c <= 1024 and nnz <= 0.15 * rows * columns and entries <= 1024:
         return SHORT_TILES
-    if entries > 256 or r > _STRIP:
+    if entries > 256 or r > STRIP:
         return TWO_STRIPS
     N = rows * r
     if 1.06 * _busy(M, N, THREE_STRIPS, processors) < _busy(M, N, TWO_STRIPS, processors):
@@ -234,7 +233,7 @@ def supports(
         and (x.stride(0) * bytes_) % 16 == 0
         and x.data_ptr() % 16 == 0
         and values.data_ptr() % 16 == 0
-        and ((crow.shape[0] - 1) * r) % _STRIP == 0
+        and ((crow.shape[0] - 1) * r) % STRIP == 0
         and max(M, nnz * r) < 2**31 - 512
         and _choose(x, crow, values, activation) is not None
     )
@@ -245,12 +244,12 @@ def boxes(tile: Strips, r: int, c: int, bytes_: int) -> tuple[list[int], list[in
     chunk = min(c, 128 // bytes_)
     # Rows of 128 bytes are what TMA copies fastest: narrow blocks share a slice of x.
     x_width = 64 if bytes_ == 2 else chunk
-    w_box = [min(r, _STRIP), chunk]
+    w_box = [min(r, STRIP), chunk]
     if tile.packed:
-        block = min(r, _STRIP) * c
+        block = min(r, STRIP) * c
         width = 64 if block >= 512 else 32  # a box has at least 8 rows
         w_box = [block // width, width]
-    return [tile.tokens, x_width], w_box, [tile.part, _STRIP]
+    return [tile.tokens, x_width], w_box, [tile.part, STRIP]
 
 
 def constants(
@@ -269,10 +268,10 @@ def constants(
     chunk = min(c, 128 // bytes_)
     return {
         "GROUP": tile.group,
-        "STACK": max(1, _STRIP // r),
-        "SPLIT": max(1, r // _STRIP),
+        "STACK": max(1, STRIP // r),
+        "SPLIT": max(1, r // STRIP),
         "CHUNKS": c // chunk,
-        "WIDE": _STRIP // chunk if bytes_ == 2 else 1,
+        "WIDE": STRIP // chunk if bytes_ == 2 else 1,
         "PACKED": tile.packed,
         "COPIED": tile.copied,
         "EXACT": exact,
@@ -326,7 +325,7 @@ def forward(
         tile = _choose(x, crow, values, activation)
         assert tile is not None
     order = crow
-    has_order = tile.grouped and r == _STRIP and plan is not None
+    has_order = tile.grouped and r <= STRIP and plan is not None
     if has_order:
         order = split_plan(plan, rows, K // c, nnz).row_groups
     bytes_ = x.element_size()
@@ -351,7 +350,7 @@ def forward(
         col,
         order,
         tiles,
-        -(-N // (_STRIP * tile.group)),
+        -(-N // (STRIP * tile.group)),
         rows,
         K // c,
         nnz,

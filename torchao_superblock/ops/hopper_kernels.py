@@ -469,7 +469,7 @@ def _activate_in_place(y_s, ACTIVATION: gl.constexpr):
     Unrolled over an accumulator it is thousands of instructions that run once a tile, and nearly all
     of the time goes into fetching them. Those of a loop stay at hand.
     """
-    ROWS: gl.constexpr = 32
+    ROWS: gl.constexpr = 64
     PARTS: gl.constexpr = y_s.shape[0] * 64 // (ROWS * 32)
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
     # 128 bytes are what a row of the layout is wide: the left halves of all tokens, then the right.
@@ -625,8 +625,7 @@ def _consume(
         active = strip < strips
         feature = strip * 64
         if HAS_ORDER:
-            place = _block_row(strip, 0, STACK, SPLIT)
-            feature = (_row_at(order_ptr, place, rows, HAS_ORDER) * SPLIT + strip % SPLIT) * 64
+            feature = _row_at(order_ptr, strip * STACK, rows, HAS_ORDER) * (64 // STACK)
         bias = gl.zeros([64], gl.float32, lanes)
         if HAS_BIAS:
             i = gl.arange(0, 64, layout=lanes)

@@ -24,8 +24,8 @@ class Plan(NamedTuple):
         crow_t: ``(C + 1,)`` for each block column, where its blocks start in ``row_t`` and ``perm_t``.
         row_t: ``(nnz,)`` block row of each stored block, block column after block column.
         perm_t: ``(nnz,)`` position in ``values`` of each stored block, block column after block column.
-        row_groups: ``(R,)`` block rows, each GROUP consecutive ones chosen to share block columns; as they are stored
-            if the plan was built without groups.
+        row_groups: ``(R,)`` block rows, strip after strip of STRIP outputs, each GROUP consecutive strips chosen to
+            share slices of x; in the natural order if the plan was built without groups.
     """
 
     row_order: Tensor
@@ -37,8 +37,10 @@ class Plan(NamedTuple):
     row_groups: Tensor
 
 
-# Block rows that share a slice of x, where a kernel can make use of that: see hopper.py.
+# What shares a slice of x where a kernel can make use of that (hopper.py): so many strips of so many outputs. A slice
+# is as wide as a strip is high.
 GROUP = 3
+STRIP = 64
 
 
 def plan_length(n_block_rows: int, n_block_cols: int, nnz: int) -> int:
@@ -46,35 +48,43 @@ def plan_length(n_block_rows: int, n_block_cols: int, nnz: int) -> int:
     return 2 * n_block_rows + 2 * n_block_cols + 1 + 3 * nnz
 
 
-def _group_rows(row_indices: Tensor, col_indices: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Greedily put block rows together that need the same block columns.
+def _group_rows(
+    row_indices: Tensor, col_indices: Tensor, shape: tuple[int, int], blocksize: tuple[int, int]
+) -> Tensor:
+    """Greedily put strips of STRIP outputs together that need the same slices of STRIP inputs.
 
-    A group starts with the longest row that is left and takes, one after the other, the row that adds the fewest
-    columns to it, the longer one of equals. For a random mask of 224 x 64 blocks, 90 % pruned, threes then need 13.8
-    columns instead of 17.1; for a mask with structure, less.
+    A group starts with the strip that needs most of those left and takes, one after the other, the strip that adds the
+    fewest slices to it, the one that needs most of equals. For a random mask of 224 x 64 blocks of 64 x 64, 90 %
+    pruned, threes then need 13.8 slices instead of 17.1; for a mask with structure, less.
     """
     n_rows, n_cols = shape
+    stack, width = (max(1, STRIP // side) for side in blocksize)
+    n_strips, n_slices = n_rows // stack, -(-n_cols // width)
     device = row_indices.device
-    has = torch.zeros(shape, device=device)
-    has[row_indices, col_indices] = 1
-    length = has.sum(1)
-    taken = torch.zeros(n_rows, device=device)  # infinity for a row that has its place
-    order = torch.empty(n_rows, device=device, dtype=torch.int64)
-    columns = torch.zeros(n_cols, device=device)
-    for place in range(n_rows):
+    needs = torch.zeros(n_strips, n_slices, device=device)
+    needs[row_indices // stack, col_indices // width] = 1
+    n_needed = needs.sum(1)
+    taken = torch.zeros(n_strips, device=device)  # infinity for a strip that has its place
+    order = torch.empty(n_strips, device=device, dtype=torch.int64)
+    slices = torch.zeros(n_slices, device=device)
+    for place in range(n_strips):
         if place % GROUP == 0:
-            row = torch.argmin(taken - length)
-            columns.zero_()
+            strip = torch.argmin(taken - n_needed)
+            slices.zero_()
         else:
-            row = torch.argmin(taken + (length - has @ columns) - length / (4 * n_cols))
-        order[place] = row
-        taken[row] = torch.inf
-        columns = torch.maximum(columns, has[row])
-    return order
+            added = n_needed - needs @ slices
+            strip = torch.argmin(taken + added - n_needed / (4 * n_slices))
+        order[place] = strip
+        taken[strip] = torch.inf
+        slices = torch.maximum(slices, needs[strip])
+    return (order[:, None] * stack + torch.arange(stack, device=device)).flatten()
 
 
 def build_plan(
-    crow_indices: Tensor, col_indices: Tensor, n_block_cols: int, group_rows: bool = False
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    n_block_cols: int,
+    blocksize: tuple[int, int] | None = None,
 ) -> Tensor:
     """Pack the plan of a BSR index into one int32 tensor.
 
@@ -84,7 +94,8 @@ def build_plan(
         crow_indices: ``(R + 1,)`` int32.
         col_indices: ``(nnz,)`` int32.
         n_block_cols: C, the number of block columns.
-        group_rows: also work out which block rows share columns, a few small operations for each block row.
+        blocksize: ``(r, c)``, to work out as well which block rows a kernel had better take together, where that is of
+            use: a few small operations for each strip of STRIP outputs. None leaves that out.
 
     Returns:
         int32 tensor of ``plan_length(R, C, nnz)`` entries; see :class:`Plan` for its parts.
@@ -104,10 +115,14 @@ def build_plan(
     crow_t = torch.searchsorted(col_sorted, boundaries, out_int32=True)
     col_order = torch.argsort(crow_t.diff(), descending=True, stable=True)
     row_t = row_indices[perm_t]
-    if group_rows:
-        row_groups = _group_rows(row_indices, col_indices, (n_block_rows, n_block_cols))
-    else:
-        row_groups = torch.arange(n_block_rows, device=device)
+    row_groups = torch.arange(n_block_rows, device=device)
+    # A taller block is several strips by itself, and they share all of their columns.
+    if (
+        blocksize is not None
+        and STRIP % blocksize[0] == 0
+        and n_block_rows * blocksize[0] % STRIP == 0
+    ):
+        row_groups = _group_rows(row_indices, col_indices, (n_block_rows, n_block_cols), blocksize)
     parts = (row_order, col_order, row_indices, crow_t, row_t, perm_t, row_groups)
     plan = torch.cat([part.to(torch.int32) for part in parts])
     assert plan.numel() == plan_length(n_block_rows, n_block_cols, nnz)
