@@ -148,16 +148,25 @@ def matmul_tile(problem: Problem) -> Tile:
     row_length = problem.nnz * c // max(problem.R, 1)  # nonzero columns of an average block row
     if M <= 64:
         # Few tokens: the time is that of streaming the values once. Deep pipelines keep most of a block row in flight;
-        # programs that share a long one keep more, and their sums are added up afterwards.
+        # programs that share a long one keep more, and their sums are added up afterwards. Where there are programs
+        # enough, wide ones do with fewer instructions.
         half, few = problem.itemsize == 2, M <= 16
+        num_stages = 5 if half else 3
+        if half and few:
+            if c % 128 == 0:
+                BK, num_stages = 128, 3
+            if r % 64 == 0 and problem.R * (r // 64) >= 1.5 * problem.n_processors:
+                return Tile(16, 64, BK, 1, 4, num_stages)
         BN = min(BN, 32 if half and few else 64)
         programs = problem.R * -(-r // BN)
-        per_processor = 4 if half and few else 2
+        per_processor = 3 if half and few else 2
         splits = min(
-            per_processor * problem.n_processors // max(programs, 1), row_length // BK // 4, 8
+            per_processor * problem.n_processors // max(programs, 1),
+            row_length // min(4 * BK, 256),
+            8,
         )
         num_warps = 2 if half and few else 4
-        return Tile(min(M, 64), BN, BK, 1, num_warps, 5 if half else 3, max(splits, 1))
+        return Tile(min(M, 64), BN, BK, 1, num_warps, num_stages, max(splits, 1))
     short = row_length < LONG_ROW
     BM = min(M, 128)
     num_stages = 2 if short else 3
