@@ -137,6 +137,20 @@ def test_gradcheck_and_gradgradcheck(activation):
     assert torch.autograd.gradgradcheck(function, (x, values, bias))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_batched_gradients_match_one_by_one():
+    """The backward of an ordinary call under vmap, as torch.autograd.functional's vectorized Jacobians run it."""
+    _, crow, col, values = random_bsr(6, 8, (2, 4), 0.4, torch.float64)
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    inputs = (x, values.requires_grad_())
+    y = bsr_linear(x, crow, col, values, activation="gelu")
+    grads = torch.randn(5, 3, 6, dtype=torch.float64)
+    batched = torch.autograd.grad(y, inputs, grads, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(y, inputs, grad, retain_graph=True) for grad in grads]
+    for one, many in zip(batched, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(one, torch.stack(many))
+
+
 def test_one_token_without_a_batch_dimension_trains():
     dense, crow, col, values = random_bsr(6, 8, 2, 0.5)
     x = torch.randn(8, requires_grad=True)

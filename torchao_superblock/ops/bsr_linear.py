@@ -46,6 +46,10 @@ _forward_op = torch.ops.torchao_superblock.bsr_linear.default
 _grad_x_op = torch.ops.torchao_superblock.bsr_linear_grad_x.default
 _grad_values_op = torch.ops.torchao_superblock.bsr_linear_grad_values.default
 
+# Asked at each call.
+_forward_ad = torch.autograd.forward_ad
+_functorch_interpreter = torch._C._functorch.peek_interpreter_stack
+
 
 def bsr_linear(
     x: Tensor,
@@ -91,12 +95,13 @@ def bsr_linear(
         >>> bsr_linear(torch.ones(1, 4), crow, col, w[None, :, :2])
         tensor([[3., 7.]])
     """
-    if not torch.compiler.is_compiling() and _transformed():
-        y = _BSRLinearFunction.apply(
-            x, crow_indices, col_indices, values, bias, out_features, "none", plan
-        )
+    args = (x, crow_indices, col_indices, values, bias, out_features, activation, plan)
+    if torch.compiler.is_compiling():
+        return _forward_op(*args)
+    if _transformed():
+        y = _TransformableFunction.apply(*args[:6], "none", plan)
         return ACTIVATIONS[activation](y)
-    return _forward_op(x, crow_indices, col_indices, values, bias, out_features, activation, plan)
+    return _forward_op(*args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -418,10 +423,7 @@ def _activation_backward(activation: str, grad: Tensor, z: Tensor) -> Tensor:
 
 def _transformed() -> bool:
     """Whether a transform of torch.func, or forward-mode AD, is active."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    return _functorch_interpreter() is not None or _forward_ad._current_level >= 0
 
 
 # How the derivatives call the three contractions. torch.func can only see an autograd.Function that is applied in front
@@ -430,15 +432,24 @@ def _transformed() -> bool:
 
 def _contract(x, crow_indices, col_indices, values, bias, out_features, plan):
     args = (x, crow_indices, col_indices, values, bias, out_features, "none", plan)
-    return _BSRLinearFunction.apply(*args) if _transformed() else _forward_op(*args)
+    return _derivative(_TransformableFunction, _forward_op, args)
 
 
 def _contract_grad_x(*args):
-    return _GradXFunction.apply(*args) if _transformed() else _grad_x_op(*args)
+    return _derivative(_GradXFunction, _grad_x_op, args)
 
 
 def _contract_grad_values(*args):
-    return _GradValuesFunction.apply(*args) if _transformed() else _grad_values_op(*args)
+    return _derivative(_GradValuesFunction, _grad_values_op, args)
+
+
+def _derivative(function, op, args):
+    if _transformed():
+        return function.apply(*args)
+    if torch.is_grad_enabled():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():  # saves a trip through the dispatcher
+        return op(*args)
 
 
 def _sum_of(*terms: Tensor | None) -> Tensor | None:
@@ -450,7 +461,37 @@ def _sum_of(*terms: Tensor | None) -> Tensor | None:
     return total
 
 
-class _BSRLinearFunction(torch.autograd.Function):
+def _save(ctx, N, x, crow_indices, col_indices, values, bias, activation, plan):
+    ctx.out_features, ctx.activation, ctx.has_bias = N, activation, bias is not None
+    # What came before the activation is computed again in the backward: that costs one sparse forward and saves
+    # keeping an (M, N) tensor. The bias is needed for that alone.
+    saved = (x, crow_indices, col_indices, values, None if activation == "none" else bias, plan)
+    ctx.save_for_backward(*saved)
+    return saved
+
+
+def _backward(ctx, grad):
+    x, crow_indices, col_indices, values, bias, plan = ctx.saved_tensors
+    if ctx.activation != "none":
+        z = _contract(x, crow_indices, col_indices, values, bias, ctx.out_features, plan)
+        grad = _activation_backward(ctx.activation, grad, z)
+    grad_x = grad_values = grad_bias = None
+    if plan is None and (ctx.needs_input_grad[0] or ctx.needs_input_grad[3]):
+        plan = build_plan(crow_indices, col_indices, -(-x.shape[-1] // values.shape[2]))
+    if ctx.needs_input_grad[0]:
+        grad_x = _contract_grad_x(grad, crow_indices, col_indices, values, x.shape[-1], plan)
+    if ctx.needs_input_grad[3]:
+        grad_values = _contract_grad_values(
+            grad, x, crow_indices, col_indices, values.shape[1], values.shape[2], plan
+        )
+    if ctx.has_bias and ctx.needs_input_grad[4]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return grad_x, None, None, grad_values, grad_bias, None, None, None
+
+
+class _TransformableFunction(torch.autograd.Function):
+    """For the transforms of torch.func and for forward-mode AD."""
+
     generate_vmap_rule = True
 
     @staticmethod
@@ -463,39 +504,13 @@ class _BSRLinearFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, crow_indices, col_indices, values, bias, _, activation, plan = inputs
-        ctx.out_features, ctx.activation = output.shape[-1], activation
-        # What came before the activation is computed again in the backward: that costs one sparse forward and saves
-        # keeping an (M, N) tensor. The bias is needed for that alone.
-        saved = (
-            x,
-            crow_indices,
-            col_indices,
-            values,
-            bias if activation != "none" else None,
-            plan,
-        )
-        ctx.save_for_backward(*saved)
+        N = output.shape[-1]
+        saved = _save(ctx, N, x, crow_indices, col_indices, values, bias, activation, plan)
         ctx.save_for_forward(*saved)
-        ctx.has_bias = bias is not None
 
     @staticmethod
     def backward(ctx, grad):
-        x, crow_indices, col_indices, values, bias, plan = ctx.saved_tensors
-        if ctx.activation != "none":
-            z = _contract(x, crow_indices, col_indices, values, bias, ctx.out_features, plan)
-            grad = _activation_backward(ctx.activation, grad, z)
-        grad_x = grad_values = grad_bias = None
-        if plan is None and (ctx.needs_input_grad[0] or ctx.needs_input_grad[3]):
-            plan = build_plan(crow_indices, col_indices, -(-x.shape[-1] // values.shape[2]))
-        if ctx.needs_input_grad[0]:
-            grad_x = _contract_grad_x(grad, crow_indices, col_indices, values, x.shape[-1], plan)
-        if ctx.needs_input_grad[3]:
-            grad_values = _contract_grad_values(
-                grad, x, crow_indices, col_indices, values.shape[1], values.shape[2], plan
-            )
-        if ctx.has_bias and ctx.needs_input_grad[4]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return grad_x, None, None, grad_values, grad_bias, None, None, None
+        return _backward(ctx, grad)
 
     @staticmethod
     def jvp(ctx, x_t, crow_t, col_t, values_t, bias_t, *_):
@@ -509,6 +524,24 @@ class _BSRLinearFunction(torch.autograd.Function):
         if bias_t is None:
             return y_t
         return bias_t.expand(*x.shape[:-1], N) if y_t is None else y_t + bias_t
+
+
+class _BSRLinearFunction(torch.autograd.Function):
+    """The same where no transform is active. A ``setup_context`` makes torch bind the arguments to the signature at
+    each call, which takes the host several times as long as all the rest."""
+
+    @staticmethod
+    def forward(ctx, x, crow_indices, col_indices, values, bias, out_features, activation, plan):
+        with torch._C._AutoDispatchBelowAutograd():
+            y = _forward_op(
+                x, crow_indices, col_indices, values, bias, out_features, activation, plan
+            )
+        _save(ctx, y.shape[-1], x, crow_indices, col_indices, values, bias, activation, plan)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _backward(ctx, grad)
 
 
 class _GradXFunction(torch.autograd.Function):
@@ -587,24 +620,25 @@ class _GradValuesFunction(torch.autograd.Function):
 def _forward_autograd(
     x, crow_indices, col_indices, values, bias=None, out_features=None, activation="none", plan=None
 ):
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    args = (x, crow_indices, col_indices, values, bias, out_features, activation, plan)
+    transformed = _transformed()
+    forward_mode = _forward_ad._current_level >= 0
     if forward_mode or (
         torch.is_grad_enabled()
         and (x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad))
     ):
+        function = _TransformableFunction if transformed else _BSRLinearFunction
         fused = "none" if forward_mode else activation
-        y = _BSRLinearFunction.apply(
-            x, crow_indices, col_indices, values, bias, out_features, fused, plan
-        )
-        return ACTIVATIONS[activation](y) if forward_mode else y
-    with torch._C._AutoDispatchBelowAutograd():
-        return _forward_op(
-            x, crow_indices, col_indices, values, bias, out_features, activation, plan
-        )
+        y = function.apply(*args[:6], fused, plan)
+        y = ACTIVATIONS[activation](y) if forward_mode else y
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            y = _forward_op(*args)
+    return y
 
 
 def _grad_x_autograd(grad, crow_indices, col_indices, values, in_features, plan=None):
-    if torch.autograd.forward_ad._current_level >= 0 or (
+    if _forward_ad._current_level >= 0 or (
         torch.is_grad_enabled() and (grad.requires_grad or values.requires_grad)
     ):
         return _GradXFunction.apply(grad, crow_indices, col_indices, values, in_features, plan)
@@ -613,7 +647,7 @@ def _grad_x_autograd(grad, crow_indices, col_indices, values, in_features, plan=
 
 
 def _grad_values_autograd(grad, x, crow_indices, col_indices, block_rows, block_cols, plan=None):
-    if torch.autograd.forward_ad._current_level >= 0 or (
+    if _forward_ad._current_level >= 0 or (
         torch.is_grad_enabled() and (grad.requires_grad or x.requires_grad)
     ):
         return _GradValuesFunction.apply(
