@@ -130,6 +130,45 @@ def test_half_to_deepcopy_and_pickle_keep_the_layer():
         assert torch.equal(clone(x), layer.float()(x))
 
 
+def test_a_layer_that_has_been_called_can_still_be_changed():
+    layer = small()
+    x = torch.randn(3, 6)
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x)
+        copies = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
+        for clone in copies:
+            clone.values.mul_(2)
+            clone.bias.zero_()
+            assert relative_error(clone(x), 2 * (layer(x) - layer.bias).double()) <= 1e-6
+        layer.values.data = layer.values.data * 2
+        layer.bias.zero_()
+        assert relative_error(layer(x), copies[0](x).double()) <= 1e-6
+        assert relative_error(layer.double()(x.double()), copies[0](x).double()) <= 1e-6
+        with pytest.raises(TypeError, match="one dtype"):
+            layer(x)
+        assert layer.float().to("meta")(x.to("meta")).is_meta
+
+
+def test_a_layer_whose_tensors_are_kept_elsewhere():
+    layer, x = small(), torch.randn(3, 6)
+    expected = layer(x)
+    changed = {"values": layer.values * 2, "bias": layer.bias * 2}
+    torch.testing.assert_close(torch.func.functional_call(layer, changed, (x,)), 2 * expected)
+
+    class Twice(nn.Module):
+        def forward(self, bias):
+            return 2 * bias
+
+    nn.utils.parametrize.register_parametrization(layer, "bias", Twice())
+    torch.testing.assert_close(layer(x), expected + layer.bias / 2)
+    layer = small()
+    plain = layer.values.detach()
+    del layer.values
+    layer.values = plain  # as a model replica holds it
+    assert torch.equal(layer(x), expected)
+
+
 def test_state_dict_round_trip():
     layer = small()
     state = layer.state_dict()

@@ -7,22 +7,25 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 
+import triton
 from torch._functorch.aot_autograd import aot_export_module
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.ops import triton_cases
-from tests.reference import random_bsr, relative_error
+from tests.reference import TOLERANCE, random_bsr, relative_error
 from torchao_superblock.ops import build_plan, cuda
 
 ROOT = Path(__file__).parents[2]
 bsr_linear = torch.ops.torchao_superblock.bsr_linear
+bsr_linear_module = importlib.import_module("torchao_superblock.ops.bsr_linear")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,6 +122,151 @@ def test_only_ahead_of_time_compilers_see_the_kernels(
     assert graph.graph.find_nodes(op="output")[0].args[0][-1].meta["val"].shape == (2, 1000, 64)
 
 
+class Launcher:
+    """Stands for a compiled kernel's ``run``: records what it is asked to launch."""
+
+    def __init__(self, launches: list[tuple]) -> None:
+        self.launches = launches
+
+    def __call__(self, X, Y, Z, stream, function, metadata, _, enter, leave, *arguments):
+        self.launches.append((function, (X, Y, Z), arguments))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """CUDA's way of calling, on CPU tensors and with kernels that only record their launch once they are compiled."""
+    recorded: list[tuple] = []
+
+    def fake(kernel: object) -> SimpleNamespace:
+        compiled = SimpleNamespace(
+            run=Launcher(recorded), function=kernel.fn.__name__, packed_metadata=()
+        )
+
+        class Function:
+            arg_names = kernel.arg_names
+
+            def __getitem__(self, grid):
+                return lambda *args, **kwargs: compiled
+
+        return Function()
+
+    for name in ("bsr_matmul_kernel", "sum_splits_kernel"):
+        monkeypatch.setattr(cuda.kernels, name, fake(getattr(cuda.kernels, name)))
+    monkeypatch.setitem(cuda._devices, -1, cuda._Device(90, 132))
+    monkeypatch.setattr(cuda, "_tuned_devices", {-1})
+    monkeypatch.setattr(cuda, "_index", lambda x: -1)
+    monkeypatch.setattr(cuda, "_DIRECT_LAUNCH", True)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    cuda.forget_launches()
+    yield recorded
+    cuda.forget_launches()
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_repeated_call_only_launches(
+    dtype: torch.dtype, splits: int, launches: list[tuple], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = cuda.matmul_tile
+    monkeypatch.setattr(cuda, "matmul_tile", lambda problem: rule(problem)._replace(splits=splits))
+    _, crow, col, values = random_bsr(64, 96, 16, 0.5, dtype)
+    bias, plan = torch.randn(64).to(dtype), build_plan(crow, col, 6)
+    general_calls = []
+
+    def general(*args):
+        general_calls.append(args)
+        return bsr_linear_module._forward(cuda, *args)
+
+    def call(x: torch.Tensor, was_known: bool) -> torch.Tensor:
+        general_calls.clear(), launches.clear()
+        with torch._C._AutoDispatchBelowAutograd():  # as the dispatcher calls a backend
+            y = cuda.call(general, x, crow, col, values, bias, None, "relu", plan)
+        assert len(general_calls) == (0 if was_known else 1)
+        if was_known:
+            at = [tensor.data_ptr() for tensor in (x, crow, col, col, plan, values, values, bias)]
+            (function, grid, arguments), *reduction = launches
+            assert function == "bsr_matmul_kernel" and grid[1] == splits
+            assert list(arguments[:8]) == at
+            if splits == 1:
+                assert arguments[8] == y.data_ptr() and not reduction
+            else:
+                ((function, _, last),) = reduction
+                assert function == "sum_splits_kernel"
+                assert last[:3] == (arguments[8], bias.data_ptr(), y.data_ptr())
+            assert y.shape == (*x.shape[:-1], 64) and y.is_contiguous() and y.dtype == dtype
+        return y
+
+    def fresh(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape).to(dtype)
+
+    x = fresh(2, 96)
+    call(x, False), call(x, False), call(x, True)  # a new shape is only noted at first
+    call(fresh(2, 96), True)
+    call(fresh(3, 96), False), call(fresh(3, 96), False), call(fresh(3, 96), True)
+    call(fresh(1, 2, 96), False), call(fresh(1, 2, 96), False), call(fresh(1, 2, 96), True)
+    with torch.inference_mode():
+        call(fresh(2, 96), False), call(fresh(2, 96), True)
+        assert call(fresh(2, 96), True).is_inference()
+    shifted = fresh(1 + 2 * 96)[1:].view(2, 96)
+    call(shifted, False), call(shifted, True), call(x, True)
+    values = values.clone()
+    call(x, True)
+    wide = fresh(2, 200)[:, :96]
+    call(wide, False), call(wide, True)
+    # What no tensor shows.
+    tf32 = cuda.allows_tf32()
+    monkeypatch.setattr(cuda, "allows_tf32", lambda: not tf32)
+    call(x, dtype != torch.float32), call(x, True)
+    monkeypatch.setattr(cuda, "allows_tf32", lambda: tf32)
+    call(x, True)
+    monkeypatch.setattr(cuda, "_recorder", lambda *args: None)
+    call(x, False)
+    monkeypatch.setattr(cuda, "_recorder", None)
+    call(x, True)
+    with monkeypatch.context() as patch:
+        hook = SimpleNamespace(calls=[1])
+        patch.setattr(triton.knobs.runtime, "launch_enter_hook", hook)
+        with pytest.raises(TypeError, match="subscriptable"):  # the public way, which is not faked
+            call(x, False)
+    call(x, True)
+    cuda.forget_launches()
+    call(x, False), call(x, False), call(x, True)
+
+
+@pytest.mark.skipif(not cuda._BARE_LAUNCH, reason="this Triton's launcher is called as it is")
+def test_the_bare_launch_is_what_the_launcher_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    seen = []
+    launcher = CudaLauncher.__new__(CudaLauncher)
+    vars(launcher).update(
+        launch=lambda *args: seen.append(args),
+        launch_cooperative_grid=False,
+        launch_pdl=True,
+        arg_annotations="annotations",
+        kernel_signature="signature",
+        num_ctas=1,
+        gsan_enabled=False,
+        global_scratch_size=0,
+        global_scratch_align=1,
+        profile_scratch_size=0,
+        profile_scratch_align=1,
+    )
+    monkeypatch.setattr(triton.runtime.driver, "_active", object())
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+    kernel = cuda._Kernel(SimpleNamespace(arg_names=["x", "n", "BLOCK"]), {"BLOCK": 256}, 4, 2)
+    kernel.compiled = SimpleNamespace(run=launcher, function=5, packed_metadata=(1, 2))
+    assert cuda._needs_no_scratch(launcher)
+    kernel.bind((2, 3, 1), 0, 10)(1234)
+    monkeypatch.setattr(cuda, "_BARE_LAUNCH", False)
+    kernel.bind((2, 3, 1), 0, 10)(1234)
+    assert len(seen) == 2 and seen[0] == seen[1]
+    assert seen[0][-1] == (1234, 10, 256)
+    launcher.profile_scratch_size = 128
+    assert not cuda._needs_no_scratch(launcher)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # On a GPU.
 
@@ -173,6 +321,50 @@ def test_a_repeated_call_is_still_checked_and_still_reads_its_own_tensors() -> N
         bsr_linear(x, crow.cpu(), col, values, bias, None, "relu", plan)
     with pytest.raises(ValueError):
         bsr_linear(x, crow, col, values, bias, None, "tanh", plan)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_repeated_call_of_the_function(
+    dtype: torch.dtype, mode: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Directly to the kernel: on the stream and device of the moment, in a graph, under another precision."""
+    dense, crow, col, values = random_bsr(4096, 1024, 64, 0.9, dtype, "cuda")
+    values = torch.nn.Parameter(values)
+    plan = build_plan(crow, col, 16)
+    bias = torch.randn(4096, device="cuda").to(dtype)
+
+    def check(
+        x: torch.Tensor, y: torch.Tensor | None = None, tolerance: float = TOLERANCE[dtype]
+    ) -> None:
+        if y is None:
+            y = function(x, crow, col, values, bias, None, "none", plan)
+        expected = x.double() @ dense.double().T + bias.double()
+        assert relative_error(y, expected) <= tolerance
+
+    function = bsr_linear_module.bsr_linear
+    with mode():
+        for M in (1, 16, 1, 16):
+            check(torch.randn(M, 1024, device="cuda").to(dtype))
+            check(torch.randn(1 + M * 1024, device="cuda").to(dtype)[1:].view(M, 1024))
+        stream = torch.cuda.Stream()
+        x = torch.randn(1, 1024, device="cuda").to(dtype)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10_000_000)
+            x = x * 2  # read by the kernel only if it waits for this
+            check(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = function(x, crow, col, values, bias, None, "none", plan)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        check(x, y)
+        for tf32 in (True, False, True):
+            monkeypatch.setattr(cuda, "allows_tf32", lambda tf32=tf32: tf32)
+            check(x, tolerance=2e-3 if tf32 else TOLERANCE[dtype])
 
 
 @pytest.mark.gpu

@@ -104,14 +104,18 @@ def _run(
     activation: str,
     plan: Tensor,
 ) -> Tensor:
-    if x.shape[-1:] != (in_features,):
+    shape = x.shape
+    if not shape or shape[-1] != in_features:
         raise ValueError(
             f"BSRLinear: x must have {in_features} features in its last dimension, got shape {tuple(x.shape)}"
         )
+    if activation == "none" or not torch.is_grad_enabled():
+        return bsr_linear(
+            x, crow_indices, col_indices, values, bias, out_features, activation, plan
+        )
     # With gradients, keeping what the activation needs for its backward is faster than computing it again.
-    fused = "none" if torch.is_grad_enabled() else activation
-    y = bsr_linear(x, crow_indices, col_indices, values, bias, out_features, fused, plan)
-    return y if fused == activation else ACTIVATIONS[activation](y)
+    y = bsr_linear(x, crow_indices, col_indices, values, bias, out_features, "none", plan)
+    return ACTIVATIONS[activation](y)
 
 
 class BSRLinear(nn.Module):
@@ -305,17 +309,31 @@ class BSRLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features)`` -> ``(..., out_features)``, contiguous."""
+        if torch.compiler.is_compiling():
+            crow_indices, col_indices, values, bias, plan = self._tensors()
+        else:
+            # nn.Module.__getattr__ takes longer for each than a small kernel takes for its work.
+            parameters, buffers = self._parameters, self._buffers
+            try:
+                crow_indices, col_indices = buffers["crow_indices"], buffers["col_indices"]
+                values, plan = parameters["values"], buffers["plan"]
+                bias = parameters["bias"] if "bias" in parameters else self.bias
+            except KeyError:  # parametrized, or kept elsewhere by what shards the model
+                crow_indices, col_indices, values, bias, plan = self._tensors()
         return _run(
             x,
             self.in_features,
             self.out_features,
-            self.crow_indices,
-            self.col_indices,
-            self.values,
-            self.bias,
+            crow_indices,
+            col_indices,
+            values,
+            bias,
             self.activation,
-            self.plan,
+            plan,
         )
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+        return self.crow_indices, self.col_indices, self.values, self.bias, self.plan
 
     def to_dense(self) -> Tensor:
         """The dense ``(out_features, in_features)`` weight; differentiable in ``values``."""

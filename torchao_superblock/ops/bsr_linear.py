@@ -1,7 +1,8 @@
 """``torch.ops.torchao_superblock.bsr_linear``: schema, checks, fake, autograd, autocast and dispatch.
 
 The op is registered with ``torch.library.Library`` rather than ``torch.library.custom_op``: at small M the kernel takes
-a few microseconds, and the decorator's wrappers alone would cost more than that.
+a few microseconds, and the decorator's wrappers alone would cost more than that. For the same reason a call that
+repeats an earlier one skips most of what is here: see ``direct.py``.
 
 What a backend (``cpu.py``, ``cuda.py``) sees is always the simple case: 2-D operands of one dtype on one device, whole
 blocks, M >= 1. Everything else (leading dimensions, ragged edges, empty batches) is dealt with here, once.
@@ -18,6 +19,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from torchao_superblock.ops import direct
 from torchao_superblock.ops.activations import ACTIVATIONS
 from torchao_superblock.ops.aot import register_decomposition
 from torchao_superblock.ops.plan import build_plan, plan_length
@@ -47,7 +49,9 @@ _grad_x_op = torch.ops.torchao_superblock.bsr_linear_grad_x.default
 _grad_values_op = torch.ops.torchao_superblock.bsr_linear_grad_values.default
 
 # Asked at each call.
+_profiler = torch.autograd.profiler
 _forward_ad = torch.autograd.forward_ad
+_function_mode_is_active = torch._C._is_torch_function_mode_enabled
 _functorch_interpreter = torch._C._functorch.peek_interpreter_stack
 
 
@@ -98,10 +102,22 @@ def bsr_linear(
     args = (x, crow_indices, col_indices, values, bias, out_features, activation, plan)
     if torch.compiler.is_compiling():
         return _forward_op(*args)
+    # A call like an earlier one need not go through the dispatcher, unless somebody watches the ops go by.
+    if not (
+        _profiler._is_profiler_enabled
+        or _forward_ad._current_level >= 0
+        or _function_mode_is_active()
+    ):
+        y = direct.again(*args)
+        if y is not None:
+            return y
     if _transformed():
         y = _TransformableFunction.apply(*args[:6], "none", plan)
         return ACTIVATIONS[activation](y)
-    return _forward_op(*args)
+    y = _forward_op(*args)
+    if torch.is_inference_mode_enabled():  # elsewhere the kernel of the Autograd key has done it
+        _remember(*args)
+    return y
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -343,6 +359,22 @@ def cuda_backend() -> ModuleType:
     return cuda
 
 
+# What runs the op on CPU tensors, once it has run: it recognises a call that needs no preparation by itself, fast.
+_run_on_cpu: Callable[..., Tensor] | None = None
+
+
+def _remember(x: Tensor, *others) -> None:
+    """Let calls like this one, which went the long way, go directly from the caller to the kernel."""
+    if type(x) is not Tensor:
+        return
+    run = _run_on_cpu
+    if not x.is_cpu:
+        with torch._C._AutoDispatchBelowAutograd():
+            run = direct.find(x, *others)  # what the backend has remembered for calls that reach it
+    if run is not None and direct.find(x, *others) is not run:
+        direct.remember(run, _BSRLinearFunction.apply, x, *others)
+
+
 def _register_backend(dispatch_key: str, load_backend: Callable[[], ModuleType]) -> None:
     """Register the three ops for one device; the backend itself is imported at the first call."""
     run = None
@@ -354,6 +386,9 @@ def _register_backend(dispatch_key: str, load_backend: Callable[[], ModuleType])
             # A backend may know how to repeat a call without checking and deciding everything again.
             call = getattr(load_backend(), "call", None)
             run = general if call is None else partial(call, general)
+            if dispatch_key == "CPU":
+                global _run_on_cpu
+                _run_on_cpu = run
         return run(*args, **kwargs)
 
     _library.impl("bsr_linear", forward, dispatch_key)
@@ -531,17 +566,23 @@ class _BSRLinearFunction(torch.autograd.Function):
     each call, which takes the host several times as long as all the rest."""
 
     @staticmethod
-    def forward(ctx, x, crow_indices, col_indices, values, bias, out_features, activation, plan):
-        with torch._C._AutoDispatchBelowAutograd():
-            y = _forward_op(
-                x, crow_indices, col_indices, values, bias, out_features, activation, plan
-            )
+    def forward(
+        ctx, x, crow_indices, col_indices, values, bias, out_features, activation, plan, run=None
+    ):
+        y = None
+        if run is not None:
+            y = run(x, crow_indices, col_indices, values, bias, out_features, activation, plan)
+        if y is None:
+            with torch._C._AutoDispatchBelowAutograd():
+                y = _forward_op(
+                    x, crow_indices, col_indices, values, bias, out_features, activation, plan
+                )
         _save(ctx, y.shape[-1], x, crow_indices, col_indices, values, bias, activation, plan)
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        return _backward(ctx, grad)
+        return (*_backward(ctx, grad), None)
 
 
 class _GradXFunction(torch.autograd.Function):
@@ -622,6 +663,10 @@ def _forward_autograd(
 ):
     args = (x, crow_indices, col_indices, values, bias, out_features, activation, plan)
     transformed = _transformed()
+    if not transformed:
+        y = direct.again(*args)
+        if y is not None:
+            return y
     forward_mode = _forward_ad._current_level >= 0
     if forward_mode or (
         torch.is_grad_enabled()
@@ -634,6 +679,8 @@ def _forward_autograd(
     else:
         with torch._C._AutoDispatchBelowAutograd():
             y = _forward_op(*args)
+    if not transformed:
+        _remember(*args)
     return y
 
 

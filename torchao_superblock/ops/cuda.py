@@ -7,7 +7,8 @@ gradient of the values has two plain Triton kernels, and takes a dense product w
 A call at small M takes the GPU a few microseconds, so the host must not take twenty. What is decided once is
 therefore kept: a :class:`_Product` or :class:`_BlockGradient` holds the compiled kernel and its constants, and is found
 again by a key made of what the decision rests on. M enters that key as a bucket (powers of two), so serving many batch
-sizes neither compiles nor decides again.
+sizes neither compiles nor decides again. A forward of exactly the same kind as an earlier one does not even look there:
+:func:`call` leaves a closure with ``direct.py``, which recognises such a call.
 
 Legend: M tokens, N out features, K in features, R x C the block grid, r x c the block size, nnz stored blocks;
 BM x BN x BK the tile.
@@ -22,6 +23,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from torchao_superblock.ops import direct
 from torchao_superblock.ops import triton_kernels as kernels
 from torchao_superblock.ops.plan import Plan, split_plan
 from torchao_superblock.ops.precision import allows_tf32
@@ -244,7 +246,10 @@ def _tile(problem: Problem, rule: Callable[[Problem], Any], index: int) -> Any:
 # Launching.
 
 # Versions whose CompiledKernel.run takes what _Kernel.__call__ gives it; others go through the public, slower way.
-_DIRECT_LAUNCH = tuple(map(int, triton.__version__.split(".")[:2])) in ((3, 6), (3, 7), (3, 8))
+_TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+_DIRECT_LAUNCH = _TRITON in ((3, 6), (3, 7), (3, 8))
+# Versions whose CompiledKernel.run is a Python function around the one in C that `_Kernel.bind` calls.
+_BARE_LAUNCH = _TRITON == (3, 8)
 
 
 class _Kernel:
@@ -297,12 +302,43 @@ class _Kernel:
         current_stream = torch._C._cuda_getCurrentRawStream
         X, Y, Z = grid
         rest = (*numbers, *self.constants)
+        if _BARE_LAUNCH and _needs_no_scratch(run):
+            # What `run` calls, with what it would look up at each call.
+            launch_pdl, cooperative = run.launch_pdl, run.launch_cooperative_grid
+            annotations, signature, bare = run.arg_annotations, run.kernel_signature, run.launch
+
+            def launch_bare(*addresses: int) -> None:
+                bare(
+                    X,
+                    Y,
+                    Z,
+                    current_stream(index),
+                    function,
+                    cooperative,
+                    launch_pdl,
+                    metadata,
+                    None,
+                    None,
+                    None,
+                    None,
+                    None,
+                    annotations,
+                    signature,
+                    addresses + rest,
+                )
+
+            return launch_bare
 
         def launch(*addresses: int) -> None:
             stream = current_stream(index)
             run(X, Y, Z, stream, function, metadata, None, None, None, *addresses, *rest)
 
         return launch
+
+
+def _needs_no_scratch(launcher: Any) -> bool:
+    names = ("gsan_enabled", "global_scratch_size", "profile_scratch_size")
+    return not any(getattr(launcher, name, True) for name in names)
 
 
 class _TracedKernel(_Kernel):
@@ -430,17 +466,38 @@ class _Product:
         return y
 
     def bind(
-        self, shape: torch.Size, index: int, M: int, stride_m: int, stride_k: int
-    ) -> Callable[..., Tensor | None] | None:
-        """The forward to an output of this shape, with nothing left to decide; None if it cannot be had."""
+        self,
+        x: Tensor,
+        values: Tensor,
+        y: Tensor,
+        index: int,
+        M: int,
+        stride_m: int,
+        stride_k: int,
+    ) -> direct.Run | None:
+        """The forward that went from x and values to y, with nothing left to decide; None if it cannot be had."""
         N, splits = self.N, self.splits
         grid = (-(-M // self.tile.BM) * self.n_columns, splits, 1)
         launch = self.kernel.bind(grid, index, M, stride_m, stride_k, N, *self.sizes)
         grid = (-(-M * N // 256), 1, 1)
         reduce = self.reduce.bind(grid, index, M * N, N, splits) if splits > 1 else None
-        if launch is None or self.has_low or (splits > 1 and reduce is None):
+        activity = triton.knobs.runtime
+        hook = activity.launch_enter_hook
+        if (
+            launch is None
+            or self.has_low
+            or (splits > 1 and reduce is None)
+            or (hook is not None and hook.calls)
+        ):
             return None
-        accumulator, activity = self.accumulator, triton.knobs.runtime
+        # As torch.compile's code allocates: on the current device, past the dispatcher.
+        guards = torch._C._dynamo.guards
+        empty = guards._empty_strided_cuda if x.is_cuda else guards._empty_strided_cpu
+        shape, strides, dtype, accumulator = tuple(y.shape), y.stride(), y.dtype, self.accumulator
+        current_device = torch._C._cuda_getDevice
+        # What direct.py does not compare and the launch rests on.
+        x_offset, values_offset = x.data_ptr() % 16, values.data_ptr() % 16
+        tf32 = allows_tf32() if dtype == torch.float32 else None
 
         def forward(
             x: Tensor,
@@ -448,23 +505,32 @@ class _Product:
             col: Tensor,
             values: Tensor,
             bias: Tensor | None,
+            out_features: int | None,
+            activation: str,
             plan: Tensor | None,
         ) -> Tensor | None:
             hook = activity.launch_enter_hook
-            if hook is not None and hook.calls:
-                return None  # a profiler wants to see launches: take the long way
-            y = x.new_empty(shape)
-            at, x_at, col_at, y_at = crow.data_ptr(), x.data_ptr(), col.data_ptr(), y.data_ptr()
+            x_at, values_at = x.data_ptr(), values.data_ptr()
+            if (
+                x_at % 16 != x_offset
+                or values_at % 16 != values_offset
+                or current_device() != index
+                or (tf32 is not None and allows_tf32() is not tf32)
+                or (hook is not None and hook.calls)  # a profiler wants to see launches
+                or _recorder is not None
+            ):
+                return None
+            y = empty(shape, strides, dtype)
+            at, col_at, y_at = crow.data_ptr(), col.data_ptr(), y.data_ptr()
             order_at = at if plan is None else plan.data_ptr()
-            values_at = values.data_ptr()
             bias_at = x_at if bias is None else bias.data_ptr()
-            out_at = y_at
-            if splits > 1:
-                out = x.new_empty((splits, M, N), dtype=accumulator)
-                out_at = out.data_ptr()
+            if splits == 1:
+                launch(x_at, at, col_at, col_at, order_at, values_at, values_at, bias_at, y_at)
+                return y
+            out = empty((splits, M, N), (M * N, N, 1), accumulator)
+            out_at = out.data_ptr()
             launch(x_at, at, col_at, col_at, order_at, values_at, values_at, bias_at, out_at)
-            if splits > 1:
-                reduce(out_at, bias_at, y_at)
+            reduce(out_at, bias_at, y_at)
             return y
 
         return forward
@@ -622,9 +688,8 @@ class _DenseGradient:
         return blocks[rows.long(), columns.long()].contiguous()
 
 
-# Prepared launches by what the choice of tile rests on, and calls of the op by everything that was checked and decided.
+# Prepared launches by what the choice of tile rests on.
 _launches: dict[tuple, Any] = {}
-_bound: dict[tuple, Callable[..., Tensor | None]] = {}
 # What the last plain forward did: addresses of x and y, the launch, and what to bind it to.
 _latest: tuple[int, int, _Product, tuple[int, int, int, int]] | None = None
 # A program that keeps making new shapes must not grow these for ever; rebuilding an entry is cheap, because Triton
@@ -642,7 +707,7 @@ def _remember(entries: dict[tuple, Any], key: tuple, entry: Any) -> Any:
 def forget_launches() -> None:
     """Decide anew at the next call (after tuning)."""
     _launches.clear()
-    _bound.clear()
+    direct.forget()
 
 
 def _strides(x: Tensor) -> tuple[int, int]:
@@ -947,7 +1012,7 @@ def call(
     """The op on CUDA tensors. A call like an earlier one skips what that one checked and decided.
 
     Checking arguments, choosing a kernel and preparing its launch take the host several times as long as a kernel at
-    small M takes the GPU. All of it depends on what is in the key below, and on nothing else.
+    small M takes the GPU.
 
     Args:
         general: the op's general implementation over this backend, with the arguments that follow.
@@ -963,31 +1028,13 @@ def call(
     Returns:
         The op's output.
     """
-    key = (
-        x.shape,
-        x.stride(),
-        x.dtype,
-        x.get_device(),
-        x.data_ptr() % 16,
-        *(crow.shape, crow.dtype, crow.get_device(), crow.is_contiguous()),
-        *(col.shape, col.dtype, col.get_device(), col.is_contiguous()),
-        *(values.shape, values.dtype, values.get_device(), values.is_contiguous()),
-        values.data_ptr() % 16,
-        None if bias is None else (bias.shape, bias.dtype, bias.get_device(), bias.is_contiguous()),
-        None if plan is None else (plan.shape, plan.dtype, plan.get_device(), plan.is_contiguous()),
-        out_features,
-        activation,
-        x.dtype == torch.float32 and allows_tf32(),
-        torch._C._cuda_getDevice(),
-    )
-    bound = _bound.get(key)
-    if bound is not None and _recorder is None:
-        y = bound(x, crow, col, values, bias, plan)
-        if y is not None:
-            return y
+    args = (x, crow, col, values, bias, out_features, activation, plan)
+    y = direct.again(*args)
+    if y is not None:
+        return y
     global _latest
     _latest = None
-    y = general(x, crow, col, values, bias, out_features, activation, plan)
+    y = general(*args)
     latest = _latest
     if (
         latest is not None
@@ -1001,9 +1048,9 @@ def call(
         and (plan is None or plan.is_contiguous())
         and x.get_device() == torch._C._cuda_getDevice()
     ):
-        bound = latest[2].bind(y.shape, *latest[3])
-        if bound is not None:
-            _remember(_bound, key, bound)
+        run = latest[2].bind(x, values, y, *latest[3])
+        if run is not None:
+            direct.remember(run, None, *args)
     return y
 
 
