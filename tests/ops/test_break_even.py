@@ -1,10 +1,9 @@
 """The break-even table: measured where it was measured, cautious elsewhere."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
+from torchao_superblock.ops import break_even
 from torchao_superblock.ops.break_even import CAUTIOUS, break_even_sparsity
 
 HOPPER = (9, 0)
@@ -44,5 +43,5 @@ def test_what_was_not_measured_is_guessed_cautiously(
 def test_float32_follows_the_precision_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = break_even_sparsity("cuda", (64, 64), torch.float32, HOPPER)
     # Not the real switch: once set this way, it makes torch's older getters raise for the rest of the process.
-    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32"))
+    monkeypatch.setattr(break_even, "allows_tf32", lambda: True)
     assert break_even_sparsity("cuda", (64, 64), torch.float32, HOPPER) > exact

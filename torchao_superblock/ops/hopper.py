@@ -147,7 +147,9 @@ def choose(
             return PACKED if entries <= 1024 else PACKED_TWO
         if r == c == 16 and entries <= 1024:
             return COPIED_16 if entries <= 256 else COPIED_16_LONG
-        if r == c == 32 and entries <= 1024:
+        # Denser short rows keep the tensor cores busy, and the threads' copies compete with them.
+        sparse = columns > 64 or nnz <= 0.25 * rows * columns
+        if r == c == 32 and entries <= 1024 and sparse:
             return COPIED_32
         if entries > 1024 or (r == 16 and columns > 64):
             return PACKED_TWO
@@ -159,7 +161,7 @@ def choose(
     if entries > 256 or r > STRIP:
         return TWO_STRIPS
     N = rows * r
-    if 1.06 * _busy(M, N, THREE_STRIPS, processors) < _busy(M, N, TWO_STRIPS, processors):
+    if 1.1 * _busy(M, N, THREE_STRIPS, processors) < _busy(M, N, TWO_STRIPS, processors):
         return TWO_STRIPS
     return THREE_STRIPS
 
