@@ -234,39 +234,6 @@ def test_a_repeated_call_only_launches(
     call(x, False), call(x, False), call(x, True)
 
 
-@pytest.mark.skipif(not cuda._BARE_LAUNCH, reason="this Triton's launcher is called as it is")
-def test_the_bare_launch_is_what_the_launcher_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    from triton.backends.nvidia.driver import CudaLauncher
-
-    seen = []
-    launcher = CudaLauncher.__new__(CudaLauncher)
-    vars(launcher).update(
-        launch=lambda *args: seen.append(args),
-        launch_cooperative_grid=False,
-        launch_pdl=True,
-        arg_annotations="annotations",
-        kernel_signature="signature",
-        num_ctas=1,
-        gsan_enabled=False,
-        global_scratch_size=0,
-        global_scratch_align=1,
-        profile_scratch_size=0,
-        profile_scratch_align=1,
-    )
-    monkeypatch.setattr(triton.runtime.driver, "_active", object())
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
-    kernel = cuda._Kernel(SimpleNamespace(arg_names=["x", "n", "BLOCK"]), {"BLOCK": 256}, 4, 2)
-    kernel.compiled = SimpleNamespace(run=launcher, function=5, packed_metadata=(1, 2))
-    assert cuda._needs_no_scratch(launcher)
-    kernel.bind((2, 3, 1), 0, 10)(1234)
-    monkeypatch.setattr(cuda, "_BARE_LAUNCH", False)
-    kernel.bind((2, 3, 1), 0, 10)(1234)
-    assert len(seen) == 2 and seen[0] == seen[1]
-    assert seen[0][-1] == (1234, 10, 256)
-    launcher.profile_scratch_size = 128
-    assert not cuda._needs_no_scratch(launcher)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # On a GPU.
 

@@ -4,10 +4,12 @@ Compiling needs no GPU, so what a GPU would refuse (too much shared memory, spil
 the tensor cores) fails here first.
 """
 
+import inspect
 import math
 import os
 import re
 import subprocess
+import textwrap
 
 import pytest
 import torch
@@ -370,7 +372,31 @@ def test_float32_has_the_accuracy_that_torch_asks_for(set_precision, blocksize, 
 def test_float32_activations_match_float64(set_precision, activation, precision, bound):
     _hopper_or_skip()
     set_precision(precision)
-    _check(2100, 768, 768, 64, torch.float32, bound, activation=activation)
+    _check(9000, 832, 768, 64, torch.float32, bound, activation=activation)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["SHORT_TILES", "THREE_STRIPS", "TWO_PROGRAMS"])
+@pytest.mark.parametrize("N", [1024, 320])
+def test_strips_past_the_end_leave_the_output_of_the_others_alone(name, N):
+    """Many tiles a program, and a last group that is not full: its strips must not touch buffers in use."""
+    _hopper_or_skip()
+    for _ in range(3):
+        tile = getattr(hopper, name)
+        _check(50432, N, 1024, 64, torch.bfloat16, 4e-3, sparsity=0.9, tile=tile)
+
+
+@needs_compiler
+@pytest.mark.parametrize("scale", [1e-3, 1e-2, 1.0, 4.0])
+def test_the_polynomial_of_float32_gelu_has_float32_accuracy(scale):
+    """The kernel's own constants, read from its source, in float32 arithmetic on the CPU."""
+    source = inspect.getsource(hopper.kernels._activate.fn)
+    body = source.split("if FLOAT32:")[1].split("else:")[0]
+    z = torch.randn(100_000) * scale
+    names = {"a": z.abs().clamp(max=16)}
+    exec(textwrap.dedent(body), names)
+    y = z.clamp(min=0) - names["a"] * torch.exp2(names["q"])
+    assert relative_error(y, torch.nn.functional.gelu(z.double())) <= 1e-7
 
 
 @pytest.mark.gpu

@@ -51,7 +51,7 @@ _grad_values_op = torch.ops.torchao_superblock.bsr_linear_grad_values.default
 # Asked at each call.
 _profiler = torch.autograd.profiler
 _forward_ad = torch.autograd.forward_ad
-_function_mode_is_active = torch._C._is_torch_function_mode_enabled
+_function_mode_is_active = getattr(torch._C, "_is_torch_function_mode_enabled", lambda: True)
 _functorch_interpreter = torch._C._functorch.peek_interpreter_stack
 
 

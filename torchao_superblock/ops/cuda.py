@@ -246,10 +246,7 @@ def _tile(problem: Problem, rule: Callable[[Problem], Any], index: int) -> Any:
 # Launching.
 
 # Versions whose CompiledKernel.run takes what _Kernel.__call__ gives it; others go through the public, slower way.
-_TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
-_DIRECT_LAUNCH = _TRITON in ((3, 6), (3, 7), (3, 8))
-# Versions whose CompiledKernel.run is a Python function around the one in C that `_Kernel.bind` calls.
-_BARE_LAUNCH = _TRITON == (3, 8)
+_DIRECT_LAUNCH = tuple(map(int, triton.__version__.split(".")[:2])) in ((3, 6), (3, 7), (3, 8))
 
 
 class _Kernel:
@@ -302,43 +299,12 @@ class _Kernel:
         current_stream = torch._C._cuda_getCurrentRawStream
         X, Y, Z = grid
         rest = (*numbers, *self.constants)
-        if _BARE_LAUNCH and _needs_no_scratch(run):
-            # What `run` calls, with what it would look up at each call.
-            launch_pdl, cooperative = run.launch_pdl, run.launch_cooperative_grid
-            annotations, signature, bare = run.arg_annotations, run.kernel_signature, run.launch
-
-            def launch_bare(*addresses: int) -> None:
-                bare(
-                    X,
-                    Y,
-                    Z,
-                    current_stream(index),
-                    function,
-                    cooperative,
-                    launch_pdl,
-                    metadata,
-                    None,
-                    None,
-                    None,
-                    None,
-                    None,
-                    annotations,
-                    signature,
-                    addresses + rest,
-                )
-
-            return launch_bare
 
         def launch(*addresses: int) -> None:
             stream = current_stream(index)
             run(X, Y, Z, stream, function, metadata, None, None, None, *addresses, *rest)
 
         return launch
-
-
-def _needs_no_scratch(launcher: Any) -> bool:
-    names = ("gsan_enabled", "global_scratch_size", "profile_scratch_size")
-    return not any(getattr(launcher, name, True) for name in names)
 
 
 class _TracedKernel(_Kernel):
@@ -484,15 +450,14 @@ class _Product:
         activity = triton.knobs.runtime
         hook = activity.launch_enter_hook
         if (
-            launch is None
+            not direct.USABLE
+            or launch is None
             or self.has_low
             or (splits > 1 and reduce is None)
             or (hook is not None and hook.calls)
         ):
             return None
-        # As torch.compile's code allocates: on the current device, past the dispatcher.
-        guards = torch._C._dynamo.guards
-        empty = guards._empty_strided_cuda if x.is_cuda else guards._empty_strided_cpu
+        empty = direct.empty_strided_cuda if x.is_cuda else direct.empty_strided_cpu
         shape, strides, dtype, accumulator = tuple(y.shape), y.stride(), y.dtype, self.accumulator
         current_device = torch._C._cuda_getDevice
         # What direct.py does not compare and the launch rests on.
@@ -1038,6 +1003,7 @@ def call(
     latest = _latest
     if (
         latest is not None
+        and _recorder is None
         # The kernel read and wrote these very tensors: nothing was copied, padded or cropped on the way.
         and latest[:2] == (x.data_ptr(), y.data_ptr())
         and y.numel() == latest[3][1] * latest[2].N

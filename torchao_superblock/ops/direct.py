@@ -39,19 +39,6 @@ def _guards(*tensors: Tensor) -> Any:
     )
 
 
-def _guards_work() -> bool:
-    """Whether this torch has what the above calls, and it does what this module rests on."""
-    try:
-        with torch.inference_mode(False):
-            tensor, other = (torch.empty(shape, device="meta") for shape in ((2, 3), (3, 3)))
-            check = _guards(tensor).check
-            with torch._C._AutoDispatchBelowAutograd():
-                seen_below = check(tensor)
-            return check(tensor) and not check(other) and not seen_below
-    except Exception:
-        return False
-
-
 def _bits(*names: str) -> int:
     bits = 0
     for name in names:
@@ -59,11 +46,31 @@ def _bits(*names: str) -> int:
     return bits
 
 
-# The keys of an ordinary call: those of a backend, and autograd's. (The others here let every call through.)
-_BACKENDS = _bits("CPU", "CUDA", "BackendSelect", "ADInplaceOrView")
-_AUTOGRAD = _bits("AutogradCPU", "AutogradCUDA") & ~_BACKENDS
-_n_dispatch_modes = torch._C._len_torch_dispatch_stack
-_USABLE = _guards_work()
+def _own_keys(tensor: Tensor) -> int:
+    """Bits of the keys that the dispatcher would go by for this tensor, in this thread's state."""
+    included = torch._C._dispatch_tls_local_include_set().raw_repr()
+    excluded = torch._C._dispatch_tls_local_exclude_set().raw_repr()
+    return (torch._C._dispatch_keys(tensor).raw_repr() | included) & ~excluded
+
+
+try:
+    # The keys of an ordinary call: those of a backend, and autograd's. (The others here let every call through.)
+    _BACKENDS = _bits("CPU", "CUDA", "BackendSelect", "ADInplaceOrView")
+    _AUTOGRAD = _bits("AutogradCPU", "AutogradCUDA") & ~_BACKENDS
+    _n_dispatch_modes = torch._C._len_torch_dispatch_stack
+    # As torch.compile's code allocates: on the current device, past the dispatcher.
+    empty_strided_cuda = torch._C._dynamo.guards._empty_strided_cuda
+    empty_strided_cpu = torch._C._dynamo.guards._empty_strided_cpu
+    with torch.inference_mode(False):
+        _tensor, _other = (torch.empty(shape, device="meta") for shape in ((2, 3), (3, 3)))
+        _check = _guards(_tensor).check
+        with torch._C._AutoDispatchBelowAutograd():
+            _seen_below = _check(_tensor)
+        _own_keys(_tensor)
+        # Whether this torch has all that, and it does what this module rests on.
+        USABLE = _check(_tensor) and not _check(_other) and not _seen_below
+except Exception:
+    USABLE = False
 _TYPES = (Tensor, torch.nn.Parameter)
 # Compared in the place of an absent bias or plan. No call with real arguments has a tensor like these.
 _NO_BIAS = torch.empty((), dtype=torch.bool, device="meta")
@@ -103,7 +110,7 @@ def again(
         activation: activation.
         plan: plan.
     """
-    if type(x) is not Tensor or _n_dispatch_modes():
+    if not USABLE or type(x) is not Tensor or _n_dispatch_modes():
         return None
     try:
         entries = _entries.get((x.shape, values.shape))
@@ -180,7 +187,7 @@ def remember(
         activation: activation.
         plan: plan.
     """
-    if not _USABLE:
+    if not USABLE:
         return
     key = (x.shape, values.shape)
     known = _entries.get(key)
@@ -192,11 +199,9 @@ def remember(
     tensors = [t for t in (x, crow_indices, col_indices, values, bias, plan) if t is not None]
     if any(type(tensor) not in _TYPES for tensor in tensors):
         return
-    included = torch._C._dispatch_tls_local_include_set().raw_repr()
-    excluded = torch._C._dispatch_tls_local_exclude_set().raw_repr()
     keys, needs_grad = 0, False
     for tensor in tensors:
-        own = (torch._C._dispatch_keys(tensor).raw_repr() | included) & ~excluded
+        own = _own_keys(tensor)
         needs_grad |= tensor.requires_grad and own & _AUTOGRAD != 0
         keys |= own
     if keys & ~(_BACKENDS | _AUTOGRAD) or (keys & _AUTOGRAD and differentiate is None):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torchao_superblock.ops.plan import STRIP, split_plan
+from torchao_superblock.ops.precision import allows_tf32
 
 __all__ = ["Strips", "boxes", "choose", "constants", "forward", "supports", "unavailable_reason"]
 
@@ -83,6 +84,7 @@ COPIED_32 = Strips(256, 128, 3, 4, 3, 1, 160, copied=True, grouped=True)
 PACKED = Strips(256, 128, 3, 4, 3, 1, 160, packed=True)
 PACKED_TWO = Strips(256, 128, 2, 4, 4, 1, 216, packed=True)
 TF32 = Strips(128, 128, 2, 5, 3, 1, 216)
+# Pairs out of the plan's threes, which still share more than neighbours do.
 EXACT = Strips(128, 128, 2, 3, 3, 1, 176, grouped=True)
 
 
@@ -182,7 +184,7 @@ def _processors(index: int) -> int:
 
 def _exact(dtype: torch.dtype) -> bool:
     """Whether products must keep float32 accuracy, as torch's own switch says."""
-    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return dtype == torch.float32 and not allows_tf32()
 
 
 def unavailable_reason(index: int = 0) -> str | None:

@@ -61,23 +61,24 @@ def _group_rows(
     stack, width = (max(1, STRIP // side) for side in blocksize)
     n_strips, n_slices = n_rows // stack, -(-n_cols // width)
     device = row_indices.device
-    needs = torch.zeros(n_strips, n_slices, device=device)
-    needs[row_indices // stack, col_indices // width] = 1
+    needs = torch.zeros(n_strips, n_slices, device=device, dtype=torch.float32)
+    # Clamped: a bad index may give a bad order, but no assertion on the device.
+    rows, cols = row_indices.clamp(0, n_rows - 1), col_indices.clamp(0, n_cols - 1)
+    needs[rows // stack, cols // width] = 1
     n_needed = needs.sum(1)
-    taken = torch.zeros(n_strips, device=device)  # infinity for a strip that has its place
-    order = torch.empty(n_strips, device=device, dtype=torch.int64)
-    slices = torch.zeros(n_slices, device=device)
+    taken = torch.zeros_like(n_needed)  # infinity for a strip that has its place
+    order = []
     for place in range(n_strips):
         if place % GROUP == 0:
-            strip = torch.argmin(taken - n_needed)
-            slices.zero_()
+            score, slices = taken - n_needed, torch.zeros_like(needs[0])
         else:
-            added = n_needed - needs @ slices
-            strip = torch.argmin(taken + added - n_needed / (4 * n_slices))
-        order[place] = strip
-        taken[strip] = torch.inf
-        slices = torch.maximum(slices, needs[strip])
-    return (order[:, None] * stack + torch.arange(stack, device=device)).flatten()
+            score = taken + (n_needed - needs @ slices) - n_needed / (4 * n_slices)
+        # One element, not none: indexing with a number would ask the device for it.
+        strip = torch.argmin(score, dim=0, keepdim=True)
+        order.append(strip)
+        taken.index_fill_(0, strip, torch.inf)
+        slices = torch.maximum(slices, needs.index_select(0, strip)[0])
+    return (torch.cat(order)[:, None] * stack + torch.arange(stack, device=device)).flatten()
 
 
 def build_plan(
@@ -94,8 +95,9 @@ def build_plan(
         crow_indices: ``(R + 1,)`` int32.
         col_indices: ``(nnz,)`` int32.
         n_block_cols: C, the number of block columns.
-        blocksize: ``(r, c)``, to work out as well which block rows a kernel had better take together, where that is of
-            use: a few small operations for each strip of STRIP outputs. None leaves that out.
+        blocksize: ``(r, c)`` of the blocks that the index is of, to work out as well which block rows a kernel had
+            better take together, where that is of use: a few small operations for each strip of STRIP outputs. None
+            leaves that out.
 
     Returns:
         int32 tensor of ``plan_length(R, C, nnz)`` entries; see :class:`Plan` for its parts.
@@ -119,6 +121,8 @@ def build_plan(
     # A taller block is several strips by itself, and they share all of their columns.
     if (
         blocksize is not None
+        and n_block_rows > 0
+        and n_block_cols > 0
         and STRIP % blocksize[0] == 0
         and n_block_rows * blocksize[0] % STRIP == 0
     ):
