@@ -12,24 +12,26 @@
 
 /* One narrow column strip of the output: lanes [n0, n0 + width) of block row `row`. */
 typedef struct {
-    int32_t row, n0, width;
-} sb_item;
+    int64_t row, n0, width;
+} sb_strip;
 
-/* A product, or one round of it, cut in pieces. The weights are packed once, by all threads together:
- * each claims groups of items until none is left, and waits for a group only where it is used. */
+/* Whether a group of strips is packed. */
+enum { SB_UNPACKED, SB_PACKING, SB_PACKED };
+
+/* A product, or one round of it, cut in pieces. The weights are packed once for all threads: a group of
+ * strips by the thread that first comes to it, while it uses them. */
 typedef struct {
     const sb_product *p;
-    const sb_item *items;
-    const int64_t *group; /* (n_groups + 1): first item of each group */
+    const int64_t *group; /* (n_groups + 1): first strip of each group, in order of the columns of y */
     int64_t n_groups;
-    void *packed;               /* the strips of all groups */
-    const int64_t *offset;      /* (n_groups): where each group starts in `packed`, in elements */
-    atomic_int *ready;          /* (n_groups): whether a group is packed */
+    void *packed;                /* the strips of all groups */
+    const int64_t *offset;       /* (n_groups): where each group starts in `packed`, in elements */
+    atomic_int *state;           /* (n_groups) */
     const unsigned char *needed; /* lines of x that the product reads */
     /* The first n_whole tiles of rows are a piece of work each, with all groups; each (tile, group) of
      * the others is one, so that the threads end together. */
     int64_t tile_rows, n_tiles, n_whole;
-    atomic_llong next_pack, next_piece;
+    atomic_llong next_piece;
     atomic_int failed;
 } sb_product_job;
 

@@ -13,6 +13,13 @@
 #ifndef SB_SMALL_M
 #define SB_SMALL_M 10
 #endif
+/* Strips that take turns on one panel of x: at most so many, fewer if they are large. */
+#ifndef SB_CHUNK
+#define SB_CHUNK 16
+#endif
+#ifndef SB_CHUNK_ELEMENTS
+#define SB_CHUNK_ELEMENTS (1 << 14)
+#endif
 
 #define SB_PASTE3(a, b, c) a##_##b##_##c
 #define SB_PASTE2(a, b, c) SB_PASTE3(a, b, c)
@@ -56,6 +63,22 @@ SB_INLINE vh float_to_bf16(vf f) {
     const vu quiet = (u >> 16) | 0x40;
     const vu nan = (vu)(f != f);
     return narrow((rounded & ~nan) | (quiet & nan));
+}
+
+/* The same for numbers: half the work. Infinities stay; the largest numbers round to them. */
+SB_INLINE vh number_to_bf16(vf f) {
+    const vu u = (vu)f;
+    return narrow((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+SB_INLINE int any(vi condition) {
+#if SB_VECTOR_BYTES == 64
+    return _mm512_movepi32_mask((__m512i)condition) != 0;
+#elif SB_VECTOR_BYTES == 32
+    return _mm256_movemask_ps((__m256)condition) != 0;
+#else
+    return (condition[0] | condition[1] | condition[2] | condition[3]) != 0;
+#endif
 }
 
 #if SB_VECTOR_BYTES == 64
@@ -199,8 +222,14 @@ SB_INLINE vf load_float(const void *p, int64_t i, int dtype) {
     }
 }
 
+/* A dtype for `store_float`: SB_BFLOAT16, and the vector holds no NaN. */
+#define SB_BFLOAT16_NUMBERS 101
+
 SB_INLINE void store_float(void *p, int64_t i, vf v, int dtype) {
     switch (dtype) {
+    case SB_BFLOAT16_NUMBERS:
+        *(vh_u *)((uint16_t *)p + i) = number_to_bf16(v);
+        break;
     case SB_BFLOAT16:
         *(vh_u *)((uint16_t *)p + i) = float_to_bf16(v);
         break;

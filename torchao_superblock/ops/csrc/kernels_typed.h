@@ -3,8 +3,8 @@
  * What limits them is the number of multiply-adds a core can start in a cycle, so everything serves one
  * loop, `rank_updates`: a tile of sums stays in registers while, for each k of each stored block, two
  * vectors of packed weights meet one broadcast element from each row of x. That needs
- *   - weights k-major ([k][lane]). `values` is n-major, so the threads pack it strip by strip into the
- *     scratch of the thread that called, for all rows of x; few rows take `small` below instead,
+ *   - weights k-major ([k][lane]). `values` is n-major, so it is packed strip by strip into the scratch of
+ *     the thread that called, once for all threads and rows of x; few rows take `small` below instead,
  *     which reads the canonical order;
  *   - x in panels of 12 rows, [k / KC][row][k % KC]: KC elements are one cache line, so packing is a copy
  *     of whole lines (any dtype, any strides), rows lie at constant offsets, and rows that are 4096
@@ -187,32 +187,36 @@ SB_INLINE void TYPED(store_tile)(const sb_product *p, V acc[SB_PANEL][2], const 
     }
 }
 
-SB_INLINE void TYPED(tile_as)(const sb_product *p, const sb_item *item, const T *panel, const T *strip,
+#ifndef SB_DOUBLE
+/* Whether a tile may hold a NaN: its sum is one then (as it is if infinities of both signs meet). */
+SB_INLINE int TYPED(may_hold_nan)(V acc[SB_PANEL][2], const int tile_rows, const int vectors) {
+    V sums[2] = {{0}, {0}};
+#pragma GCC unroll 12
+    for (int i = 0; i < tile_rows; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) sums[v] += acc[i][v];
+    sums[0] += sums[1];
+    return any(sums[0] != sums[0]);
+}
+#endif
+
+SB_INLINE void TYPED(tile_as)(const sb_product *p, const sb_strip *strip, const T *panel, const T *w,
                               const int tile_rows, const int vectors, int64_t m, int64_t rows) {
-    const int64_t n0 = item->row * p->r + item->n0;
+    const int64_t n0 = strip->row * p->r + strip->n0;
     V bias[2] = {{0}, {0}};
     if (p->bias)
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; v++)
-            bias[v] = item->width >= (v + 1) * W
+            bias[v] = strip->width >= (v + 1) * W
                           ? LOAD(p->bias, n0 + v * W, p->dtype)
-                          : LOAD_PART(p->bias, n0 + v * W, (int)(item->width - v * W), p->dtype);
+                          : LOAD_PART(p->bias, n0 + v * W, (int)(strip->width - v * W), p->dtype);
     V acc[SB_PANEL][2];
-    /* Rows of y are far apart, too far for the processor to foresee: ask for their lines now. */
-    const size_t size = sb_dtype_size(p->dtype);
-    const char *y_line = (const char *)p->y + (size_t)(m * p->R * p->r + n0) * size;
 #pragma GCC unroll 12
-    for (int i = 0; i < tile_rows; i++) {
+    for (int i = 0; i < tile_rows; i++)
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; v++) acc[i][v] = bias[v];
-        if (i < rows) {
-            __builtin_prefetch(y_line, 1);
-            __builtin_prefetch(y_line + (size_t)item->width * size - 1, 1);
-        }
-        y_line += (size_t)(p->R * p->r) * size;
-    }
 
-    const int32_t *col = p->col + p->crow[item->row], *const last = p->col + p->crow[item->row + 1];
+    const int32_t *col = p->col + p->crow[strip->row], *const last = p->col + p->crow[strip->row + 1];
     for (; col < last; col++) {
         int64_t k = *col * p->c;
         const int64_t stop = k + p->c;
@@ -224,20 +228,24 @@ SB_INLINE void TYPED(tile_as)(const sb_product *p, const sb_item *item, const T 
 #pragma GCC unroll 12
             for (int i = 0; i < tile_rows; i++) __builtin_prefetch(next + i * KC);
             TYPED(rank_updates)(acc, tile_rows, vectors, panel + (k - offset) * SB_PANEL + offset, KC, 1,
-                                strip, vectors * W, n);
-            strip += n * vectors * W;
+                                w, vectors * W, n);
+            w += n * vectors * W;
             k += n;
         }
     }
 
-    if (p->activation == SB_NONE && item->width == vectors * W) {
+    int plain = p->activation == SB_NONE && strip->width == vectors * W;
+#ifndef SB_DOUBLE
+    if (plain && p->dtype == SB_BFLOAT16) plain = !TYPED(may_hold_nan)(acc, tile_rows, vectors);
+#endif
+    if (plain) {
         switch (p->dtype) {
 #ifdef SB_DOUBLE
         default:
             TYPED(store_tile)(p, acc, tile_rows, vectors, m, rows, n0, SB_FLOAT64);
 #else
         case SB_BFLOAT16:
-            TYPED(store_tile)(p, acc, tile_rows, vectors, m, rows, n0, SB_BFLOAT16);
+            TYPED(store_tile)(p, acc, tile_rows, vectors, m, rows, n0, SB_BFLOAT16_NUMBERS);
             break;
         case SB_FLOAT16:
             TYPED(store_tile)(p, acc, tile_rows, vectors, m, rows, n0, SB_FLOAT16);
@@ -253,14 +261,14 @@ SB_INLINE void TYPED(tile_as)(const sb_product *p, const sb_item *item, const T 
     for (int i = 0; i < tile_rows; i++)
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; v++) *(V *)(sums + (i * 2 + v) * W) = acc[i][v];
-    TYPED(finish)(p, sums, vectors, m, rows, n0, item->width);
+    TYPED(finish)(p, sums, vectors, m, rows, n0, strip->width);
 }
 
 /* One function for each register tile. */
 #define SB_TILE(rows_, vectors_)                                                                        \
     static __attribute__((noinline)) void TYPED(tile##rows_##x##vectors_)(                              \
-        const sb_product *p, const sb_item *item, const T *panel, const T *strip, int64_t m, int64_t rows) { \
-        TYPED(tile_as)(p, item, panel, strip, rows_, vectors_, m, rows);                                \
+        const sb_product *p, const sb_strip *strip, const T *panel, const T *w, int64_t m, int64_t rows) { \
+        TYPED(tile_as)(p, strip, panel, w, rows_, vectors_, m, rows);                                \
     }
 SB_TILE(1, 1) SB_TILE(2, 1) SB_TILE(4, 1) SB_TILE(6, 1) SB_TILE(8, 1) SB_TILE(12, 1)
 SB_TILE(1, 2) SB_TILE(2, 2) SB_TILE(4, 2) SB_TILE(6, 2)
@@ -269,20 +277,20 @@ SB_TILE(8, 2) SB_TILE(12, 2)
 #endif
 
 /* `rows` rows of one panel, at most SB_PANEL. */
-static void TYPED(panel_rows)(const sb_product *p, const sb_item *item, const T *panel, const T *strip, int64_t m,
+static void TYPED(panel_rows)(const sb_product *p, const sb_strip *strip, const T *panel, const T *w, int64_t m,
                               int64_t rows) {
-    if (item->width <= W) {
-#define SB_CASE(n) TYPED(tile##n##x1)(p, item, panel, strip, m, rows);
+    if (strip->width <= W) {
+#define SB_CASE(n) TYPED(tile##n##x1)(p, strip, panel, w, m, rows);
         SB_ROWS_TALL(rows, SB_CASE)
 #undef SB_CASE
         return;
     }
-#define SB_CASE(n) TYPED(tile##n##x2)(p, item, panel, strip, m, rows);
+#define SB_CASE(n) TYPED(tile##n##x2)(p, strip, panel, w, m, rows);
 #if SB_TALL
     SB_ROWS_TALL(rows, SB_CASE)
 #else
     if (rows > 6) {
-        TYPED(tile6x2)(p, item, panel, strip, m, 6);
+        TYPED(tile6x2)(p, strip, panel, w, m, 6);
         panel += 6 * KC, m += 6, rows -= 6;
     }
     SB_ROWS_SHORT(rows, SB_CASE)
@@ -290,45 +298,80 @@ static void TYPED(panel_rows)(const sb_product *p, const sb_item *item, const T 
 #undef SB_CASE
 }
 
-/* The strips of one group, one after the other. */
-static void TYPED(pack_group)(const sb_product_job *job, int64_t g) {
-    const sb_product *p = job->p;
-    T *out = (T *)job->packed + job->offset[g];
-    for (const sb_item *i = job->items + job->group[g]; i < job->items + job->group[g + 1]; i++) {
-        const int64_t lanes = TYPED(padded)(i->width);
-        for (int64_t j = p->crow[i->row]; j < p->crow[i->row + 1]; j++, out += p->c * lanes)
-            TYPED(pack_block)(p, j, i->n0, i->width, lanes, out);
+SB_INLINE sb_strip TYPED(strip)(const sb_product *p, int64_t index) {
+    const int64_t per_row = sb_ceil_div(p->r, 2 * W), n0 = index % per_row * 2 * W;
+    return (sb_strip){.row = index / per_row, .n0 = n0, .width = sb_min(2 * W, p->r - n0)};
+}
+
+/* Elements of a packed strip. */
+SB_INLINE int64_t TYPED(strip_size)(const sb_product *p, const sb_strip *strip) {
+    return (p->crow[strip->row + 1] - p->crow[strip->row]) * p->c * TYPED(padded)(strip->width);
+}
+
+static void TYPED(pack_strip)(const sb_product *p, const sb_strip *strip, T *out) {
+    const int64_t lanes = TYPED(padded)(strip->width);
+    for (int64_t j = p->crow[strip->row]; j < p->crow[strip->row + 1]; j++, out += p->c * lanes)
+        TYPED(pack_block)(p, j, strip->n0, strip->width, lanes, out);
+}
+
+/* Asks for part `part` of `parts` of the values that packing a strip will read. */
+static void TYPED(prefetch_strip)(const sb_product *p, const sb_strip *strip, int64_t part, int64_t parts) {
+    const int64_t size = (int64_t)sb_dtype_size(p->dtype), first = p->crow[strip->row];
+    const int64_t in_block = sb_ceil_div(strip->width * p->c * size, 64); /* lines */
+    const int64_t lines = (p->crow[strip->row + 1] - first) * in_block, end = lines * (part + 1) / parts;
+    int64_t i = lines * part / parts, line = i % in_block;
+    if (p->perm || i == end) return; /* with perm, pieces of lines lie all over the place */
+    const char *block = (const char *)p->values + ((first + i / in_block) * p->r + strip->n0) * p->c * size;
+    for (; i < end; i++) {
+        __builtin_prefetch(block + line * 64);
+        if (++line == in_block) line = 0, block += p->r * p->c * size;
     }
 }
 
-/* Rows [m0, m0 + rows) of y, the items of group g. */
+/* Rows [m0, m0 + rows) of y, the strips of group g, a few neighbours at a time: their lines of y are
+ * neighbours too, and they may read the same lines of x. The first thread to come packs each strip just
+ * before it uses it, and asks for the values of the next ones while it multiplies. */
 static void TYPED(product_piece)(const sb_product_job *job, const T *x_pack, int64_t m0, int64_t rows, int64_t g) {
     const sb_product *p = job->p;
     const int64_t panel = sb_ceil_div(p->C * p->c, KC) * KC; /* elements of one row in a panel */
-    const T *strip = (const T *)job->packed + job->offset[g];
-    while (!atomic_load_explicit(&job->ready[g], memory_order_acquire)) sched_yield();
-    for (const sb_item *i = job->items + job->group[g]; i < job->items + job->group[g + 1]; i++) {
-        for (int64_t m = 0; m < rows; m += SB_PANEL)
-            TYPED(panel_rows)(p, i, x_pack + m * panel, strip, m0 + m, sb_min(SB_PANEL, rows - m));
-        strip += (p->crow[i->row + 1] - p->crow[i->row]) * p->c * TYPED(padded)(i->width);
+    const int64_t n_panels = sb_ceil_div(rows, SB_PANEL), end = job->group[g + 1];
+    T *w = (T *)job->packed + job->offset[g];
+    int state = SB_UNPACKED;
+    const int pack = atomic_compare_exchange_strong(&job->state[g], &state, SB_PACKING);
+    while (!pack && atomic_load_explicit(&job->state[g], memory_order_acquire) != SB_PACKED) sched_yield();
+
+    for (int64_t first = job->group[g], n; first < end; first += n) {
+        sb_strip strips[SB_CHUNK], next[SB_CHUNK];
+        int64_t size[SB_CHUNK], chunk = 0;
+        for (n = 0; n < SB_CHUNK && first + n < end && chunk < SB_CHUNK_ELEMENTS; chunk += size[n++]) {
+            strips[n] = TYPED(strip)(p, first + n);
+            size[n] = TYPED(strip_size)(p, &strips[n]);
+            if (pack) TYPED(pack_strip)(p, &strips[n], w + chunk);
+        }
+        const int64_t n_next = pack ? sb_min(n, end - first - n) : 0;
+        for (int64_t i = 0; i < n_next; i++) next[i] = TYPED(strip)(p, first + n + i);
+        for (int64_t a = 0; a < n_panels; a++) {
+            const int64_t m = a * SB_PANEL;
+            const T *strip = w;
+            for (int64_t i = 0; i < n; strip += size[i++]) {
+                if (i < n_next) TYPED(prefetch_strip)(p, &next[i], a, n_panels);
+                TYPED(panel_rows)(p, &strips[i], x_pack + m * panel, strip, m0 + m, sb_min(SB_PANEL, rows - m));
+            }
+        }
+        w += chunk;
     }
+    if (pack) atomic_store_explicit(&job->state[g], SB_PACKED, memory_order_release);
 }
 
 static void TYPED(product)(void *pointer) {
     sb_product_job *job = pointer;
     const sb_product *p = job->p;
-    int64_t g, first = 0, piece, tile_of_x = -1;
-    /* Before anything that may fail: the others wait for what this thread claims. */
-    while ((g = atomic_fetch_add(&job->next_pack, 1)) < job->n_groups) {
-        TYPED(pack_group)(job, g);
-        atomic_store_explicit(&job->ready[g], 1, memory_order_release);
-        first = g;
-    }
     T *x_pack = sb_scratch(SB_SCRATCH_X, sizeof(T) * (size_t)(job->tile_rows * sb_ceil_div(p->C * p->c, KC) * KC) + 64);
     if (!x_pack) {
         atomic_store(&job->failed, 1);
         return;
     }
+    int64_t piece, tile_of_x = -1;
     while ((piece = atomic_fetch_add(&job->next_piece, 1)) < job->n_whole + (job->n_tiles - job->n_whole) * job->n_groups) {
         const int whole = piece < job->n_whole;
         const int64_t rest = piece - job->n_whole;
@@ -340,8 +383,8 @@ static void TYPED(product)(void *pointer) {
             TYPED(product_piece)(job, x_pack, m0, rows, rest % job->n_groups);
             continue;
         }
-        for (int64_t visit = 0; visit < job->n_groups; visit++) /* what this thread packed comes first */
-            TYPED(product_piece)(job, x_pack, m0, rows, (first + visit) % job->n_groups);
+        for (int64_t visit = 0; visit < job->n_groups; visit++) /* each thread begins with another group */
+            TYPED(product_piece)(job, x_pack, m0, rows, (tile + visit) % job->n_groups);
     }
 }
 
@@ -558,7 +601,7 @@ static void TYPED(small)(void *pointer) {
 enum { TYPED(GRAD_ROWS) = 64 };
 
 /* Columns [first, first + n) of rows [m0, m0 + rows) -> out[m * stride + column], zero-padded. */
-static void TYPED(pack_strip)(const void *x, int64_t x_row, int64_t x_col, int64_t m0, int64_t rows, int64_t first,
+static void TYPED(pack_columns)(const void *x, int64_t x_row, int64_t x_col, int64_t m0, int64_t rows, int64_t first,
                               int64_t n, T *out, int64_t stride, int dtype) {
     for (int64_t m = 0; m < rows; m++) {
         const int64_t from = (m0 + m) * x_row + first * x_col;
@@ -665,7 +708,7 @@ static void TYPED(grad)(void *pointer) {
             const int64_t rows = sb_min(tile, p->M - m0);
             for (int64_t i = 0; i < p->C; i++)
                 if (needed[i])
-                    TYPED(pack_strip)(p->x, p->x_row, p->x_col, m0, rows, i * c, c, x + i * tile * stride, stride,
+                    TYPED(pack_columns)(p->x, p->x_row, p->x_col, m0, rows, i * c, c, x + i * tile * stride, stride,
                                       p->dtype);
             int64_t i = first_row - 1, row_end = begin;
             for (int64_t j = begin; j < end; j++) {
@@ -673,7 +716,7 @@ static void TYPED(grad)(void *pointer) {
                     do i++;
                     while (p->crow[i + 1] <= j);
                     row_end = p->crow[i + 1];
-                    TYPED(pack_strip)(p->grad, p->grad_row, p->grad_col, m0, rows, i * r, r, grad + i * tile * r, r,
+                    TYPED(pack_columns)(p->grad, p->grad_row, p->grad_col, m0, rows, i * r, r, grad + i * tile * r, r,
                                       p->dtype);
                 }
                 TYPED(outer)(grad + i * tile * r, r, x + p->col[j] * tile * stride, stride, rows,

@@ -8,18 +8,21 @@
 
 /* The sanitizer test builds with tiny values, so that small problems take every path. */
 #ifndef SB_GROUP_ELEMENTS
-/* Elements of packed weights for each thread (2 MiB in float32). Weights that need more are done in
+/* Elements of packed weights for each thread (4 MiB in float32). Weights that need more are done in
  * several rounds, so the scratch does not grow with the layer. */
-#define SB_GROUP_ELEMENTS (1 << 19)
+#define SB_GROUP_ELEMENTS (1 << 20)
 #endif
 #ifndef SB_X_TILE_BYTES
 /* Bytes of packed x a thread holds at a time: with the weights streaming past, it should stay in L2. */
-#define SB_X_TILE_BYTES (320 << 10)
+#define SB_X_TILE_BYTES (160 << 10)
 #endif
 #ifndef SB_SERIAL_WORK
 /* Multiply-adds below which a second thread costs more than it brings. */
 #define SB_SERIAL_WORK (3 << 16)
 #endif
+/* What a strip costs apart from its blocks (the bias, the activation, the store), in rows of packed
+ * weights. */
+#define SB_STRIP_WORK 16
 #ifndef SB_GRAD_ELEMENTS
 /* Accumulators of one piece of grad_values. */
 #define SB_GRAD_ELEMENTS (1 << 18)
@@ -102,47 +105,21 @@ static int check(const int32_t *crow, const int32_t *col, int64_t R, int64_t C, 
     return outside(col, nnz, C) ? SB_BAD_COL : SB_OK;
 }
 
-/* Items in groups of about equal work: longest first, each to the group with the least so far. */
-static int64_t deal(const sb_product *p, int64_t strip, sb_item *items, int64_t n_items, int64_t *group,
-                    int64_t n_groups, int64_t *scratch) {
-    int64_t *load = scratch, *count = load + n_groups, *owner = count + n_groups;
-    int64_t *bucket = owner + n_items; /* (C + 2): rows by number of blocks, most first */
-    const int64_t per_row = sb_ceil_div(p->r, strip);
-    int64_t *rows = bucket + p->C + 2;
-    memset(load, 0, sizeof *load * (size_t)(2 * n_groups));
-    memset(bucket, 0, sizeof *bucket * (size_t)(p->C + 2));
-    /* A row may hold more than C blocks if columns repeat; such rows share the first bucket. */
-    for (int64_t i = 0; i < p->R; i++)
-        bucket[p->C - sb_min(p->crow[i + 1] - p->crow[i], p->C) + 1]++;
-    for (int64_t i = 0; i <= p->C; i++) bucket[i + 1] += bucket[i];
-    for (int64_t i = 0; i < p->R; i++)
-        rows[bucket[p->C - sb_min(p->crow[i + 1] - p->crow[i], p->C)]++] = i;
-
-    for (int64_t a = 0; a < p->R; a++) {
-        const int64_t blocks = p->crow[rows[a] + 1] - p->crow[rows[a]];
-        for (int64_t s = 0; s < per_row; s++) {
-            int64_t least = 0;
-            for (int64_t g = 1; g < n_groups; g++)
-                if (load[g] < load[least]) least = g;
-            /* The constant stands for the bias, the activation and the store. */
-            load[least] += blocks * p->c + 16;
-            count[least]++;
-            owner[a * per_row + s] = least;
-        }
-    }
-    group[0] = 0;
+/* Consecutive strips, `per_row` of them in each block row, in groups of about equal work. */
+static void split(const sb_product *p, int64_t per_row, int64_t n_groups, int64_t *group) {
+    const int64_t total = (p->nnz * p->c + SB_STRIP_WORK * p->R) * per_row;
+    int64_t strip = 0, done = 0;
     for (int64_t g = 0; g < n_groups; g++) {
-        group[g + 1] = group[g] + count[g];
-        count[g] = group[g];
-    }
-    for (int64_t a = 0; a < p->R; a++)
-        for (int64_t s = 0; s < per_row; s++) {
-            sb_item *item = &items[count[owner[a * per_row + s]]++];
-            item->row = (int32_t)rows[a];
-            item->n0 = (int32_t)(s * strip);
-            item->width = (int32_t)sb_min(strip, p->r - s * strip);
+        group[g] = strip;
+        const int64_t until = total / n_groups * (g + 1);
+        for (; strip < p->R * per_row; strip++) {
+            const int64_t row = strip / per_row;
+            const int64_t work = (p->crow[row + 1] - p->crow[row]) * p->c + SB_STRIP_WORK;
+            if (done + work / 2 > until) break; /* more than half of it lies beyond */
+            done += work;
         }
-    return n_items;
+    }
+    group[n_groups] = p->R * per_row;
 }
 
 static int run_small(const sb_product *p, const sb_kernels *k, int threads) {
@@ -151,15 +128,7 @@ static int run_small(const sb_product *p, const sb_kernels *k, int threads) {
     job.n_groups = threads > 1 ? sb_min(p->R, 4 * (int64_t)threads) : 1;
     int64_t *group = sb_scratch(SB_SCRATCH_JOB, sizeof(int64_t) * (size_t)(job.n_groups + 1));
     if (!group) return SB_NO_MEMORY;
-    const int64_t total = p->nnz * p->c + 16 * p->R;
-    int64_t row = 0, g = 0;
-    for (; g < job.n_groups; g++) {
-        group[g] = row;
-        const int64_t until = total / job.n_groups * (g + 1);
-        while (row < p->R && p->crow[row + 1] * p->c + 16 * (row + 1) <= until) row++;
-        if (g == job.n_groups - 1) row = p->R;
-    }
-    group[g] = p->R;
+    split(p, 1, job.n_groups, group);
     job.group = group;
     atomic_init(&job.next_group, 0);
     atomic_init(&job.failed, 0);
@@ -176,13 +145,15 @@ int sb_run_product(const sb_product *p) {
     const sb_kernels *k = kernels();
     const int64_t lanes = p->dtype == SB_FLOAT64 ? k->lanes_f64 : k->lanes_f32;
     const int64_t size = p->dtype == SB_FLOAT64 ? 8 : 4;
-    const int64_t work = (p->nnz * p->c + 16 * p->R) * p->r * p->M;
+    const int64_t work = (p->nnz * p->c + SB_STRIP_WORK * p->R) * p->r * p->M;
     const int threads = work < SB_SERIAL_WORK ? 1 : p->threads < 1 ? 1 : p->threads;
     if (p->M <= k->small_m && !p->perm && p->c % lanes == 0) return run_small(p, k, threads);
 
-    const int64_t strip = 2 * lanes, n_items = p->R * sb_ceil_div(p->r, strip);
-    int64_t n_groups = sb_max(threads, sb_ceil_div(p->nnz * p->c * p->r, SB_GROUP_ELEMENTS));
-    n_groups = sb_min(n_groups, n_items);
+    /* Rounds of one group for each thread. */
+    const int64_t per_row = sb_ceil_div(p->r, 2 * lanes);
+    int64_t n_groups = threads * sb_max(1, sb_ceil_div(p->nnz * p->c * p->r, (int64_t)SB_GROUP_ELEMENTS * threads));
+    n_groups = sb_min(n_groups, p->R * per_row);
+    const int64_t round = sb_min(threads, n_groups);
     const int64_t line = 64 / size, n_lines = sb_ceil_div(p->C * p->c, line);
 
     const int64_t max_rows = sb_max(1, SB_X_TILE_BYTES / (size * line * sb_max(1, n_lines)) / SB_PANEL);
@@ -191,39 +162,34 @@ int sb_run_product(const sb_product *p) {
     job.n_tiles = sb_ceil_div(p->M, job.tile_rows);
     job.n_whole = p->M / job.tile_rows / threads * threads;
 
-    const size_t words = (size_t)(2 * n_groups + n_items + p->C + 2 + p->R);
-    const size_t bytes = sizeof(int64_t) * (words + 2 * (size_t)n_groups + 1) +
-                         sizeof(sb_item) * (size_t)n_items + sizeof(atomic_int) * (size_t)n_groups + (size_t)n_lines;
-    int64_t *group = sb_scratch(SB_SCRATCH_JOB, bytes);
+    int64_t *group = sb_scratch(SB_SCRATCH_JOB, sizeof(int64_t) * (size_t)(n_groups + 1 + round) +
+                                                    sizeof(atomic_int) * (size_t)round + (size_t)n_lines);
     if (!group) return SB_NO_MEMORY;
-    int64_t *offset = group + n_groups + 1, *scratch = offset + n_groups;
-    sb_item *items = (sb_item *)(scratch + words);
-    job.ready = (atomic_int *)(items + n_items);
-    unsigned char *needed = (unsigned char *)(job.ready + n_groups);
-    deal(p, strip, items, n_items, group, n_groups, scratch);
-    job.items = items;
+    int64_t *offset = group + n_groups + 1;
     job.offset = offset;
+    job.state = (atomic_int *)(offset + round);
+    unsigned char *needed = (unsigned char *)(job.state + round);
     job.needed = needed;
+    split(p, per_row, n_groups, group);
     memset(needed, 0, (size_t)n_lines);
     for (int64_t j = 0; j < p->nnz; j++)
         for (int64_t l = p->col[j] * p->c / line; l <= ((p->col[j] + 1) * p->c - 1) / line; l++) needed[l] = 1;
     atomic_init(&job.failed, 0);
 
-    /* A round for as many groups as there are threads. */
     for (int64_t g = 0; g < n_groups && !atomic_load(&job.failed); g += job.n_groups) {
-        job.n_groups = sb_min(threads, n_groups - g);
+        job.n_groups = sb_min(round, n_groups - g);
         job.group = group + g;
         int64_t elements = 0;
         for (int64_t a = 0; a < job.n_groups; a++) {
             offset[a] = elements;
-            atomic_init(&job.ready[a], 0);
-            for (const sb_item *i = items + group[g + a]; i < items + group[g + a + 1]; i++) {
-                elements += (p->crow[i->row + 1] - p->crow[i->row]) * p->c * (i->width > lanes ? 2 * lanes : lanes);
+            atomic_init(&job.state[a], SB_UNPACKED);
+            for (int64_t strip = group[g + a]; strip < group[g + a + 1]; strip++) {
+                const int64_t row = strip / per_row, width = p->r - strip % per_row * 2 * lanes;
+                elements += (p->crow[row + 1] - p->crow[row]) * p->c * (width > lanes ? 2 * lanes : lanes);
             }
         }
         job.packed = sb_scratch(SB_SCRATCH_W, (size_t)(size * elements) + 64);
         if (!job.packed) return SB_NO_MEMORY;
-        atomic_init(&job.next_pack, 0);
         atomic_init(&job.next_piece, 0);
         sb_parallel(p->dtype == SB_FLOAT64 ? k->product_f64 : k->product_f32, &job, threads);
     }
