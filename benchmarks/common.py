@@ -2,7 +2,7 @@
 
 Rules the helpers here enforce, so that each script need not repeat them:
 
-* Candidates are measured *interleaved*: every round times each of them once, in a rotating order. A
+* Candidates are measured *interleaved*: every round times each of them once, in a random order. A
   machine that slows down half-way slows all of them down, and the ratio of two candidates is taken
   round by round.
 * A result is a ratio from one run, with the hardware and versions beside it; milliseconds are there
@@ -24,6 +24,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import random
 import re
 import statistics
 import sys
@@ -229,10 +230,16 @@ def measure(
 
 
 def _rounds(names: list[str], count: int) -> Iterator[list[str]]:
-    """Yields an order for each round, rotated so that nobody always runs after the same one."""
-    for i in range(count):
-        shift = i % len(names)
-        yield names[shift:] + names[:shift]
+    """Yields an order for each round, shuffled so that nobody always runs after the same one.
+
+    (A rotation would not do: it leaves everyone's predecessor, whose traces in the caches and in the
+    state of the threads cost the next call up to a third, as it is.)
+    """
+    shuffle = random.Random(0).shuffle
+    for _ in range(count):
+        order = list(names)
+        shuffle(order)
+        yield order
 
 
 def _measure_cpu(
