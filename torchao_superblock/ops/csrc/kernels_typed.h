@@ -314,48 +314,41 @@ static void TYPED(pack_strip)(const sb_product *p, const sb_strip *strip, T *out
         TYPED(pack_block)(p, j, strip->n0, strip->width, lanes, out);
 }
 
-/* Asks for part `part` of `parts` of the values that packing a strip will read. */
-static void TYPED(prefetch_strip)(const sb_product *p, const sb_strip *strip, int64_t part, int64_t parts) {
-    const int64_t size = (int64_t)sb_dtype_size(p->dtype), first = p->crow[strip->row];
-    const int64_t in_block = sb_ceil_div(strip->width * p->c * size, 64); /* lines */
-    const int64_t lines = (p->crow[strip->row + 1] - first) * in_block, end = lines * (part + 1) / parts;
-    int64_t i = lines * part / parts, line = i % in_block;
-    if (p->perm || i == end) return; /* with perm, pieces of lines lie all over the place */
-    const char *block = (const char *)p->values + ((first + i / in_block) * p->r + strip->n0) * p->c * size;
-    for (; i < end; i++) {
-        __builtin_prefetch(block + line * 64);
-        if (++line == in_block) line = 0, block += p->r * p->c * size;
-    }
+/* Asks for the lines of y that `rows` rows of a strip will write: they lie a row of y apart, too far for
+ * the processor to foresee, and a line that is not in the cache is read before it is written. (Always
+ * inlined: compilers drop calls of a function that does nothing but prefetch.) */
+SB_INLINE void TYPED(prefetch_y)(const sb_product *p, const sb_strip *strip, int64_t m, int64_t rows) {
+    const int64_t size = (int64_t)sb_dtype_size(p->dtype), row = p->R * p->r * size;
+    const char *line = (const char *)p->y + m * row + (strip->row * p->r + strip->n0) * size;
+    for (int64_t i = 0; i < rows; i++, line += row) __builtin_prefetch(line, 1);
 }
 
 /* Rows [m0, m0 + rows) of y, the strips of group g, a few neighbours at a time: their lines of y are
  * neighbours too, and they may read the same lines of x. The first thread to come packs each strip just
- * before it uses it, and asks for the values of the next ones while it multiplies. */
+ * before it uses it, while it is near. */
 static void TYPED(product_piece)(const sb_product_job *job, const T *x_pack, int64_t m0, int64_t rows, int64_t g) {
     const sb_product *p = job->p;
     const int64_t panel = sb_ceil_div(p->C * p->c, KC) * KC; /* elements of one row in a panel */
-    const int64_t n_panels = sb_ceil_div(rows, SB_PANEL), end = job->group[g + 1];
+    const int64_t end = job->group[g + 1];
     T *w = (T *)job->packed + job->offset[g];
     int state = SB_UNPACKED;
     const int pack = atomic_compare_exchange_strong(&job->state[g], &state, SB_PACKING);
     while (!pack && atomic_load_explicit(&job->state[g], memory_order_acquire) != SB_PACKED) sched_yield();
 
     for (int64_t first = job->group[g], n; first < end; first += n) {
-        sb_strip strips[SB_CHUNK], next[SB_CHUNK];
+        sb_strip strips[SB_CHUNK];
         int64_t size[SB_CHUNK], chunk = 0;
         for (n = 0; n < SB_CHUNK && first + n < end && chunk < SB_CHUNK_ELEMENTS; chunk += size[n++]) {
             strips[n] = TYPED(strip)(p, first + n);
             size[n] = TYPED(strip_size)(p, &strips[n]);
             if (pack) TYPED(pack_strip)(p, &strips[n], w + chunk);
         }
-        const int64_t n_next = pack ? sb_min(n, end - first - n) : 0;
-        for (int64_t i = 0; i < n_next; i++) next[i] = TYPED(strip)(p, first + n + i);
-        for (int64_t a = 0; a < n_panels; a++) {
-            const int64_t m = a * SB_PANEL;
+        for (int64_t m = 0; m < rows; m += SB_PANEL) {
+            const int64_t height = sb_min(SB_PANEL, rows - m);
             const T *strip = w;
             for (int64_t i = 0; i < n; strip += size[i++]) {
-                if (i < n_next) TYPED(prefetch_strip)(p, &next[i], a, n_panels);
-                TYPED(panel_rows)(p, &strips[i], x_pack + m * panel, strip, m0 + m, sb_min(SB_PANEL, rows - m));
+                if (i + 1 < n) TYPED(prefetch_y)(p, &strips[i + 1], m0 + m, height);
+                TYPED(panel_rows)(p, &strips[i], x_pack + m * panel, strip, m0 + m, height);
             }
         }
         w += chunk;
