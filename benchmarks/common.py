@@ -305,8 +305,7 @@ _flush_buffer: torch.Tensor | None = None
 def _flush_l2() -> None:
     """Reads more than L2 holds, then keeps the GPU busy while the host enqueues the call.
 
-    Reads, because overwriting leaves L2 full of lines that the call to be timed must write back first:
-    60 MB of them, 14 us on an H200.
+    Reads, because overwriting leaves L2 full of lines that the call to be timed must write back first.
     """
     global _flush_buffer
     if _flush_buffer is None:

@@ -109,13 +109,12 @@ def _run(
         raise ValueError(
             f"BSRLinear: x must have {in_features} features in its last dimension, got shape {tuple(x.shape)}"
         )
-    if activation == "none" or not torch.is_grad_enabled():
-        return bsr_linear(
-            x, crow_indices, col_indices, values, bias, out_features, activation, plan
-        )
     # With gradients, keeping what the activation needs for its backward is faster than computing it again.
-    y = bsr_linear(x, crow_indices, col_indices, values, bias, out_features, "none", plan)
-    return ACTIVATIONS[activation](y)
+    fused = activation
+    if activation != "none" and torch.is_grad_enabled():
+        fused = "none"
+    y = bsr_linear(x, crow_indices, col_indices, values, bias, out_features, fused, plan)
+    return y if fused == activation else ACTIVATIONS[activation](y)
 
 
 class BSRLinear(nn.Module):

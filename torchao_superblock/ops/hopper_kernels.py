@@ -466,8 +466,8 @@ def _activate(z, FLOAT32: gl.constexpr, ACTIVATION: gl.constexpr):
 def _activate_in_place(y_s, ACTIVATION: gl.constexpr):
     """The activation of float32 in shared memory, in a loop over a few tokens at a time.
 
-    Unrolled over an accumulator it is thousands of instructions that run once a tile, and nearly all
-    of the time goes into fetching them. Those of a loop stay at hand.
+    Unrolled over an accumulator it is thousands of instructions that run once a tile, and measured
+    several times as long as their arithmetic takes. The few of a loop run again and again.
     """
     ROWS: gl.constexpr = 64
     PARTS: gl.constexpr = y_s.shape[0] * 64 // (ROWS * 32)
