@@ -442,15 +442,22 @@ def draw_speedups(rows: Sequence[Row], axis: str, title: str) -> Any:
     """
     plt = pyplot()
     figure, plot = plt.subplots(figsize=(5.6, 3.8))
+    ends = []
     for block in sorted({row["block"] for row in rows}):
         points = sorted((r[axis], r["speedup"]) for r in rows if r["block"] == block)
         plot.plot(
             *zip(*points, strict=True), "o-", markersize=4, label=f"block {block}",
             color=BLOCK_COLORS.get(block, "#555555"),
         )  # fmt: skip
-        x, y = points[-1]
-        plot.annotate(f"{y:.2f}x", (x, y), xytext=(6, 0), textcoords="offset points", va="center")
+        ends.append(points[-1])
     plot.axhline(1, color="#c1121f", linewidth=1)
+    lowest, highest = plot.get_ylim()
+    place = -1.0
+    for x, y in sorted(ends, key=lambda end: end[1]):
+        place = max(y, place + (highest - lowest) / 18)  # so that labels keep clear of each other
+        plot.annotate(
+            f"{y:.2f}x", (x, place), xytext=(6, 0), textcoords="offset points", va="center"
+        )
     if axis == "batch":
         plot.set_xscale("log", base=2)
         values = sorted({row["batch"] for row in rows})
