@@ -414,6 +414,24 @@ def test_activations_of_infinity_and_nan_are_torchs(activation, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, -1])
+def test_float32_keeps_every_nan(set_precision, bits):
+    """A GPU's own NaN has every bit of the mantissa set: rounding it must not carry into its sign."""
+    _hopper_or_skip()
+    set_precision("ieee")
+    nan = torch.tensor(bits, dtype=torch.int32, device="cuda").view(torch.float32)
+    _dense, crow, col, values = random_bsr(128, 256, 64, 0.0, torch.float32, "cuda")
+    x = torch.randn(2048, 256, device="cuda")
+    x[7, 70] = nan
+    y = hopper.forward(x, crow, col, values, None, "none", None)
+    assert torch.isnan(y[7]).all() and torch.isnan(y).sum() == 128
+    x[7, 70] = 0
+    values[1, 3, 5] = nan  # block row 0, block column 1: output 3
+    y = hopper.forward(x, crow, col, values, None, "none", None)
+    assert torch.isnan(y[:, 3]).all() and torch.isnan(y).sum() == 2048
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("blocksize", [64, 16])
 def test_empty_and_full_rows(blocksize):
     _hopper_or_skip()

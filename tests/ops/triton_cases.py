@@ -302,6 +302,19 @@ def check_precision() -> None:
         y = plain_forward(x, crow, col, values)
         assert y[0, 0] == extreme or torch.isnan(y[0, 0])
         assert torch.equal(y[1:], torch.full_like(y[1:], 1.0000001))
+    # A GPU's own NaN has every bit of the mantissa set: rounding it must not carry into its sign.
+    for bits in (0x7FFFFFFF, 0x7FC00000, -1):
+        nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32).to(DEVICE)
+        for bad in ("x", "values"):
+            x = torch.ones(16, 16, device=DEVICE)
+            w = torch.ones(1, 16, 16, device=DEVICE)
+            (x if bad == "x" else w[0])[3, 5] = nan
+            y = plain_forward(x, crow, col, w)
+            lost = ~torch.isnan(y[3] if bad == "x" else y[:, 3])
+            assert not lost.any(), (bad, hex(bits))
+            assert torch.isnan(y).sum() == 16, (bad, hex(bits))
+            grad = cuda.grad_values(x, x, crow, col, build_plan(crow, col, 1, (16, 16)), 16, 16)
+            assert torch.isnan(grad).sum() == (31 if bad == "x" else 0)
 
 
 GROUPS: dict[str, Callable[[], None]] = {

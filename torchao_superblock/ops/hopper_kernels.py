@@ -22,8 +22,8 @@ and shared-memory bandwidth for the operands of wgmma. The kernel deals with the
   always 128 bytes wide, whatever the block. Narrow blocks would be many short rows: they travel as
   contiguous memory ("packed", through registers), or the strip's warp copies them itself, 16 bytes a
   thread, with cp.async ("copied").
-* float32 is three TF32 products: one more warpgroup splits every slice of x in two parts, once for
-  all consumers, and a consumer splits its blocks in registers.
+* float32 is three TF32 products: x as the tensor cores read it (they ignore the lower bits), what
+  they ignore of it, which one more warpgroup writes beside it, and a block split in registers.
 
 All warps derive the same sequence of columns from one table of bit masks (64 columns each) in shared
 memory, so nothing but the rings' barriers passes between them. Indices are never trusted with an
@@ -185,6 +185,14 @@ def _tile(t, groups):
 
 
 @gluon.jit
+def _next(slot, phase, SLOTS: gl.constexpr):
+    """The slot of a ring after this one and the phase of its barriers, which turns with every round."""
+    slot += 1
+    around = slot == SLOTS
+    return gl.where(around, 0, slot), gl.where(around, phase ^ 1, phase)
+
+
+@gluon.jit
 def _stream_x(
     x_desc,
     table,
@@ -196,23 +204,24 @@ def _stream_x(
     CHUNKS: gl.constexpr,
     WIDE: gl.constexpr,
 ):
-    x_s, x_full, x_empty, _low_s, _x_split = x_ring
+    x_s, x_full, x_empty, _low_s, _low_full = x_ring
     tiles, groups, rows, windows, _nnz = sizes
     SLOTS: gl.constexpr = x_s.shape[0]
     BM: gl.constexpr = x_s.shape[1]
     BK: gl.constexpr = x_s.shape[2]
-    item = 0
+    slot = 0
+    phase = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
         m, group = _tile(t, groups)
         for window in range(windows):
-            todo = _group_slices(table, group, rows, window, windows, GROUP, STACK, SPLIT, WIDE)
-            for _ in range(_popcount(todo)):
-                low = todo & (0 - todo)
-                todo = todo ^ low
-                column = window * 64 + _popcount(low - 1)
-                for h in gl.static_range(CHUNKS):
-                    slot = item % SLOTS
-                    mbarrier.wait(x_empty.index(slot), ((item // SLOTS) & 1) ^ 1)
+            slices = _group_slices(table, group, rows, window, windows, GROUP, STACK, SPLIT, WIDE)
+            for h in range(CHUNKS):
+                todo = slices
+                for _ in range(_popcount(slices)):
+                    low = todo & (0 - todo)
+                    todo = todo ^ low
+                    column = window * 64 + _popcount(low - 1)
+                    mbarrier.wait(x_empty.index(slot), phase ^ 1)
                     mbarrier.expect(x_full.index(slot), x_desc.block_type.nbytes)
                     _tma_load(
                         x_desc,
@@ -220,7 +229,7 @@ def _stream_x(
                         x_full.index(slot),
                         x_s.index(slot),
                     )
-                    item += 1
+                    slot, phase = _next(slot, phase, SLOTS)
 
 
 @gluon.jit
@@ -294,7 +303,8 @@ def _stream_blocks(
         i = gl.arange(0, BOX, layout=gl.SliceLayout(1, layout))
         k = gl.arange(0, BK, layout=gl.SliceLayout(0, layout))
         inner = i[:, None] * (BK * CHUNKS) + k[None, :]
-    item = 0
+    slot = 0
+    phase = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
         _m, group = _tile(t, groups)
         strip = group * GROUP + g
@@ -311,13 +321,13 @@ def _stream_blocks(
             next2 = next0
             bits3 = bits0
             next3 = next0
-            todo = bits0
+            mine = bits0
             if STACK > 1:
                 bits1 = _row_bits(table, row + 1, rows, window, windows)
                 next1 = _first_block(
                     crow_ptr, order_ptr, table, row + 1, rows, nnz, window, windows, HAS_ORDER
                 )
-                todo = todo | bits1
+                mine = mine | bits1
             if STACK > 2:
                 bits2 = _row_bits(table, row + 2, rows, window, windows)
                 next2 = _first_block(
@@ -327,14 +337,15 @@ def _stream_blocks(
                 next3 = _first_block(
                     crow_ptr, order_ptr, table, row + 3, rows, nnz, window, windows, HAS_ORDER
                 )
-                todo = todo | bits2 | bits3
-            for _ in range(_popcount(todo)):
-                low = todo & (0 - todo)
-                todo = todo ^ low
-                for h in gl.static_range(CHUNKS):
-                    slot = item % SLOTS + g * SLOTS
-                    mbarrier.wait(w_empty.index(slot), ((item // SLOTS) & 1) ^ 1)
-                    full = w_full.index(slot)
+                mine = mine | bits2 | bits3
+            for h in range(CHUNKS):
+                todo = mine
+                for _ in range(_popcount(mine)):
+                    low = todo & (0 - todo)
+                    todo = todo ^ low
+                    mbarrier.wait(w_empty.index(g * SLOTS + slot), phase ^ 1)
+                    full = w_full.index(g * SLOTS + slot)
+                    w = w_s.index(g * SLOTS + slot)
                     _copy_block(
                         w_desc,
                         w_ptr,
@@ -346,7 +357,7 @@ def _stream_blocks(
                         part,
                         h,
                         full,
-                        w_s.index(slot).slice(0 * BOX, BOX, dim=0),
+                        w.slice(0 * BOX, BOX, dim=0),
                         SPLIT,
                         CHUNKS,
                         PACKED,
@@ -364,7 +375,7 @@ def _stream_blocks(
                             part,
                             h,
                             full,
-                            w_s.index(slot).slice(1 * BOX, BOX, dim=0),
+                            w.slice(1 * BOX, BOX, dim=0),
                             SPLIT,
                             CHUNKS,
                             PACKED,
@@ -382,7 +393,7 @@ def _stream_blocks(
                             part,
                             h,
                             full,
-                            w_s.index(slot).slice(2 * BOX, BOX, dim=0),
+                            w.slice(2 * BOX, BOX, dim=0),
                             SPLIT,
                             CHUNKS,
                             PACKED,
@@ -399,7 +410,7 @@ def _stream_blocks(
                             part,
                             h,
                             full,
-                            w_s.index(slot).slice(3 * BOX, BOX, dim=0),
+                            w.slice(3 * BOX, BOX, dim=0),
                             SPLIT,
                             CHUNKS,
                             PACKED,
@@ -407,7 +418,7 @@ def _stream_blocks(
                         )
                     if COPIED:
                         async_copy.mbarrier_arrive(full, increment_count=False)
-                    item += 1
+                    slot, phase = _next(slot, phase, SLOTS)
 
 
 @gluon.jit
@@ -515,7 +526,7 @@ def _product(w, x, acc0, acc1, BN: gl.constexpr, PARTS: gl.constexpr):
 
 @gluon.jit
 def _round_tf32(z):
-    """z rounded to the 11 significant bits that a TF32 product reads."""
+    """z rounded to the 11 significant bits that a TF32 product reads. Of NaN, NaN or -0 is left."""
     bits = (z.to(gl.int32, bitcast=True) + 0x1000) & -0x2000
     return bits.to(gl.float32, bitcast=True)
 
@@ -523,11 +534,21 @@ def _round_tf32(z):
 @gluon.jit
 def _tf32_parts(z):
     """z as the sum of two TF32 numbers, up to 2^-24 of it."""
-    high = _round_tf32(z)
+    high = gl.where(z == z, _round_tf32(z), z)
     low = z - high
     # Infinities have no low part.
     low = gl.where(low == low, low, 0.0)
     return high, _round_tf32(low)
+
+
+@gluon.jit
+def _tf32_rest(z):
+    """What a TF32 product of z leaves out, as a TF32 number: it reads 11 significant bits and ignores the others.
+
+    0 for infinity and NaN: their difference is the NaN 0x7fffffff, which rounds to -0.
+    """
+    high = (z.to(gl.int32, bitcast=True) & -0x2000).to(gl.float32, bitcast=True)
+    return _round_tf32(z - high)
 
 
 @gluon.jit
@@ -541,42 +562,133 @@ def _split_x(
     CHUNKS: gl.constexpr,
     WIDE: gl.constexpr,
 ):
-    """Split every slice of x once, for all consumers: the high part in place, the low part beside."""
-    x_s, x_full, _x_empty, low_s, x_split = x_ring
+    """Write the low part of every slice of x beside it; as it is, it serves as the high part."""
+    x_s, x_full, _x_empty, low_s, low_full = x_ring
     tiles, groups, rows, windows, _nnz = sizes
     SLOTS: gl.constexpr = x_s.shape[0]
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
-    item = 0
+    slot = 0
+    phase = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
         _m, group = _tile(t, groups)
         for window in range(windows):
             todo = _group_slices(table, group, rows, window, windows, GROUP, STACK, SPLIT, WIDE)
             for _ in range(_popcount(todo) * CHUNKS):
-                slot = item % SLOTS
-                mbarrier.wait(x_full.index(slot), (item // SLOTS) & 1)
-                x = x_s.index(slot)
-                high, low = _tf32_parts(x.load(layout))
-                x.store(high)
-                low_s.index(slot).store(low)
+                # A full slot has a free low part: the consumer gives both back together.
+                mbarrier.wait(x_full.index(slot), phase)
+                for part in gl.static_range(x_s.shape[1] // 64):
+                    x = x_s.index(slot).slice(part * 64, 64, dim=0)
+                    low_s.index(slot).slice(part * 64, 64, dim=0).store(_tf32_rest(x.load(layout)))
                 fence_async_shared()
-                mbarrier.arrive(x_split.index(slot), count=1)
-                item += 1
+                mbarrier.arrive(low_full.index(slot), count=1)
+                slot, phase = _next(slot, phase, SLOTS)
 
 
 @gluon.jit
-def _exact_product(w, x_high, x_low, acc):
-    """Add w @ x.T in float32 accuracy: three TF32 products, the smallest first.
+def _features(
+    strip,
+    bias_ptr,
+    order_ptr,
+    rows,
+    strips,
+    lanes: gl.constexpr,
+    STACK: gl.constexpr,
+    HAS_ORDER: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+):
+    """The first output of a strip, and the bias of its 64."""
+    feature = strip * 64
+    if HAS_ORDER:
+        feature = _row_at(order_ptr, strip * STACK, rows, HAS_ORDER) * (64 // STACK)
+    bias = gl.zeros([64], gl.float32, lanes)
+    if HAS_BIAS:
+        i = gl.arange(0, 64, layout=lanes)
+        bias = gl.load(bias_ptr + feature + i, mask=i < strips * 64 - feature, other=0)
+        bias = bias.to(gl.float32)
+    return feature, bias
+
+
+@gluon.jit
+def _consume_exact(
+    y_desc,
+    bias_ptr,
+    order_ptr,
+    table,
+    x_ring,
+    w_ring,
+    y_s,
+    sizes,
+    STACK: gl.constexpr,
+    SPLIT: gl.constexpr,
+    CHUNKS: gl.constexpr,
+    HAS_ORDER: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+):
+    """The products of one strip in float32 accuracy: three TF32 products a slice, the smallest first.
 
     The tensor cores truncate when they accumulate, so they sum one slice only; the slices are added
     in registers, with rounding.
     """
-    w_high, w_low = _tf32_parts(w)
-    x_high = x_high.permute((1, 0))
-    part = gl.zeros_like(acc)
-    part = warpgroup_mma(w_low, x_high, part, use_acc=False, is_async=True)
-    part = warpgroup_mma(w_high, x_low.permute((1, 0)), part, is_async=True)
-    part = warpgroup_mma(w_high, x_high, part, is_async=True)
-    return acc + warpgroup_mma_wait(0, deps=(part,))
+    x_s, x_full, x_empty, low_s, low_full = x_ring
+    w_s, w_full, w_empty = w_ring
+    tiles, strips, rows, windows, _nnz = sizes
+    X_SLOTS: gl.constexpr = x_s.shape[0]
+    W_SLOTS: gl.constexpr = w_s.shape[0]
+    BM: gl.constexpr = x_s.shape[1]
+    BN: gl.constexpr = y_s.shape[1]  # tokens of one accumulator
+    BUFFERS: gl.constexpr = y_s.shape[0]
+    gl.static_assert(BM == 2 * BN)
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 8])
+    lanes: gl.constexpr = gl.SliceLayout(1, layout)
+    w_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 1)
+    x_slot = 0
+    x_phase = 0
+    w_slot = 0
+    w_phase = 0
+    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        m, strip = _tile(t, strips)
+        feature, bias = _features(
+            strip, bias_ptr, order_ptr, rows, strips, lanes, STACK, HAS_ORDER, HAS_BIAS
+        )
+        count = 0
+        for window in range(windows):
+            count += _popcount(_strip_bits(table, strip, rows, window, windows, STACK, SPLIT))
+        acc0 = gl.zeros([64, BN], gl.float32, layout)
+        acc1 = acc0
+        zeros = acc0
+        for _ in range(count * CHUNKS):
+            mbarrier.wait(w_full.index(w_slot), w_phase)
+            w_high, w_low = _tf32_parts(w_s.index(w_slot).load(w_layout))
+            fence_async_shared()
+            mbarrier.arrive(w_empty.index(w_slot), count=1)
+            w_slot, w_phase = _next(w_slot, w_phase, W_SLOTS)
+            x = x_s.index(x_slot)
+            x0 = x.slice(0, BN, dim=0).permute((1, 0))
+            x1 = x.slice(BN, BN, dim=0).permute((1, 0))
+            mbarrier.wait(x_full.index(x_slot), x_phase)
+            part0 = warpgroup_mma(w_low, x0, zeros, use_acc=False, is_async=True)
+            mbarrier.wait(low_full.index(x_slot), x_phase)
+            x_low = low_s.index(x_slot)
+            l0 = x_low.slice(0, BN, dim=0).permute((1, 0))
+            l1 = x_low.slice(BN, BN, dim=0).permute((1, 0))
+            part0 = warpgroup_mma(w_high, l0, part0, is_async=True)
+            part0 = warpgroup_mma(w_high, x0, part0, is_async=True)
+            part1 = warpgroup_mma(w_low, x1, zeros, use_acc=False, is_async=True)
+            part1 = warpgroup_mma(w_high, l1, part1, is_async=True)
+            part1 = warpgroup_mma(w_high, x1, part1, is_async=True)
+            part0 = warpgroup_mma_wait(3, deps=(part0,))
+            acc0 += part0
+            part1 = warpgroup_mma_wait(0, deps=(part1,))
+            mbarrier.arrive(x_empty.index(x_slot), count=1)
+            acc1 += part1
+            x_slot, x_phase = _next(x_slot, x_phase, X_SLOTS)
+        # One copy of the code for both halves: unrolled, instructions arrive slower than they run.
+        for half in range(2):
+            acc = gl.where(half == 0, acc0, acc1)
+            y = y_s.index(half % BUFFERS)
+            _store(acc, bias, y_desc, y, m * BM + half * BN, feature, BUFFERS - 1, ACTIVATION)
+    tma.store_wait(0)
 
 
 @gluon.jit
@@ -596,12 +708,11 @@ def _consume(
     CHUNKS: gl.constexpr,
     WIDE: gl.constexpr,
     PACKED: gl.constexpr,
-    EXACT: gl.constexpr,
     HAS_ORDER: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
 ):
-    x_s, _x_full, x_empty, low_s, x_split = x_ring
+    x_s, x_full, x_empty, _low_s, _low_full = x_ring
     w_s, w_full, w_empty = w_ring
     tiles, groups, rows, windows, _nnz = sizes
     X_SLOTS: gl.constexpr = x_s.shape[0]
@@ -616,21 +727,18 @@ def _consume(
     lanes: gl.constexpr = gl.SliceLayout(1, layout)
     w_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 32 // x_s.dtype.primitive_bitwidth)
     member = gl.arange(0, 64, layout=gl.SliceLayout(1, w_layout)) // (64 // STACK)
-    x_item = 0
-    w_item = 0
+    x_slot = 0
+    x_phase = 0
+    w_slot = 0
+    w_phase = 0
     strips = (rows * SPLIT + STACK - 1) // STACK
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
         m, group = _tile(t, groups)
         strip = group * GROUP + g
         active = strip < strips
-        feature = strip * 64
-        if HAS_ORDER:
-            feature = _row_at(order_ptr, strip * STACK, rows, HAS_ORDER) * (64 // STACK)
-        bias = gl.zeros([64], gl.float32, lanes)
-        if HAS_BIAS:
-            i = gl.arange(0, 64, layout=lanes)
-            bias = gl.load(bias_ptr + feature + i, mask=i < strips * 64 - feature, other=0)
-            bias = bias.to(gl.float32)
+        feature, bias = _features(
+            strip, bias_ptr, order_ptr, rows, strips, lanes, STACK, HAS_ORDER, HAS_BIAS
+        )
         acc0 = gl.zeros([64, BN], gl.float32, layout)
         acc1 = acc0
         for window in range(windows):
@@ -647,24 +755,26 @@ def _consume(
                 bits2 = _row_bits(table, row + 2, rows, window, windows)
                 bits3 = _row_bits(table, row + 3, rows, window, windows)
                 mine = mine | bits2 | bits3
-            todo = _group_slices(table, group, rows, window, windows, GROUP, STACK, SPLIT, WIDE)
-            for _ in range(_popcount(todo)):
-                low = todo & (0 - todo)
-                todo = todo ^ low
-                for _h in gl.static_range(CHUNKS):
-                    x_slot = x_item % X_SLOTS
-                    mbarrier.wait(x_split.index(x_slot), (x_item // X_SLOTS) & 1)
+            slices = _group_slices(table, group, rows, window, windows, GROUP, STACK, SPLIT, WIDE)
+            for _h in range(CHUNKS):
+                todo = slices
+                for _ in range(_popcount(slices)):
+                    low = todo & (0 - todo)
+                    todo = todo ^ low
+                    mbarrier.wait(x_full.index(x_slot), x_phase)
                     for q in gl.static_range(WIDE):
                         column = _popcount(low - 1) + q
                         if ((mine >> column) & 1) != 0:
-                            w_slot = w_item % W_SLOTS + g * W_SLOTS
-                            mbarrier.wait(w_full.index(w_slot), (w_item // W_SLOTS) & 1)
+                            full = w_full.index(g * W_SLOTS + w_slot)
+                            empty = w_empty.index(g * W_SLOTS + w_slot)
+                            mbarrier.wait(full, w_phase)
+                            w = w_s.index(g * W_SLOTS + w_slot)
                             x = x_s.index(x_slot)
                             if WIDE > 1:
                                 x = x.slice(q * BK, BK, dim=1)
                             if PACKED:
                                 # The block as it is stored, and zeros for the absent ones.
-                                w = w_s.index(w_slot).reshape([64, BK]).load(w_layout)
+                                w = w.reshape([64, BK]).load(w_layout)
                                 if STACK > 1:
                                     stored = ((bits0 >> column) & 1) | (
                                         ((bits1 >> column) & 1) << 1
@@ -675,23 +785,17 @@ def _consume(
                                     keep = ((stored.to(gl.int32) >> member) & 1) != 0
                                     w = gl.where(keep[:, None], w, gl.zeros_like(w))
                                 fence_async_shared()
-                                mbarrier.arrive(w_empty.index(w_slot), count=1)
+                                mbarrier.arrive(empty, count=1)
                                 acc0, acc1 = _product(w, x, acc0, acc1, BN, PARTS)
-                            elif EXACT:
-                                w = w_s.index(w_slot).load(w_layout)
-                                fence_async_shared()
-                                mbarrier.arrive(w_empty.index(w_slot), count=1)
-                                acc0 = _exact_product(w, x, low_s.index(x_slot), acc0)
                             else:
                                 # Copied blocks get no proxy fence, as in what Triton makes of a
                                 # pipelined tl.dot: cp.async, its completion, wgmma. A fence for
                                 # each product costs 16 x 16 blocks 6 %.
-                                w = w_s.index(w_slot)
                                 acc0, acc1 = _product(w, x, acc0, acc1, BN, PARTS)
-                                mbarrier.arrive(w_empty.index(w_slot), count=1)
-                            w_item += 1
+                                mbarrier.arrive(empty, count=1)
+                            w_slot, w_phase = _next(w_slot, w_phase, W_SLOTS)
                     mbarrier.arrive(x_empty.index(x_slot), count=1)
-                    x_item += 1
+                    x_slot, x_phase = _next(x_slot, x_phase, X_SLOTS)
         # A strip past the end leaves the buffers alone: it sends nothing that the next wait could count.
         if active:
             y0 = y_s.index(g * BUFFERS)
@@ -771,42 +875,38 @@ def bsr_linear_strips(
     _fill_table(table, order_ptr, crow_ptr, col_ptr, rows, columns, nnz, windows, HAS_ORDER)
 
     low_s = x_s
-    x_split = x_full
+    low_full = x_full
     if EXACT:
         low_s = gl.allocate_shared_memory(x_desc.dtype, [X_SLOTS, BM, XK], x_desc.layout)
-        x_split = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], bar)
+        low_full = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], bar)
         for i in gl.static_range(X_SLOTS):
-            mbarrier.init(x_split.index(i), count=1)
+            mbarrier.init(low_full.index(i), count=1)
         fence_async_shared()
-    x_ring = (x_s, x_full, x_empty, low_s, x_split)
+    x_ring = (x_s, x_full, x_empty, low_s, low_full)
     w_ring = (w_s, w_full, w_empty)
     sizes = (tiles, groups, rows, windows, nnz)
     # fmt: off
     if EXACT:
-        gl.static_assert(GROUP == 2)
+        gl.static_assert(GROUP == 1)
         gl.warp_specialize(
             [
-                (_consume, (0, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
-                            CHUNKS, WIDE, PACKED, EXACT, HAS_ORDER, HAS_BIAS, ACTIVATION)),
-                (_consume, (1, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
-                            CHUNKS, WIDE, PACKED, EXACT, HAS_ORDER, HAS_BIAS, ACTIVATION)),
+                (_consume_exact, (y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, STACK, SPLIT, CHUNKS,
+                                  HAS_ORDER, HAS_BIAS, ACTIVATION)),
                 (_split_x, (table, x_ring, sizes, GROUP, STACK, SPLIT, CHUNKS, WIDE)),
                 (_stream_x, (x_desc, table, x_ring, sizes, GROUP, STACK, SPLIT, CHUNKS, WIDE)),
                 (_stream_blocks, (0, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
                                   CHUNKS, PACKED, COPIED, HAS_ORDER)),
-                (_stream_blocks, (1, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
-                                  CHUNKS, PACKED, COPIED, HAS_ORDER)),
             ],
-            [4, 4, 1, 1, 1],
-            [REGISTERS, 96, 32, 32, 32],
+            [4, 1, 1],
+            [REGISTERS, 24, 24],
         )
     elif GROUP == 2:
         gl.warp_specialize(
             [
                 (_consume, (0, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
-                            CHUNKS, WIDE, PACKED, EXACT, HAS_ORDER, HAS_BIAS, ACTIVATION)),
+                            CHUNKS, WIDE, PACKED, HAS_ORDER, HAS_BIAS, ACTIVATION)),
                 (_consume, (1, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
-                            CHUNKS, WIDE, PACKED, EXACT, HAS_ORDER, HAS_BIAS, ACTIVATION)),
+                            CHUNKS, WIDE, PACKED, HAS_ORDER, HAS_BIAS, ACTIVATION)),
                 (_stream_x, (x_desc, table, x_ring, sizes, GROUP, STACK, SPLIT, CHUNKS, WIDE)),
                 (_stream_blocks, (0, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
                                   CHUNKS, PACKED, COPIED, HAS_ORDER)),
@@ -821,11 +921,11 @@ def bsr_linear_strips(
         gl.warp_specialize(
             [
                 (_consume, (0, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
-                            CHUNKS, WIDE, PACKED, EXACT, HAS_ORDER, HAS_BIAS, ACTIVATION)),
+                            CHUNKS, WIDE, PACKED, HAS_ORDER, HAS_BIAS, ACTIVATION)),
                 (_consume, (1, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
-                            CHUNKS, WIDE, PACKED, EXACT, HAS_ORDER, HAS_BIAS, ACTIVATION)),
+                            CHUNKS, WIDE, PACKED, HAS_ORDER, HAS_BIAS, ACTIVATION)),
                 (_consume, (2, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
-                            CHUNKS, WIDE, PACKED, EXACT, HAS_ORDER, HAS_BIAS, ACTIVATION)),
+                            CHUNKS, WIDE, PACKED, HAS_ORDER, HAS_BIAS, ACTIVATION)),
                 (_stream_x, (x_desc, table, x_ring, sizes, GROUP, STACK, SPLIT, CHUNKS, WIDE)),
                 (_stream_blocks, (0, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
                                   CHUNKS, PACKED, COPIED, HAS_ORDER)),

@@ -56,7 +56,9 @@ def _activate(z, ACTIVATION: tl.constexpr):
 def _tf32_high(x):
     """The TF32 number nearest to x. ``x - _tf32_high(x)`` is exact and holds the other 12 bits."""
     bits = x.to(tl.uint32, bitcast=True)
-    return ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    high = ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    # Rounded, a GPU's own NaN (0x7fffffff) would carry into its sign and become -0.
+    return tl.where(x == x, high, x)
 
 
 @triton.jit
