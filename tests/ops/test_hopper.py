@@ -55,7 +55,7 @@ def _compile(
         layout = hopper._layout(box[1] * bytes_, 8 * bytes_)
         signature[argument] = f"tensordesc<{name}{box},{layout!r}>"
     pointers = {"w_ptr": f"*{name}", "bias_ptr": f"*{name}", "crow_ptr": "*i32", "col_ptr": "*i32"}
-    pointers["order_ptr"] = "*i32"
+    pointers |= {"order_ptr": "*i32", "counter_ptr": "*i32"}
     signature |= pointers
     signature |= dict.fromkeys(("tiles", "groups", "rows", "columns", "nnz"), "i32")
     signature |= dict.fromkeys(constants, "constexpr")
@@ -88,7 +88,9 @@ def _problem(M, N, K, r, c, density, dtype=torch.bfloat16, **kwargs):
 # One problem for each rule of the table, named after its tile; the last number bounds the spilled bytes.
 RULES = {
     "THREE_STRIPS": (_problem(50432, 3072, 768, 64, 64, 0.3), {}, 0),
-    "TWO_STRIPS": (_problem(8192, 14336, 14336, 128, 128, 0.1), {}, 0),
+    "THREE_STRIPS_DYNAMIC": (_problem(8192, 14336, 4096, 64, 64, 0.1), {}, 0),
+    "TWO_STRIPS": (_problem(50432, 768, 3072, 128, 128, 0.1), {}, 0),
+    "TWO_STRIPS_DYNAMIC": (_problem(8192, 14336, 14336, 128, 128, 0.1), {}, 0),
     "TWO_PROGRAMS": (
         _problem(50432, 3072, 768, 64, 64, 0.1, activation="gelu"),
         {"activation": "gelu"},
@@ -145,7 +147,9 @@ def test_copied_blocks_travel_16_bytes_a_thread(name):
     ("tile", "entries"),
     [
         ("THREE_STRIPS", 256),
+        ("THREE_STRIPS_DYNAMIC", 256),
         ("TWO_STRIPS", 2048),
+        ("TWO_STRIPS_DYNAMIC", 2048),
         ("TWO_PROGRAMS", 1024),
         ("SHORT_TILES", 1024),
         ("STACKED", 1024),
@@ -170,6 +174,8 @@ def test_the_largest_table_of_masks_that_the_rules_allow_fits(tile, entries):
     elements += tile.group * tile.w_slots * stack * math.prod(w_box)
     elements += tile.group * tile.y_slots * math.prod(y_box)
     barriers = 2 * 8 * (tile.x_slots + tile.group * tile.w_slots)
+    if tile.dynamic:
+        barriers += 3 * 8 * hopper.kernels.T_SLOTS.value
     limit = SHARED_LIMIT if tile.programs == 1 else PROGRAM_PAIR_LIMIT
     assert elements * bytes_ + entries * 8 + barriers + 256 <= limit
 
@@ -384,6 +390,31 @@ def test_strips_past_the_end_leave_the_output_of_the_others_alone(name, N):
     for _ in range(3):
         tile = getattr(hopper, name)
         _check(50432, N, 1024, 64, torch.bfloat16, 4e-3, sparsity=0.9, tile=tile)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "blocksize"), [("THREE_STRIPS", 64), ("TWO_STRIPS", 128)])
+@pytest.mark.parametrize("M", [2048, 8000])
+def test_drawn_tiles_give_the_bits_of_dealt_ones(name, blocksize, M):
+    """Rows of very different lengths, empty ones among them; fewer tiles than programs, and many more."""
+    _hopper_or_skip()
+    R, C = 4096 // blocksize, 2048 // blocksize
+    mask = torch.rand(R, C) < torch.linspace(0, 1, R)[torch.randperm(R), None] ** 2
+    mask[:2] = False
+    tile = getattr(hopper, name)
+    drawn = tile._replace(dynamic=True)
+    for N in (4096, 128):
+        for _ in range(3):
+            some = mask[-(N // blocksize) :]
+            _check(M, N, 2048, blocksize, torch.bfloat16, 4e-3, mask=some, tile=drawn)
+    _dense, crow, col, values = random_bsr(
+        4096, 2048, blocksize, 0, torch.bfloat16, "cuda", mask=mask
+    )
+    x = torch.randn(M, 2048, device="cuda").bfloat16()
+    plan = build_plan(crow, col, C, (blocksize, blocksize))
+    arguments = (x, crow, col, values, None, "none", plan)
+    dealt = hopper.forward(*arguments, tile=tile)
+    assert torch.equal(dealt, hopper.forward(*arguments, tile=drawn))
 
 
 @needs_compiler

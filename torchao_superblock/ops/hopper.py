@@ -53,6 +53,7 @@ class Strips(NamedTuple):
             registers.
         copied: whether blocks narrower than 64 columns are copied by the threads of a warp instead of TMA.
         grouped: whether the plan chooses the strips of a tile, so that they share slices of x.
+        dynamic: whether programs draw their tiles from a counter, one after the other, instead of every so manieth.
     """
 
     tokens: int
@@ -66,6 +67,7 @@ class Strips(NamedTuple):
     packed: bool = False
     copied: bool = False
     grouped: bool = False
+    dynamic: bool = False
 
 
 # The rules, from runs on an H200. "Three strips" use a slice of x for the most outputs and win once blocks are dense
@@ -74,6 +76,10 @@ class Strips(NamedTuple):
 THREE_STRIPS = Strips(256, 128, 3, 4, 2, 1, 160, grouped=True)
 TWO_STRIPS = Strips(256, 128, 2, 4, 3, 1, 216)
 TWO_PROGRAMS = Strips(128, 64, 2, 3, 2, 1, 104, programs=2)
+# Few long tiles of different lengths: dealt out, some programs get up to a third more than others. Drawing costs one
+# launch more, which zeroes the counter.
+THREE_STRIPS_DYNAMIC = THREE_STRIPS._replace(dynamic=True)
+TWO_STRIPS_DYNAMIC = TWO_STRIPS._replace(dynamic=True)
 # With few products a tile is mostly output: small tiles and deep rings overlap one strip's output with another's loads.
 SHORT_TILES = Strips(128, 64, 3, 5, 2, 2, 160)
 STACKED = Strips(256, 128, 3, 4, 3, 1, 160, grouped=True)
@@ -162,11 +168,16 @@ def choose(
         return TWO_PROGRAMS if entries <= 1024 else TWO_STRIPS
     if columns * c <= 1024 and nnz <= 0.15 * rows * columns and entries <= 1024:
         return SHORT_TILES
-    if entries > 256 or r > STRIP:
-        return TWO_STRIPS
     N = rows * r
-    if 1.1 * _busy(M, N, THREE_STRIPS, processors) < _busy(M, N, TWO_STRIPS, processors):
+    long = columns * c >= 4096 and nnz * r * c * M >= 2**35
+    if r > STRIP:
+        return TWO_STRIPS_DYNAMIC if long else TWO_STRIPS
+    if entries > 256 or 1.1 * _busy(M, N, THREE_STRIPS, processors) < _busy(
+        M, N, TWO_STRIPS, processors
+    ):
         return TWO_STRIPS
+    if long and _tiles(M, N, THREE_STRIPS) >= 8 * processors:
+        return THREE_STRIPS_DYNAMIC
     return THREE_STRIPS
 
 
@@ -288,6 +299,7 @@ def constants(
         "HAS_ORDER": has_order,
         "HAS_BIAS": has_bias,
         "ACTIVATION": activation,
+        "DYNAMIC": tile.dynamic,
         "REGISTERS": tile.registers,
     }
 
@@ -331,14 +343,18 @@ def forward(
         tile = _choose(x, crow, values, activation)
         assert tile is not None
     order = crow
-    has_order = tile.grouped and r <= STRIP and plan is not None
+    has_order = (tile.grouped or r > STRIP) and plan is not None
     if has_order:
-        order = split_plan(plan, rows, K // c, nnz).row_groups
+        parts = split_plan(plan, rows, K // c, nnz)
+        order = parts.row_groups if r <= STRIP else parts.row_order
     bytes_ = x.element_size()
     bits = 8 * bytes_
     x_box, w_box, y_box = boxes(tile, r, c, bytes_)
     w_width = w_box[1] if tile.packed else c
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    counter = crow
+    if tile.dynamic:
+        counter = torch.zeros(1, dtype=torch.int32, device=x.device)
     tiles = _tiles(M, N, tile)
     kernels.bsr_linear_strips[(min(tiles, tile.programs * _processors(x.device.index)),)](
         TensorDescriptor(x, [M, K], [x.stride(0), 1], x_box, _layout(128, bits)),
@@ -355,6 +371,7 @@ def forward(
         crow,
         col,
         order,
+        counter,
         tiles,
         -(-N // (STRIP * tile.group)),
         rows,

@@ -26,7 +26,8 @@ and shared-memory bandwidth for the operands of wgmma. The kernel deals with the
   they ignore of it, which one more warpgroup writes beside it, and a block split in registers.
 
 All warps derive the same sequence of columns from one table of bit masks (64 columns each) in shared
-memory, so nothing but the rings' barriers passes between them. Indices are never trusted with an
+memory, so nothing but the rings' barriers passes between them (and the tiles, where those are drawn
+from a counter because they differ too much to be dealt out). Indices are never trusted with an
 address: row pointers are clamped to the stored blocks, columns outside the grid are dropped, and
 TMA clips whatever is left.
 """
@@ -54,6 +55,12 @@ _async_load = (
 _tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 _REINTERPRET_IS_PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+
+# Drawn tiles that warps may be apart.
+T_SLOTS = gl.constexpr(4)
+# So many token tiles are drawn last, and together.
+TAIL = gl.constexpr(8)
 
 
 @gluon.jit
@@ -178,13 +185,6 @@ def _first_block(
 
 
 @gluon.jit
-def _tile(t, groups):
-    """Token tile and group of tile t: groups fastest, rotated so that each program meets all."""
-    m = t // groups
-    return m, (t + m) % groups
-
-
-@gluon.jit
 def _next(slot, phase, SLOTS: gl.constexpr):
     """The slot of a ring after this one and the phase of its barriers, which turns with every round."""
     slot += 1
@@ -193,16 +193,94 @@ def _next(slot, phase, SLOTS: gl.constexpr):
 
 
 @gluon.jit
+def _tile(t, tiles, groups, DYNAMIC: gl.constexpr):
+    """Token tile and group of tile t: groups fastest, so that programs find x in the L2 cache."""
+    m = t // groups
+    if DYNAMIC:
+        # The last token tiles group by group, long groups first: what is drawn last takes least.
+        m_tiles = tiles // groups
+        tail = gl.minimum(m_tiles, TAIL)
+        u = t - (m_tiles - tail) * groups
+        last = u >= 0
+        m = gl.where(last, m_tiles - tail + u % tail, m)
+        group = gl.where(last, u // tail, t % groups)
+    else:
+        # Rotated, so that each program meets all.
+        group = (t + m) % groups
+    return m, group
+
+
+@gluon.jit
+def _draw(schedule, DYNAMIC: gl.constexpr):
+    """Draw the number of this program's next tile. For a warp alone: lane 0 gets it, and nobody waits for it yet."""
+    number = 0
+    if DYNAMIC:
+        number = gl.inline_asm_elementwise(
+            """{
+                .reg .pred first;
+                .reg .u32 lane;
+                mov.u32 lane, %laneid;
+                setp.eq.u32 first, lane, 0;
+                mov.u32 $0, 0;
+                @first atom.global.add.u32 $0, [$1], 1;
+            }""",
+            "=r,l",
+            [schedule[0]],
+            dtype=gl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    return number
+
+
+@gluon.jit
+def _hand_out(schedule, t, number, slot, phase, DYNAMIC: gl.constexpr):
+    """The program's tile after t: the one that was drawn, told to the other warps, or a fixed one."""
+    following = t + gl.num_programs(0)
+    if DYNAMIC:
+        _counter_ptr, t_s, t_full, t_empty = schedule
+        layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+        number = gl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, 0, 31, -1;",
+            "=r,r",
+            [number],
+            dtype=gl.int32,
+            is_pure=False,
+            pack=1,
+        )
+        following = gl.num_programs(0) + number
+        mbarrier.wait(t_empty.index(slot), phase ^ 1)
+        t_s.index(slot).store(gl.full([1], 0, gl.int64, layout) + following)
+        mbarrier.arrive(t_full.index(slot), count=1)
+    return following
+
+
+@gluon.jit
+def _take(schedule, t, slot, phase, DYNAMIC: gl.constexpr):
+    """The tile after t, as _hand_out told."""
+    following = t + gl.num_programs(0)
+    if DYNAMIC:
+        _counter_ptr, t_s, t_full, t_empty = schedule
+        layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+        mbarrier.wait(t_full.index(slot), phase)
+        following = gl.sum(t_s.index(slot).load(layout), axis=0).to(gl.int32)
+        mbarrier.arrive(t_empty.index(slot), count=1)
+    return following
+
+
+@gluon.jit
 def _stream_x(
     x_desc,
     table,
     x_ring,
     sizes,
+    schedule,
     GROUP: gl.constexpr,
     STACK: gl.constexpr,
     SPLIT: gl.constexpr,
     CHUNKS: gl.constexpr,
     WIDE: gl.constexpr,
+    DYNAMIC: gl.constexpr,
 ):
     x_s, x_full, x_empty, _low_s, _low_full = x_ring
     tiles, groups, rows, windows, _nnz = sizes
@@ -211,8 +289,12 @@ def _stream_x(
     BK: gl.constexpr = x_s.shape[2]
     slot = 0
     phase = 0
-    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        m, group = _tile(t, groups)
+    t = gl.program_id(0)
+    t_slot = 0
+    t_phase = 0
+    while t < tiles:
+        m, group = _tile(t, tiles, groups, DYNAMIC)
+        number = _draw(schedule, DYNAMIC)
         for window in range(windows):
             slices = _group_slices(table, group, rows, window, windows, GROUP, STACK, SPLIT, WIDE)
             for h in range(CHUNKS):
@@ -230,6 +312,8 @@ def _stream_x(
                         x_s.index(slot),
                     )
                     slot, phase = _next(slot, phase, SLOTS)
+        t = _hand_out(schedule, t, number, t_slot, t_phase, DYNAMIC)
+        t_slot, t_phase = _next(t_slot, t_phase, T_SLOTS)
 
 
 @gluon.jit
@@ -283,6 +367,7 @@ def _stream_blocks(
     table,
     w_ring,
     sizes,
+    schedule,
     GROUP: gl.constexpr,
     STACK: gl.constexpr,
     SPLIT: gl.constexpr,
@@ -290,6 +375,7 @@ def _stream_blocks(
     PACKED: gl.constexpr,
     COPIED: gl.constexpr,
     HAS_ORDER: gl.constexpr,
+    DYNAMIC: gl.constexpr,
 ):
     w_s, w_full, w_empty = w_ring
     tiles, groups, rows, windows, nnz = sizes
@@ -305,8 +391,11 @@ def _stream_blocks(
         inner = i[:, None] * (BK * CHUNKS) + k[None, :]
     slot = 0
     phase = 0
-    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        _m, group = _tile(t, groups)
+    t = gl.program_id(0)
+    t_slot = 0
+    t_phase = 0
+    while t < tiles:
+        _m, group = _tile(t, tiles, groups, DYNAMIC)
         strip = group * GROUP + g
         part = strip % SPLIT
         for window in range(windows):
@@ -419,6 +508,8 @@ def _stream_blocks(
                     if COPIED:
                         async_copy.mbarrier_arrive(full, increment_count=False)
                     slot, phase = _next(slot, phase, SLOTS)
+        t = _take(schedule, t, t_slot, t_phase, DYNAMIC)
+        t_slot, t_phase = _next(t_slot, t_phase, T_SLOTS)
 
 
 @gluon.jit
@@ -556,11 +647,13 @@ def _split_x(
     table,
     x_ring,
     sizes,
+    schedule,
     GROUP: gl.constexpr,
     STACK: gl.constexpr,
     SPLIT: gl.constexpr,
     CHUNKS: gl.constexpr,
     WIDE: gl.constexpr,
+    DYNAMIC: gl.constexpr,
 ):
     """Write the low part of every slice of x beside it; as it is, it serves as the high part."""
     x_s, x_full, _x_empty, low_s, low_full = x_ring
@@ -569,8 +662,11 @@ def _split_x(
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
     slot = 0
     phase = 0
-    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        _m, group = _tile(t, groups)
+    t = gl.program_id(0)
+    t_slot = 0
+    t_phase = 0
+    while t < tiles:
+        _m, group = _tile(t, tiles, groups, DYNAMIC)
         for window in range(windows):
             todo = _group_slices(table, group, rows, window, windows, GROUP, STACK, SPLIT, WIDE)
             for _ in range(_popcount(todo) * CHUNKS):
@@ -582,6 +678,8 @@ def _split_x(
                 fence_async_shared()
                 mbarrier.arrive(low_full.index(slot), count=1)
                 slot, phase = _next(slot, phase, SLOTS)
+        t = _take(schedule, t, t_slot, t_phase, DYNAMIC)
+        t_slot, t_phase = _next(t_slot, t_phase, T_SLOTS)
 
 
 @gluon.jit
@@ -593,13 +691,15 @@ def _features(
     strips,
     lanes: gl.constexpr,
     STACK: gl.constexpr,
+    SPLIT: gl.constexpr,
     HAS_ORDER: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):
     """The first output of a strip, and the bias of its 64."""
     feature = strip * 64
     if HAS_ORDER:
-        feature = _row_at(order_ptr, strip * STACK, rows, HAS_ORDER) * (64 // STACK)
+        row = _row_at(order_ptr, _block_row(strip, 0, STACK, SPLIT), rows, HAS_ORDER)
+        feature = row * (64 * SPLIT // STACK) + strip % SPLIT * 64
     bias = gl.zeros([64], gl.float32, lanes)
     if HAS_BIAS:
         i = gl.arange(0, 64, layout=lanes)
@@ -618,12 +718,14 @@ def _consume_exact(
     w_ring,
     y_s,
     sizes,
+    schedule,
     STACK: gl.constexpr,
     SPLIT: gl.constexpr,
     CHUNKS: gl.constexpr,
     HAS_ORDER: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
+    DYNAMIC: gl.constexpr,
 ):
     """The products of one strip in float32 accuracy: three TF32 products a slice, the smallest first.
 
@@ -646,10 +748,13 @@ def _consume_exact(
     x_phase = 0
     w_slot = 0
     w_phase = 0
-    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        m, strip = _tile(t, strips)
+    t = gl.program_id(0)
+    t_slot = 0
+    t_phase = 0
+    while t < tiles:
+        m, strip = _tile(t, tiles, strips, DYNAMIC)
         feature, bias = _features(
-            strip, bias_ptr, order_ptr, rows, strips, lanes, STACK, HAS_ORDER, HAS_BIAS
+            strip, bias_ptr, order_ptr, rows, strips, lanes, STACK, SPLIT, HAS_ORDER, HAS_BIAS
         )
         count = 0
         for window in range(windows):
@@ -688,6 +793,8 @@ def _consume_exact(
             acc = gl.where(half == 0, acc0, acc1)
             y = y_s.index(half % BUFFERS)
             _store(acc, bias, y_desc, y, m * BM + half * BN, feature, BUFFERS - 1, ACTIVATION)
+        t = _take(schedule, t, t_slot, t_phase, DYNAMIC)
+        t_slot, t_phase = _next(t_slot, t_phase, T_SLOTS)
     tma.store_wait(0)
 
 
@@ -702,6 +809,7 @@ def _consume(
     w_ring,
     y_s,
     sizes,
+    schedule,
     GROUP: gl.constexpr,
     STACK: gl.constexpr,
     SPLIT: gl.constexpr,
@@ -711,6 +819,7 @@ def _consume(
     HAS_ORDER: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
+    DYNAMIC: gl.constexpr,
 ):
     x_s, x_full, x_empty, _low_s, _low_full = x_ring
     w_s, w_full, w_empty = w_ring
@@ -732,12 +841,15 @@ def _consume(
     w_slot = 0
     w_phase = 0
     strips = (rows * SPLIT + STACK - 1) // STACK
-    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        m, group = _tile(t, groups)
+    t = gl.program_id(0)
+    t_slot = 0
+    t_phase = 0
+    while t < tiles:
+        m, group = _tile(t, tiles, groups, DYNAMIC)
         strip = group * GROUP + g
         active = strip < strips
         feature, bias = _features(
-            strip, bias_ptr, order_ptr, rows, strips, lanes, STACK, HAS_ORDER, HAS_BIAS
+            strip, bias_ptr, order_ptr, rows, strips, lanes, STACK, SPLIT, HAS_ORDER, HAS_BIAS
         )
         acc0 = gl.zeros([64, BN], gl.float32, layout)
         acc1 = acc0
@@ -803,13 +915,15 @@ def _consume(
             if PARTS == 2:
                 y1 = y_s.index(g * BUFFERS + BUFFERS - 1)
                 _store(acc1, bias, y_desc, y1, m * BM + BN, feature, BUFFERS - 1, ACTIVATION)
+        t = _take(schedule, t, t_slot, t_phase, DYNAMIC)
+        t_slot, t_phase = _next(t_slot, t_phase, T_SLOTS)
     tma.store_wait(0)
 
 
 # The parts of a plan start anywhere: one compiled kernel serves them all.
 @gluon.jit(
     do_not_specialize=["tiles", "groups", "rows", "columns", "nnz"],
-    do_not_specialize_on_alignment=["bias_ptr", "crow_ptr", "col_ptr", "order_ptr"],
+    do_not_specialize_on_alignment=["bias_ptr", "crow_ptr", "col_ptr", "order_ptr", "counter_ptr"],
 )
 def bsr_linear_strips(
     x_desc,
@@ -820,6 +934,7 @@ def bsr_linear_strips(
     crow_ptr,
     col_ptr,
     order_ptr,
+    counter_ptr,
     tiles,
     groups,
     rows,
@@ -840,6 +955,7 @@ def bsr_linear_strips(
     HAS_ORDER: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
+    DYNAMIC: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
     """y = act(x @ W.T + bias) for strips of 64 outputs; see the module's docstring.
@@ -885,17 +1001,29 @@ def bsr_linear_strips(
     x_ring = (x_s, x_full, x_empty, low_s, low_full)
     w_ring = (w_s, w_full, w_empty)
     sizes = (tiles, groups, rows, windows, nnz)
+    t_s = x_full
+    t_full = x_full
+    t_empty = x_full
+    if DYNAMIC:
+        t_s = gl.allocate_shared_memory(gl.int64, [T_SLOTS, 1], bar)
+        t_full = gl.allocate_shared_memory(gl.int64, [T_SLOTS, 1], bar)
+        t_empty = gl.allocate_shared_memory(gl.int64, [T_SLOTS, 1], bar)
+        for i in gl.static_range(T_SLOTS):
+            mbarrier.init(t_full.index(i), count=1)
+            mbarrier.init(t_empty.index(i), count=3 if EXACT else 2 * GROUP)
+        fence_async_shared()
+    schedule = (counter_ptr, t_s, t_full, t_empty)
     # fmt: off
     if EXACT:
         gl.static_assert(GROUP == 1)
         gl.warp_specialize(
             [
-                (_consume_exact, (y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, STACK, SPLIT, CHUNKS,
-                                  HAS_ORDER, HAS_BIAS, ACTIVATION)),
-                (_split_x, (table, x_ring, sizes, GROUP, STACK, SPLIT, CHUNKS, WIDE)),
-                (_stream_x, (x_desc, table, x_ring, sizes, GROUP, STACK, SPLIT, CHUNKS, WIDE)),
-                (_stream_blocks, (0, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
-                                  CHUNKS, PACKED, COPIED, HAS_ORDER)),
+                (_consume_exact, (y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, STACK,
+                                  SPLIT, CHUNKS, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC)),
+                (_split_x, (table, x_ring, sizes, schedule, GROUP, STACK, SPLIT, CHUNKS, WIDE, DYNAMIC)),
+                (_stream_x, (x_desc, table, x_ring, sizes, schedule, GROUP, STACK, SPLIT, CHUNKS, WIDE, DYNAMIC)),
+                (_stream_blocks, (0, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, schedule, GROUP, STACK,
+                                  SPLIT, CHUNKS, PACKED, COPIED, HAS_ORDER, DYNAMIC)),
             ],
             [4, 1, 1],
             [REGISTERS, 24, 24],
@@ -903,15 +1031,15 @@ def bsr_linear_strips(
     elif GROUP == 2:
         gl.warp_specialize(
             [
-                (_consume, (0, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
-                            CHUNKS, WIDE, PACKED, HAS_ORDER, HAS_BIAS, ACTIVATION)),
-                (_consume, (1, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
-                            CHUNKS, WIDE, PACKED, HAS_ORDER, HAS_BIAS, ACTIVATION)),
-                (_stream_x, (x_desc, table, x_ring, sizes, GROUP, STACK, SPLIT, CHUNKS, WIDE)),
-                (_stream_blocks, (0, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
-                                  CHUNKS, PACKED, COPIED, HAS_ORDER)),
-                (_stream_blocks, (1, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
-                                  CHUNKS, PACKED, COPIED, HAS_ORDER)),
+                (_consume, (0, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, GROUP, STACK,
+                            SPLIT, CHUNKS, WIDE, PACKED, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC)),
+                (_consume, (1, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, GROUP, STACK,
+                            SPLIT, CHUNKS, WIDE, PACKED, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC)),
+                (_stream_x, (x_desc, table, x_ring, sizes, schedule, GROUP, STACK, SPLIT, CHUNKS, WIDE, DYNAMIC)),
+                (_stream_blocks, (0, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, schedule, GROUP, STACK,
+                                  SPLIT, CHUNKS, PACKED, COPIED, HAS_ORDER, DYNAMIC)),
+                (_stream_blocks, (1, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, schedule, GROUP, STACK,
+                                  SPLIT, CHUNKS, PACKED, COPIED, HAS_ORDER, DYNAMIC)),
             ],
             [4, 1, 1, 1],
             [REGISTERS, 32, 32, 32],
@@ -920,19 +1048,19 @@ def bsr_linear_strips(
         gl.static_assert(GROUP == 3)
         gl.warp_specialize(
             [
-                (_consume, (0, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
-                            CHUNKS, WIDE, PACKED, HAS_ORDER, HAS_BIAS, ACTIVATION)),
-                (_consume, (1, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
-                            CHUNKS, WIDE, PACKED, HAS_ORDER, HAS_BIAS, ACTIVATION)),
-                (_consume, (2, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, GROUP, STACK, SPLIT,
-                            CHUNKS, WIDE, PACKED, HAS_ORDER, HAS_BIAS, ACTIVATION)),
-                (_stream_x, (x_desc, table, x_ring, sizes, GROUP, STACK, SPLIT, CHUNKS, WIDE)),
-                (_stream_blocks, (0, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
-                                  CHUNKS, PACKED, COPIED, HAS_ORDER)),
-                (_stream_blocks, (1, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
-                                  CHUNKS, PACKED, COPIED, HAS_ORDER)),
-                (_stream_blocks, (2, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, GROUP, STACK, SPLIT,
-                                  CHUNKS, PACKED, COPIED, HAS_ORDER)),
+                (_consume, (0, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, GROUP, STACK,
+                            SPLIT, CHUNKS, WIDE, PACKED, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC)),
+                (_consume, (1, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, GROUP, STACK,
+                            SPLIT, CHUNKS, WIDE, PACKED, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC)),
+                (_consume, (2, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, GROUP, STACK,
+                            SPLIT, CHUNKS, WIDE, PACKED, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC)),
+                (_stream_x, (x_desc, table, x_ring, sizes, schedule, GROUP, STACK, SPLIT, CHUNKS, WIDE, DYNAMIC)),
+                (_stream_blocks, (0, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, schedule, GROUP, STACK,
+                                  SPLIT, CHUNKS, PACKED, COPIED, HAS_ORDER, DYNAMIC)),
+                (_stream_blocks, (1, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, schedule, GROUP, STACK,
+                                  SPLIT, CHUNKS, PACKED, COPIED, HAS_ORDER, DYNAMIC)),
+                (_stream_blocks, (2, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, schedule, GROUP, STACK,
+                                  SPLIT, CHUNKS, PACKED, COPIED, HAS_ORDER, DYNAMIC)),
             ],
             [4, 4, 1, 1, 1, 1],
             [REGISTERS, REGISTERS, 32, 32, 32, 32],
