@@ -418,6 +418,29 @@ def test_drawn_tiles_give_the_bits_of_dealt_ones(name, blocksize, M):
 
 
 @needs_compiler
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("groups", [1, 4, 6, 16, 22, 112, 300])
+@pytest.mark.parametrize("m_tiles", [1, 5, 32, 394])
+def test_every_tile_is_worked_on_once(monkeypatch, m_tiles, groups, dynamic):
+    """The kernel's own arithmetic, with numbers for its scalars."""
+    programs = min(132, m_tiles * groups)
+
+    class Numbers:
+        where = staticmethod(lambda condition, a, b: a if condition else b)
+        minimum = staticmethod(min)
+        num_programs = staticmethod(lambda axis: programs)
+
+    monkeypatch.setattr(hopper.kernels, "gl", Numbers)
+    monkeypatch.setattr(hopper.kernels, "TAIL", hopper.kernels.TAIL.value)
+    tiles = m_tiles * groups
+    found = [hopper.kernels._tile.fn(t, tiles, groups, dynamic) for t in range(tiles)]
+    assert sorted(found) == [(m, group) for m in range(m_tiles) for group in range(groups)]
+    if not dynamic and tiles >= programs * groups:
+        for program in range(programs):
+            assert {group for _m, group in found[program::programs]} == set(range(groups))
+
+
+@needs_compiler
 @pytest.mark.parametrize("scale", [1e-3, 1e-2, 1.0, 4.0])
 def test_the_polynomial_of_float32_gelu_has_float32_accuracy(scale):
     """The kernel's own constants, read from its source, in float32 arithmetic on the CPU."""

@@ -42,12 +42,11 @@ class Strips(NamedTuple):
     Attributes:
         tokens: tokens of a tile (256 or 128).
         part: tokens of one accumulator and of one store (``tokens`` or half of it).
-        group: strips of 64 outputs in a tile, one consumer warpgroup each (2 or 3; 1 for float32 accuracy).
+        group: strips of 64 outputs in a tile, one consumer warpgroup each (2 or 3).
         x_slots: slices of x in flight.
         w_slots: blocks in flight for each strip.
         y_slots: output buffers of each strip (1, or 2 where ``part`` is half of ``tokens``).
-        registers: registers a thread of every warpgroup but the first, which gets what is left: consumers, or with
-            float32 accuracy the warpgroup that splits x.
+        registers: registers a thread of a consumer warpgroup.
         programs: programs that share a multiprocessor (1 or 2).
         packed: whether blocks narrower than 64 columns travel as contiguous memory and reach the tensor cores through
             registers.
@@ -91,9 +90,8 @@ COPIED_32 = Strips(256, 128, 3, 4, 3, 1, 160, copied=True, grouped=True)
 PACKED = Strips(256, 128, 3, 4, 3, 1, 160, packed=True)
 PACKED_TWO = Strips(256, 128, 2, 4, 4, 1, 216, packed=True)
 TF32 = Strips(128, 128, 2, 5, 3, 1, 216)
-# A strip at a time is a chain of loading, splitting, products and output with little to overlap in itself; two programs
-# overlap each other's. In the plan's order, neighbours in time still share slices of x in the L2 cache.
-EXACT = Strips(128, 64, 1, 2, 1, 2, 32, programs=2, grouped=True)
+# Pairs out of the plan's threes, which still share more than neighbours do.
+EXACT = Strips(128, 128, 2, 3, 3, 1, 176, grouped=True)
 
 
 def _table_size(rows: int, columns: int) -> int:
@@ -343,7 +341,8 @@ def forward(
         tile = _choose(x, crow, values, activation)
         assert tile is not None
     order = crow
-    has_order = (tile.grouped or r > STRIP) and plan is not None
+    # Drawn, the longest rows of tall blocks come first; dealt out, sorted ones would come to the same programs.
+    has_order = (tile.dynamic if r > STRIP else tile.grouped) and plan is not None
     if has_order:
         parts = split_plan(plan, rows, K // c, nnz)
         order = parts.row_groups if r <= STRIP else parts.row_order

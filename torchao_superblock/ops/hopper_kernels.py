@@ -23,7 +23,8 @@ and shared-memory bandwidth for the operands of wgmma. The kernel deals with the
   contiguous memory ("packed", through registers), or the strip's warp copies them itself, 16 bytes a
   thread, with cp.async ("copied").
 * float32 is three TF32 products: x as the tensor cores read it (they ignore the lower bits), what
-  they ignore of it, which one more warpgroup writes beside it, and a block split in registers.
+  they ignore of it, which one more warpgroup writes beside it, once for all consumers, and a block
+  split in registers.
 
 All warps derive the same sequence of columns from one table of bit masks (64 columns each) in shared
 memory, so nothing but the rings' barriers passes between them (and the tiles, where those are drawn
@@ -205,8 +206,11 @@ def _tile(t, tiles, groups, DYNAMIC: gl.constexpr):
         m = gl.where(last, m_tiles - tail + u % tail, m)
         group = gl.where(last, u // tail, t % groups)
     else:
-        # Rotated, so that each program meets all.
-        group = (t + m) % groups
+        # Rotated, so that each program meets all: where the groups divide the programs, by one every time that the
+        # programs have taken a tile each, or a program would come back to every second or third group.
+        programs = gl.num_programs(0)
+        turn = gl.where(programs % groups == 0, programs // groups, 1)
+        group = (t + m // turn) % groups
     return m, group
 
 
@@ -670,11 +674,9 @@ def _split_x(
         for window in range(windows):
             todo = _group_slices(table, group, rows, window, windows, GROUP, STACK, SPLIT, WIDE)
             for _ in range(_popcount(todo) * CHUNKS):
-                # A full slot has a free low part: the consumer gives both back together.
+                # A full slot has a free low part: consumers give both back together.
                 mbarrier.wait(x_full.index(slot), phase)
-                for part in gl.static_range(x_s.shape[1] // 64):
-                    x = x_s.index(slot).slice(part * 64, 64, dim=0)
-                    low_s.index(slot).slice(part * 64, 64, dim=0).store(_tf32_rest(x.load(layout)))
+                low_s.index(slot).store(_tf32_rest(x_s.index(slot).load(layout)))
                 fence_async_shared()
                 mbarrier.arrive(low_full.index(slot), count=1)
                 slot, phase = _next(slot, phase, SLOTS)
@@ -709,93 +711,19 @@ def _features(
 
 
 @gluon.jit
-def _consume_exact(
-    y_desc,
-    bias_ptr,
-    order_ptr,
-    table,
-    x_ring,
-    w_ring,
-    y_s,
-    sizes,
-    schedule,
-    STACK: gl.constexpr,
-    SPLIT: gl.constexpr,
-    CHUNKS: gl.constexpr,
-    HAS_ORDER: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-    ACTIVATION: gl.constexpr,
-    DYNAMIC: gl.constexpr,
-):
-    """The products of one strip in float32 accuracy: three TF32 products a slice, the smallest first.
+def _exact_product(w, x, x_low, acc):
+    """Add w @ x.T in float32 accuracy: three TF32 products, the smallest first.
 
     The tensor cores truncate when they accumulate, so they sum one slice only; the slices are added
     in registers, with rounding.
     """
-    x_s, x_full, x_empty, low_s, low_full = x_ring
-    w_s, w_full, w_empty = w_ring
-    tiles, strips, rows, windows, _nnz = sizes
-    X_SLOTS: gl.constexpr = x_s.shape[0]
-    W_SLOTS: gl.constexpr = w_s.shape[0]
-    BM: gl.constexpr = x_s.shape[1]
-    BN: gl.constexpr = y_s.shape[1]  # tokens of one accumulator
-    BUFFERS: gl.constexpr = y_s.shape[0]
-    gl.static_assert(BM == 2 * BN)
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 8])
-    lanes: gl.constexpr = gl.SliceLayout(1, layout)
-    w_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 1)
-    x_slot = 0
-    x_phase = 0
-    w_slot = 0
-    w_phase = 0
-    t = gl.program_id(0)
-    t_slot = 0
-    t_phase = 0
-    while t < tiles:
-        m, strip = _tile(t, tiles, strips, DYNAMIC)
-        feature, bias = _features(
-            strip, bias_ptr, order_ptr, rows, strips, lanes, STACK, SPLIT, HAS_ORDER, HAS_BIAS
-        )
-        count = 0
-        for window in range(windows):
-            count += _popcount(_strip_bits(table, strip, rows, window, windows, STACK, SPLIT))
-        acc0 = gl.zeros([64, BN], gl.float32, layout)
-        acc1 = acc0
-        zeros = acc0
-        for _ in range(count * CHUNKS):
-            mbarrier.wait(w_full.index(w_slot), w_phase)
-            w_high, w_low = _tf32_parts(w_s.index(w_slot).load(w_layout))
-            fence_async_shared()
-            mbarrier.arrive(w_empty.index(w_slot), count=1)
-            w_slot, w_phase = _next(w_slot, w_phase, W_SLOTS)
-            x = x_s.index(x_slot)
-            x0 = x.slice(0, BN, dim=0).permute((1, 0))
-            x1 = x.slice(BN, BN, dim=0).permute((1, 0))
-            mbarrier.wait(x_full.index(x_slot), x_phase)
-            part0 = warpgroup_mma(w_low, x0, zeros, use_acc=False, is_async=True)
-            mbarrier.wait(low_full.index(x_slot), x_phase)
-            x_low = low_s.index(x_slot)
-            l0 = x_low.slice(0, BN, dim=0).permute((1, 0))
-            l1 = x_low.slice(BN, BN, dim=0).permute((1, 0))
-            part0 = warpgroup_mma(w_high, l0, part0, is_async=True)
-            part0 = warpgroup_mma(w_high, x0, part0, is_async=True)
-            part1 = warpgroup_mma(w_low, x1, zeros, use_acc=False, is_async=True)
-            part1 = warpgroup_mma(w_high, l1, part1, is_async=True)
-            part1 = warpgroup_mma(w_high, x1, part1, is_async=True)
-            part0 = warpgroup_mma_wait(3, deps=(part0,))
-            acc0 += part0
-            part1 = warpgroup_mma_wait(0, deps=(part1,))
-            mbarrier.arrive(x_empty.index(x_slot), count=1)
-            acc1 += part1
-            x_slot, x_phase = _next(x_slot, x_phase, X_SLOTS)
-        # One copy of the code for both halves: unrolled, instructions arrive slower than they run.
-        for half in range(2):
-            acc = gl.where(half == 0, acc0, acc1)
-            y = y_s.index(half % BUFFERS)
-            _store(acc, bias, y_desc, y, m * BM + half * BN, feature, BUFFERS - 1, ACTIVATION)
-        t = _take(schedule, t, t_slot, t_phase, DYNAMIC)
-        t_slot, t_phase = _next(t_slot, t_phase, T_SLOTS)
-    tma.store_wait(0)
+    w_high, w_low = _tf32_parts(w)
+    x = x.permute((1, 0))
+    part = gl.zeros_like(acc)
+    part = warpgroup_mma(w_low, x, part, use_acc=False, is_async=True)
+    part = warpgroup_mma(w_high, x_low.permute((1, 0)), part, is_async=True)
+    part = warpgroup_mma(w_high, x, part, is_async=True)
+    return acc + warpgroup_mma_wait(0, deps=(part,))
 
 
 @gluon.jit
@@ -816,12 +744,13 @@ def _consume(
     CHUNKS: gl.constexpr,
     WIDE: gl.constexpr,
     PACKED: gl.constexpr,
+    EXACT: gl.constexpr,
     HAS_ORDER: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
     DYNAMIC: gl.constexpr,
 ):
-    x_s, x_full, x_empty, _low_s, _low_full = x_ring
+    x_s, x_full, x_empty, low_s, low_full = x_ring
     w_s, w_full, w_empty = w_ring
     tiles, groups, rows, windows, _nnz = sizes
     X_SLOTS: gl.constexpr = x_s.shape[0]
@@ -874,6 +803,8 @@ def _consume(
                     low = todo & (0 - todo)
                     todo = todo ^ low
                     mbarrier.wait(x_full.index(x_slot), x_phase)
+                    if EXACT:
+                        mbarrier.wait(low_full.index(x_slot), x_phase)
                     for q in gl.static_range(WIDE):
                         column = _popcount(low - 1) + q
                         if ((mine >> column) & 1) != 0:
@@ -899,6 +830,11 @@ def _consume(
                                 fence_async_shared()
                                 mbarrier.arrive(empty, count=1)
                                 acc0, acc1 = _product(w, x, acc0, acc1, BN, PARTS)
+                            elif EXACT:
+                                w = w.load(w_layout)
+                                fence_async_shared()
+                                mbarrier.arrive(empty, count=1)
+                                acc0 = _exact_product(w, x, low_s.index(x_slot), acc0)
                             else:
                                 # Copied blocks get no proxy fence, as in what Triton makes of a
                                 # pipelined tl.dot: cp.async, its completion, wgmma. A fence for
@@ -1010,31 +946,35 @@ def bsr_linear_strips(
         t_empty = gl.allocate_shared_memory(gl.int64, [T_SLOTS, 1], bar)
         for i in gl.static_range(T_SLOTS):
             mbarrier.init(t_full.index(i), count=1)
-            mbarrier.init(t_empty.index(i), count=3 if EXACT else 2 * GROUP)
+            mbarrier.init(t_empty.index(i), count=2 * GROUP + (1 if EXACT else 0))
         fence_async_shared()
     schedule = (counter_ptr, t_s, t_full, t_empty)
     # fmt: off
     if EXACT:
-        gl.static_assert(GROUP == 1)
+        gl.static_assert(GROUP == 2)
         gl.warp_specialize(
             [
-                (_consume_exact, (y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, STACK,
-                                  SPLIT, CHUNKS, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC)),
+                (_consume, (0, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, GROUP, STACK,
+                            SPLIT, CHUNKS, WIDE, PACKED, EXACT, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC)),
+                (_consume, (1, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, GROUP, STACK,
+                            SPLIT, CHUNKS, WIDE, PACKED, EXACT, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC)),
                 (_split_x, (table, x_ring, sizes, schedule, GROUP, STACK, SPLIT, CHUNKS, WIDE, DYNAMIC)),
                 (_stream_x, (x_desc, table, x_ring, sizes, schedule, GROUP, STACK, SPLIT, CHUNKS, WIDE, DYNAMIC)),
                 (_stream_blocks, (0, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, schedule, GROUP, STACK,
                                   SPLIT, CHUNKS, PACKED, COPIED, HAS_ORDER, DYNAMIC)),
+                (_stream_blocks, (1, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, schedule, GROUP, STACK,
+                                  SPLIT, CHUNKS, PACKED, COPIED, HAS_ORDER, DYNAMIC)),
             ],
-            [4, 1, 1],
-            [REGISTERS, 24, 24],
+            [4, 4, 1, 1, 1],
+            [REGISTERS, 96, 32, 32, 32],
         )
     elif GROUP == 2:
         gl.warp_specialize(
             [
                 (_consume, (0, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, GROUP, STACK,
-                            SPLIT, CHUNKS, WIDE, PACKED, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC)),
+                            SPLIT, CHUNKS, WIDE, PACKED, EXACT, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC)),
                 (_consume, (1, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, GROUP, STACK,
-                            SPLIT, CHUNKS, WIDE, PACKED, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC)),
+                            SPLIT, CHUNKS, WIDE, PACKED, EXACT, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC)),
                 (_stream_x, (x_desc, table, x_ring, sizes, schedule, GROUP, STACK, SPLIT, CHUNKS, WIDE, DYNAMIC)),
                 (_stream_blocks, (0, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, schedule, GROUP, STACK,
                                   SPLIT, CHUNKS, PACKED, COPIED, HAS_ORDER, DYNAMIC)),
@@ -1049,11 +989,11 @@ def bsr_linear_strips(
         gl.warp_specialize(
             [
                 (_consume, (0, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, GROUP, STACK,
-                            SPLIT, CHUNKS, WIDE, PACKED, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC)),
+                            SPLIT, CHUNKS, WIDE, PACKED, EXACT, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC)),
                 (_consume, (1, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, GROUP, STACK,
-                            SPLIT, CHUNKS, WIDE, PACKED, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC)),
+                            SPLIT, CHUNKS, WIDE, PACKED, EXACT, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC)),
                 (_consume, (2, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, GROUP, STACK,
-                            SPLIT, CHUNKS, WIDE, PACKED, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC)),
+                            SPLIT, CHUNKS, WIDE, PACKED, EXACT, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC)),
                 (_stream_x, (x_desc, table, x_ring, sizes, schedule, GROUP, STACK, SPLIT, CHUNKS, WIDE, DYNAMIC)),
                 (_stream_blocks, (0, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, schedule, GROUP, STACK,
                                   SPLIT, CHUNKS, PACKED, COPIED, HAS_ORDER, DYNAMIC)),
