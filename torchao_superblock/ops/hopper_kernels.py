@@ -131,11 +131,16 @@ def _fill_table(
 
 
 @gluon.jit
+def _number(entry):
+    """The number in one entry of shared memory."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    return gl.sum(entry.load(layout), axis=0)
+
+
+@gluon.jit
 def _row_bits(table, row, rows, window, windows):
     """The mask of one block row; 0 for a row past the end."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    entry = gl.minimum(row, rows - 1) * windows + window
-    bits = gl.sum(table.index(entry).load(layout), axis=0)
+    bits = _number(table.index(gl.minimum(row, rows - 1) * windows + window))
     return gl.where(row < rows, bits, 0)
 
 
@@ -265,9 +270,8 @@ def _take(schedule, t, slot, phase, DYNAMIC: gl.constexpr):
     following = t + gl.num_programs(0)
     if DYNAMIC:
         _counter_ptr, t_s, t_full, t_empty = schedule
-        layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
         mbarrier.wait(t_full.index(slot), phase)
-        following = gl.sum(t_s.index(slot).load(layout), axis=0).to(gl.int32)
+        following = _number(t_s.index(slot)).to(gl.int32)
         mbarrier.arrive(t_empty.index(slot), count=1)
     return following
 
@@ -685,32 +689,6 @@ def _split_x(
 
 
 @gluon.jit
-def _features(
-    strip,
-    bias_ptr,
-    order_ptr,
-    rows,
-    strips,
-    lanes: gl.constexpr,
-    STACK: gl.constexpr,
-    SPLIT: gl.constexpr,
-    HAS_ORDER: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-):
-    """The first output of a strip, and the bias of its 64."""
-    feature = strip * 64
-    if HAS_ORDER:
-        row = _row_at(order_ptr, _block_row(strip, 0, STACK, SPLIT), rows, HAS_ORDER)
-        feature = row * (64 * SPLIT // STACK) + strip % SPLIT * 64
-    bias = gl.zeros([64], gl.float32, lanes)
-    if HAS_BIAS:
-        i = gl.arange(0, 64, layout=lanes)
-        bias = gl.load(bias_ptr + feature + i, mask=i < strips * 64 - feature, other=0)
-        bias = bias.to(gl.float32)
-    return feature, bias
-
-
-@gluon.jit
 def _exact_product(w, x, x_low, acc):
     """Add w @ x.T in float32 accuracy: three TF32 products, the smallest first.
 
@@ -777,9 +755,15 @@ def _consume(
         m, group = _tile(t, tiles, groups, DYNAMIC)
         strip = group * GROUP + g
         active = strip < strips
-        feature, bias = _features(
-            strip, bias_ptr, order_ptr, rows, strips, lanes, STACK, SPLIT, HAS_ORDER, HAS_BIAS
-        )
+        feature = strip * 64
+        if HAS_ORDER:
+            row = _row_at(order_ptr, _block_row(strip, 0, STACK, SPLIT), rows, HAS_ORDER)
+            feature = row * (64 * SPLIT // STACK) + strip % SPLIT * 64
+        bias = gl.zeros([64], gl.float32, lanes)
+        if HAS_BIAS:
+            i = gl.arange(0, 64, layout=lanes)
+            bias = gl.load(bias_ptr + feature + i, mask=i < strips * 64 - feature, other=0)
+            bias = bias.to(gl.float32)
         acc0 = gl.zeros([64, BN], gl.float32, layout)
         acc1 = acc0
         for window in range(windows):
@@ -949,6 +933,7 @@ def bsr_linear_strips(
             mbarrier.init(t_empty.index(i), count=2 * GROUP + (1 if EXACT else 0))
         fence_async_shared()
     schedule = (counter_ptr, t_s, t_full, t_empty)
+    # The lists of arguments are written out: a tuple that a variable holds makes tensors of its constexprs.
     # fmt: off
     if EXACT:
         gl.static_assert(GROUP == 2)
