@@ -57,7 +57,7 @@ def _compile(
     pointers = {"w_ptr": f"*{name}", "bias_ptr": f"*{name}", "crow_ptr": "*i32", "col_ptr": "*i32"}
     pointers |= {"order_ptr": "*i32", "counter_ptr": "*i32"}
     signature |= pointers
-    signature |= dict.fromkeys(("tiles", "groups", "rows", "columns", "nnz"), "i32")
+    signature |= dict.fromkeys(("tiles", "halves", "groups", "rows", "columns", "nnz"), "i32")
     signature |= dict.fromkeys(constants, "constexpr")
     aligned = {(list(signature).index(p),): [["tt.divisibility", 16]] for p in pointers}
     source = GluonASTSource(hopper_kernels.bsr_linear_strips, signature, constants, aligned)
@@ -85,10 +85,12 @@ def _problem(M, N, K, r, c, density, dtype=torch.bfloat16, **kwargs):
     return tile, rows, columns, r, c
 
 
-# One problem for each rule of the table, named after its tile; the last number bounds the spilled bytes.
+# One problem for each rule of the table, named after its tile; the last number bounds the spilled bytes. (What copied
+# blocks spill is touched once a tile, by the warps that copy.)
 RULES = {
     "THREE_STRIPS": (_problem(50432, 3072, 768, 64, 64, 0.3), {}, 0),
     "THREE_STRIPS_DYNAMIC": (_problem(8192, 14336, 4096, 64, 64, 0.1), {}, 0),
+    "THREE_STRIPS_HALVES": (_problem(8192, 4096, 14336, 64, 64, 0.1), {}, 0),
     "TWO_STRIPS": (_problem(50432, 768, 3072, 128, 128, 0.1), {}, 0),
     "TWO_STRIPS_DYNAMIC": (_problem(8192, 14336, 14336, 128, 128, 0.1), {}, 0),
     "TWO_PROGRAMS": (
@@ -98,8 +100,8 @@ RULES = {
     ),
     "SHORT_TILES": (_problem(50432, 3072, 768, 64, 64, 0.1), {}, 0),
     "STACKED": (_problem(50432, 3072, 768, 32, 16, 0.1), {}, 64),
-    "COPIED_16": (_problem(50432, 3072, 768, 16, 16, 0.1), {}, 64),
-    "COPIED_16_LONG": (_problem(50432, 1536, 6144, 16, 16, 0.1), {}, 64),
+    "COPIED_16": (_problem(50432, 3072, 768, 16, 16, 0.1), {}, 96),
+    "COPIED_16_LONG": (_problem(50432, 1536, 6144, 16, 16, 0.1), {}, 96),
     "COPIED_32": (_problem(50432, 768, 3072, 32, 32, 0.1), {}, 64),
     "PACKED": (_problem(50432, 3072, 768, 64, 16, 0.1), {}, 64),
     "PACKED_TWO": (_problem(50432, 8192, 4096, 16, 16, 0.1), {}, 128),
@@ -148,6 +150,7 @@ def test_copied_blocks_travel_16_bytes_a_thread(name):
     [
         ("THREE_STRIPS", 256),
         ("THREE_STRIPS_DYNAMIC", 256),
+        ("THREE_STRIPS_HALVES", 256),
         ("TWO_STRIPS", 2048),
         ("TWO_STRIPS_DYNAMIC", 2048),
         ("TWO_PROGRAMS", 1024),
@@ -170,7 +173,7 @@ def test_the_largest_table_of_masks_that_the_rules_allow_fits(tile, entries):
         r, c = (16, 16)
     x_box, w_box, y_box = hopper.boxes(tile, r, c, bytes_)
     stack = max(1, 64 // r)
-    elements = tile.x_slots * math.prod(x_box)
+    elements = tile.x_slots * tile.tokens * x_box[1]
     elements += tile.group * tile.w_slots * stack * math.prod(w_box)
     elements += tile.group * tile.y_slots * math.prod(y_box)
     barriers = 2 * 8 * (tile.x_slots + tile.group * tile.w_slots)
@@ -395,18 +398,21 @@ def test_strips_past_the_end_leave_the_output_of_the_others_alone(name, N):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "blocksize"), [("THREE_STRIPS", 64), ("TWO_STRIPS", 128)])
 @pytest.mark.parametrize("M", [2048, 8000])
-def test_drawn_tiles_give_the_bits_of_dealt_ones(name, blocksize, M):
+@pytest.mark.parametrize(
+    "change", [{"dynamic": True}, {"halves": True}, {"dynamic": True, "halves": True}]
+)
+def test_every_schedule_gives_the_same_bits(name, blocksize, M, change):
     """Rows of very different lengths, empty ones among them; fewer tiles than programs, and many more."""
     _hopper_or_skip()
     R, C = 4096 // blocksize, 2048 // blocksize
     mask = torch.rand(R, C) < torch.linspace(0, 1, R)[torch.randperm(R), None] ** 2
     mask[:2] = False
     tile = getattr(hopper, name)
-    drawn = tile._replace(dynamic=True)
+    changed = tile._replace(**change)
     for N in (4096, 128):
         for _ in range(3):
             some = mask[-(N // blocksize) :]
-            _check(M, N, 2048, blocksize, torch.bfloat16, 4e-3, mask=some, tile=drawn)
+            _check(M, N, 2048, blocksize, torch.bfloat16, 4e-3, mask=some, tile=changed)
     _dense, crow, col, values = random_bsr(
         4096, 2048, blocksize, 0, torch.bfloat16, "cuda", mask=mask
     )
@@ -414,14 +420,15 @@ def test_drawn_tiles_give_the_bits_of_dealt_ones(name, blocksize, M):
     plan = build_plan(crow, col, C, (blocksize, blocksize))
     arguments = (x, crow, col, values, None, "none", plan)
     dealt = hopper.forward(*arguments, tile=tile)
-    assert torch.equal(dealt, hopper.forward(*arguments, tile=drawn))
+    assert torch.equal(dealt, hopper.forward(*arguments, tile=changed))
 
 
 @needs_compiler
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("groups", [1, 4, 6, 16, 22, 112, 300])
 @pytest.mark.parametrize("m_tiles", [1, 5, 32, 394])
-def test_every_tile_is_worked_on_once(monkeypatch, m_tiles, groups, dynamic):
+@pytest.mark.parametrize("cut", [False, True])
+def test_every_tile_is_worked_on_once(monkeypatch, m_tiles, groups, dynamic, cut):
     """The kernel's own arithmetic, with numbers for its scalars."""
     programs = min(132, m_tiles * groups)
 
@@ -432,12 +439,21 @@ def test_every_tile_is_worked_on_once(monkeypatch, m_tiles, groups, dynamic):
 
     monkeypatch.setattr(hopper.kernels, "gl", Numbers)
     monkeypatch.setattr(hopper.kernels, "TAIL", hopper.kernels.TAIL.value)
-    tiles = m_tiles * groups
-    found = [hopper.kernels._tile.fn(t, tiles, groups, dynamic) for t in range(tiles)]
-    assert sorted(found) == [(m, group) for m in range(m_tiles) for group in range(groups)]
-    if not dynamic and tiles >= programs * groups:
+    whole = m_tiles * groups
+    tile = hopper.THREE_STRIPS._replace(halves=cut)
+    tiles, halves = hopper._split_last(whole, tile, 132)
+    assert halves == (2 * (whole % 132) if cut and whole % 132 <= 66 else 0)
+    assert halves <= 132, "more than a round"
+    tile_of = hopper.kernels._tile.fn
+    found = [tile_of(t, tiles, halves, groups, 256, dynamic, cut) for t in range(tiles)]
+    assert all(half == (t >= tiles - halves) for t, (_m, _group, half) in enumerate(found))
+    parts = [(m + 128 * p, group) for m, group, half in found for p in range(1 if half else 2)]
+    assert sorted(parts) == [
+        (m * 128, group) for m in range(2 * m_tiles) for group in range(groups)
+    ]
+    if not dynamic and not halves and tiles >= programs * groups:
         for program in range(programs):
-            assert {group for _m, group in found[program::programs]} == set(range(groups))
+            assert {group for _m, group, _half in found[program::programs]} == set(range(groups))
 
 
 @needs_compiler

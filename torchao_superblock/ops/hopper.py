@@ -42,17 +42,19 @@ class Strips(NamedTuple):
     Attributes:
         tokens: tokens of a tile (256 or 128).
         part: tokens of one accumulator and of one store (``tokens`` or half of it).
-        group: strips of 64 outputs in a tile, one consumer warpgroup each (2 or 3).
+        group: strips of 64 outputs in a tile, one consumer warpgroup each (2 or 3; 1 for float32 accuracy).
         x_slots: slices of x in flight.
         w_slots: blocks in flight for each strip.
         y_slots: output buffers of each strip (1, or 2 where ``part`` is half of ``tokens``).
-        registers: registers a thread of a consumer warpgroup.
+        registers: registers a thread of every warpgroup but the first, which gets what is left: consumers, or with
+            float32 accuracy the warpgroup that splits x.
         programs: programs that share a multiprocessor (1 or 2).
         packed: whether blocks narrower than 64 columns travel as contiguous memory and reach the tensor cores through
             registers.
         copied: whether blocks narrower than 64 columns are copied by the threads of a warp instead of TMA.
         grouped: whether the plan chooses the strips of a tile, so that they share slices of x.
         dynamic: whether programs draw their tiles from a counter, one after the other, instead of every so manieth.
+        halves: whether the tiles of a last round that would leave most programs idle are cut in halves.
     """
 
     tokens: int
@@ -67,6 +69,7 @@ class Strips(NamedTuple):
     copied: bool = False
     grouped: bool = False
     dynamic: bool = False
+    halves: bool = False
 
 
 # The rules, from runs on an H200. "Three strips" use a slice of x for the most outputs and win once blocks are dense
@@ -78,7 +81,9 @@ TWO_PROGRAMS = Strips(128, 64, 2, 3, 2, 1, 104, programs=2)
 # Few long tiles of different lengths: dealt out, some programs get up to a third more than others. Drawing costs one
 # launch more, which zeroes the counter.
 THREE_STRIPS_DYNAMIC = THREE_STRIPS._replace(dynamic=True)
-TWO_STRIPS_DYNAMIC = TWO_STRIPS._replace(dynamic=True)
+TWO_STRIPS_DYNAMIC = Strips(256, 128, 2, 3, 3, 2, 216, dynamic=True)
+# A few rounds of long tiles, the last of them for less than half of the programs: half a tile takes 0.6 of its time.
+THREE_STRIPS_HALVES = THREE_STRIPS._replace(halves=True)
 # With few products a tile is mostly output: small tiles and deep rings overlap one strip's output with another's loads.
 SHORT_TILES = Strips(128, 64, 3, 5, 2, 2, 160)
 STACKED = Strips(256, 128, 3, 4, 3, 1, 160, grouped=True)
@@ -90,8 +95,9 @@ COPIED_32 = Strips(256, 128, 3, 4, 3, 1, 160, copied=True, grouped=True)
 PACKED = Strips(256, 128, 3, 4, 3, 1, 160, packed=True)
 PACKED_TWO = Strips(256, 128, 2, 4, 4, 1, 216, packed=True)
 TF32 = Strips(128, 128, 2, 5, 3, 1, 216)
-# Pairs out of the plan's threes, which still share more than neighbours do.
-EXACT = Strips(128, 128, 2, 3, 3, 1, 176, grouped=True)
+# A strip at a time is a chain of loading, splitting, products and output with little to overlap in itself; two programs
+# overlap each other's. In the plan's order, neighbours in time still share slices of x in the L2 cache.
+EXACT = Strips(128, 64, 1, 2, 1, 2, 32, programs=2, grouped=True, dynamic=True)
 
 
 def _table_size(rows: int, columns: int) -> int:
@@ -101,6 +107,14 @@ def _table_size(rows: int, columns: int) -> int:
 
 def _tiles(M: int, N: int, tile: Strips) -> int:
     return -(-M // tile.tokens) * -(-N // (STRIP * tile.group))
+
+
+def _split_last(tiles: int, tile: Strips, processors: int) -> tuple[int, int]:
+    """Tiles, and how many of them are halves: two for each of a last round that half of the programs would sit out."""
+    left = tiles % (tile.programs * processors) if tile.halves else 0
+    if 2 * left > tile.programs * processors:
+        left = 0
+    return tiles + left, 2 * left
 
 
 def _busy(M: int, N: int, tile: Strips, processors: int) -> float:
@@ -174,8 +188,11 @@ def choose(
         M, N, TWO_STRIPS, processors
     ):
         return TWO_STRIPS
-    if long and _tiles(M, N, THREE_STRIPS) >= 8 * processors:
+    tiles = _tiles(M, N, THREE_STRIPS)
+    if long and tiles >= 8 * processors:
         return THREE_STRIPS_DYNAMIC
+    if long and _split_last(tiles, THREE_STRIPS_HALVES, processors)[1]:
+        return THREE_STRIPS_HALVES
     return THREE_STRIPS
 
 
@@ -264,7 +281,7 @@ def boxes(tile: Strips, r: int, c: int, bytes_: int) -> tuple[list[int], list[in
         block = min(r, STRIP) * c
         width = 64 if block >= 512 else 32  # a box has at least 8 rows
         w_box = [block // width, width]
-    return [tile.tokens, x_width], w_box, [tile.part, STRIP]
+    return [tile.part if tile.halves else tile.tokens, x_width], w_box, [tile.part, STRIP]
 
 
 def constants(
@@ -298,6 +315,7 @@ def constants(
         "HAS_BIAS": has_bias,
         "ACTIVATION": activation,
         "DYNAMIC": tile.dynamic,
+        "HALVES": tile.halves,
         "REGISTERS": tile.registers,
     }
 
@@ -354,7 +372,7 @@ def forward(
     counter = crow
     if tile.dynamic:
         counter = torch.zeros(1, dtype=torch.int32, device=x.device)
-    tiles = _tiles(M, N, tile)
+    tiles, halves = _split_last(_tiles(M, N, tile), tile, _processors(x.device.index))
     kernels.bsr_linear_strips[(min(tiles, tile.programs * _processors(x.device.index)),)](
         TensorDescriptor(x, [M, K], [x.stride(0), 1], x_box, _layout(128, bits)),
         TensorDescriptor(
@@ -372,6 +390,7 @@ def forward(
         order,
         counter,
         tiles,
+        halves,
         -(-N // (STRIP * tile.group)),
         rows,
         K // c,

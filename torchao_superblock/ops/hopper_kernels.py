@@ -23,8 +23,7 @@ and shared-memory bandwidth for the operands of wgmma. The kernel deals with the
   contiguous memory ("packed", through registers), or the strip's warp copies them itself, 16 bytes a
   thread, with cp.async ("copied").
 * float32 is three TF32 products: x as the tensor cores read it (they ignore the lower bits), what
-  they ignore of it, which one more warpgroup writes beside it, once for all consumers, and a block
-  split in registers.
+  they ignore of it, which one more warpgroup writes beside it, and a block split in registers.
 
 All warps derive the same sequence of columns from one table of bit masks (64 columns each) in shared
 memory, so nothing but the rings' barriers passes between them (and the tiles, where those are drawn
@@ -199,8 +198,19 @@ def _next(slot, phase, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def _tile(t, tiles, groups, DYNAMIC: gl.constexpr):
-    """Token tile and group of tile t: groups fastest, so that programs find x in the L2 cache."""
+def _tile(t, tiles, halves, groups, BM: gl.constexpr, DYNAMIC: gl.constexpr, HALVES: gl.constexpr):
+    """Tile t: its first token, its group, and whether it is half a tile.
+
+    Groups fastest, so that programs find x in the L2 cache. The last ``halves`` are halves of tiles.
+    """
+    half = False
+    second = 0
+    if HALVES:
+        v = t - (tiles - halves)
+        half = v >= 0
+        t = gl.where(half, tiles - halves + v // 2, t)
+        second = gl.where(half, v % 2, 0)
+        tiles -= halves // 2
     m = t // groups
     if DYNAMIC:
         # The last token tiles group by group, long groups first: what is drawn last takes least.
@@ -216,7 +226,7 @@ def _tile(t, tiles, groups, DYNAMIC: gl.constexpr):
         programs = gl.num_programs(0)
         turn = gl.where(programs % groups == 0, programs // groups, 1)
         group = (t + m // turn) % groups
-    return m, group
+    return m * BM + second * (BM // 2), group, half
 
 
 @gluon.jit
@@ -289,9 +299,10 @@ def _stream_x(
     CHUNKS: gl.constexpr,
     WIDE: gl.constexpr,
     DYNAMIC: gl.constexpr,
+    HALVES: gl.constexpr,
 ):
     x_s, x_full, x_empty, _low_s, _low_full = x_ring
-    tiles, groups, rows, windows, _nnz = sizes
+    tiles, halves, groups, rows, windows, _nnz = sizes
     SLOTS: gl.constexpr = x_s.shape[0]
     BM: gl.constexpr = x_s.shape[1]
     BK: gl.constexpr = x_s.shape[2]
@@ -301,7 +312,7 @@ def _stream_x(
     t_slot = 0
     t_phase = 0
     while t < tiles:
-        m, group = _tile(t, tiles, groups, DYNAMIC)
+        m, group, half = _tile(t, tiles, halves, groups, BM, DYNAMIC, HALVES)
         number = _draw(schedule, DYNAMIC)
         for window in range(windows):
             slices = _group_slices(table, group, rows, window, windows, GROUP, STACK, SPLIT, WIDE)
@@ -312,13 +323,20 @@ def _stream_x(
                     todo = todo ^ low
                     column = window * 64 + _popcount(low - 1)
                     mbarrier.wait(x_empty.index(slot), phase ^ 1)
-                    mbarrier.expect(x_full.index(slot), x_desc.block_type.nbytes)
-                    _tma_load(
-                        x_desc,
-                        [m * BM, (column // WIDE * CHUNKS + h) * BK],
-                        x_full.index(slot),
-                        x_s.index(slot),
-                    )
+                    full = x_full.index(slot)
+                    k = (column // WIDE * CHUNKS + h) * BK
+                    if HALVES:
+                        if half:
+                            mbarrier.expect(full, x_desc.block_type.nbytes)
+                        else:
+                            mbarrier.expect(full, 2 * x_desc.block_type.nbytes)
+                            x = x_s.index(slot).slice(BM // 2, BM // 2, dim=0)
+                            _tma_load(x_desc, [m + BM // 2, k], full, x)
+                        x = x_s.index(slot).slice(0, BM // 2, dim=0)
+                        _tma_load(x_desc, [m, k], full, x)
+                    else:
+                        mbarrier.expect(full, x_desc.block_type.nbytes)
+                        _tma_load(x_desc, [m, k], full, x_s.index(slot))
                     slot, phase = _next(slot, phase, SLOTS)
         t = _hand_out(schedule, t, number, t_slot, t_phase, DYNAMIC)
         t_slot, t_phase = _next(t_slot, t_phase, T_SLOTS)
@@ -384,9 +402,10 @@ def _stream_blocks(
     COPIED: gl.constexpr,
     HAS_ORDER: gl.constexpr,
     DYNAMIC: gl.constexpr,
+    HALVES: gl.constexpr,
 ):
     w_s, w_full, w_empty = w_ring
-    tiles, groups, rows, windows, nnz = sizes
+    tiles, halves, groups, rows, windows, nnz = sizes
     SLOTS: gl.constexpr = w_s.shape[0] // GROUP
     BOX: gl.constexpr = w_desc.block_type.shape[0]
     BK: gl.constexpr = w_desc.block_type.shape[1]
@@ -403,7 +422,7 @@ def _stream_blocks(
     t_slot = 0
     t_phase = 0
     while t < tiles:
-        _m, group = _tile(t, tiles, groups, DYNAMIC)
+        _m, group, _half = _tile(t, tiles, halves, groups, 2, DYNAMIC, HALVES)
         strip = group * GROUP + g
         part = strip % SPLIT
         for window in range(windows):
@@ -610,16 +629,20 @@ def _store(acc, bias, y_desc, y_s, row, column, PENDING: gl.constexpr, ACTIVATIO
 
 
 @gluon.jit
-def _product(w, x, acc0, acc1, BN: gl.constexpr, PARTS: gl.constexpr):
-    """Add w @ x.T to the accumulators of a tile's tokens, and wait for it."""
+def _product(w, x, acc0, acc1, half, BN: gl.constexpr, PARTS: gl.constexpr):
+    """Add w @ x.T to the accumulators of a tile's tokens, or of its first half, and wait for it."""
     x0 = x.slice(0, BN, dim=0).permute((1, 0))
-    acc0 = warpgroup_mma(w, x0, acc0, is_async=True)
-    if PARTS == 2:
-        x1 = x.slice(BN, BN, dim=0).permute((1, 0))
-        acc1 = warpgroup_mma(w, x1, acc1, is_async=True)
-        acc0, acc1 = warpgroup_mma_wait(0, deps=(acc0, acc1))
-    else:
+    if half:
+        acc0 = warpgroup_mma(w, x0, acc0, is_async=True)
         acc0 = warpgroup_mma_wait(0, deps=(acc0,))
+    else:
+        acc0 = warpgroup_mma(w, x0, acc0, is_async=True)
+        if PARTS == 2:
+            x1 = x.slice(BN, BN, dim=0).permute((1, 0))
+            acc1 = warpgroup_mma(w, x1, acc1, is_async=True)
+            acc0, acc1 = warpgroup_mma_wait(0, deps=(acc0, acc1))
+        else:
+            acc0 = warpgroup_mma_wait(0, deps=(acc0,))
     return acc0, acc1
 
 
@@ -662,10 +685,11 @@ def _split_x(
     CHUNKS: gl.constexpr,
     WIDE: gl.constexpr,
     DYNAMIC: gl.constexpr,
+    HALVES: gl.constexpr,
 ):
     """Write the low part of every slice of x beside it; as it is, it serves as the high part."""
     x_s, x_full, _x_empty, low_s, low_full = x_ring
-    tiles, groups, rows, windows, _nnz = sizes
+    tiles, halves, groups, rows, windows, _nnz = sizes
     SLOTS: gl.constexpr = x_s.shape[0]
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
     slot = 0
@@ -674,13 +698,15 @@ def _split_x(
     t_slot = 0
     t_phase = 0
     while t < tiles:
-        _m, group = _tile(t, tiles, groups, DYNAMIC)
+        _m, group, _half = _tile(t, tiles, halves, groups, 2, DYNAMIC, HALVES)
         for window in range(windows):
             todo = _group_slices(table, group, rows, window, windows, GROUP, STACK, SPLIT, WIDE)
             for _ in range(_popcount(todo) * CHUNKS):
-                # A full slot has a free low part: consumers give both back together.
+                # A full slot has a free low part: the consumer gives both back together.
                 mbarrier.wait(x_full.index(slot), phase)
-                low_s.index(slot).store(_tf32_rest(x_s.index(slot).load(layout)))
+                for part in gl.static_range(x_s.shape[1] // 64):
+                    x = x_s.index(slot).slice(part * 64, 64, dim=0)
+                    low_s.index(slot).slice(part * 64, 64, dim=0).store(_tf32_rest(x.load(layout)))
                 fence_async_shared()
                 mbarrier.arrive(low_full.index(slot), count=1)
                 slot, phase = _next(slot, phase, SLOTS)
@@ -689,19 +715,120 @@ def _split_x(
 
 
 @gluon.jit
-def _exact_product(w, x, x_low, acc):
-    """Add w @ x.T in float32 accuracy: three TF32 products, the smallest first.
+def _features(
+    strip,
+    bias_ptr,
+    order_ptr,
+    rows,
+    strips,
+    lanes: gl.constexpr,
+    STACK: gl.constexpr,
+    SPLIT: gl.constexpr,
+    HAS_ORDER: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+):
+    """The first output of a strip, and the bias of its 64."""
+    feature = strip * 64
+    if HAS_ORDER:
+        row = _row_at(order_ptr, _block_row(strip, 0, STACK, SPLIT), rows, HAS_ORDER)
+        feature = row * (64 * SPLIT // STACK) + strip % SPLIT * 64
+    bias = gl.zeros([64], gl.float32, lanes)
+    if HAS_BIAS:
+        i = gl.arange(0, 64, layout=lanes)
+        bias = gl.load(bias_ptr + feature + i, mask=i < strips * 64 - feature, other=0)
+        bias = bias.to(gl.float32)
+    return feature, bias
+
+
+@gluon.jit
+def _consume_exact(
+    y_desc,
+    bias_ptr,
+    order_ptr,
+    table,
+    x_ring,
+    w_ring,
+    y_s,
+    sizes,
+    schedule,
+    STACK: gl.constexpr,
+    SPLIT: gl.constexpr,
+    CHUNKS: gl.constexpr,
+    HAS_ORDER: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    DYNAMIC: gl.constexpr,
+    HALVES: gl.constexpr,
+):
+    """The products of one strip in float32 accuracy: three TF32 products a slice, the smallest first.
 
     The tensor cores truncate when they accumulate, so they sum one slice only; the slices are added
     in registers, with rounding.
     """
-    w_high, w_low = _tf32_parts(w)
-    x = x.permute((1, 0))
-    part = gl.zeros_like(acc)
-    part = warpgroup_mma(w_low, x, part, use_acc=False, is_async=True)
-    part = warpgroup_mma(w_high, x_low.permute((1, 0)), part, is_async=True)
-    part = warpgroup_mma(w_high, x, part, is_async=True)
-    return acc + warpgroup_mma_wait(0, deps=(part,))
+    x_s, x_full, x_empty, low_s, low_full = x_ring
+    w_s, w_full, w_empty = w_ring
+    tiles, halves, strips, rows, windows, _nnz = sizes
+    X_SLOTS: gl.constexpr = x_s.shape[0]
+    W_SLOTS: gl.constexpr = w_s.shape[0]
+    BM: gl.constexpr = x_s.shape[1]
+    BN: gl.constexpr = y_s.shape[1]  # tokens of one accumulator
+    BUFFERS: gl.constexpr = y_s.shape[0]
+    gl.static_assert(BM == 2 * BN)
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 8])
+    lanes: gl.constexpr = gl.SliceLayout(1, layout)
+    w_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 1)
+    x_slot = 0
+    x_phase = 0
+    w_slot = 0
+    w_phase = 0
+    t = gl.program_id(0)
+    t_slot = 0
+    t_phase = 0
+    while t < tiles:
+        m, strip, _half = _tile(t, tiles, halves, strips, BM, DYNAMIC, HALVES)
+        feature, bias = _features(
+            strip, bias_ptr, order_ptr, rows, strips, lanes, STACK, SPLIT, HAS_ORDER, HAS_BIAS
+        )
+        count = 0
+        for window in range(windows):
+            count += _popcount(_strip_bits(table, strip, rows, window, windows, STACK, SPLIT))
+        acc0 = gl.zeros([64, BN], gl.float32, layout)
+        acc1 = acc0
+        zeros = acc0
+        for _ in range(count * CHUNKS):
+            mbarrier.wait(w_full.index(w_slot), w_phase)
+            w_high, w_low = _tf32_parts(w_s.index(w_slot).load(w_layout))
+            fence_async_shared()
+            mbarrier.arrive(w_empty.index(w_slot), count=1)
+            w_slot, w_phase = _next(w_slot, w_phase, W_SLOTS)
+            x = x_s.index(x_slot)
+            x0 = x.slice(0, BN, dim=0).permute((1, 0))
+            x1 = x.slice(BN, BN, dim=0).permute((1, 0))
+            mbarrier.wait(x_full.index(x_slot), x_phase)
+            part0 = warpgroup_mma(w_low, x0, zeros, use_acc=False, is_async=True)
+            mbarrier.wait(low_full.index(x_slot), x_phase)
+            x_low = low_s.index(x_slot)
+            l0 = x_low.slice(0, BN, dim=0).permute((1, 0))
+            l1 = x_low.slice(BN, BN, dim=0).permute((1, 0))
+            part0 = warpgroup_mma(w_high, l0, part0, is_async=True)
+            part0 = warpgroup_mma(w_high, x0, part0, is_async=True)
+            part1 = warpgroup_mma(w_low, x1, zeros, use_acc=False, is_async=True)
+            part1 = warpgroup_mma(w_high, l1, part1, is_async=True)
+            part1 = warpgroup_mma(w_high, x1, part1, is_async=True)
+            part0 = warpgroup_mma_wait(3, deps=(part0,))
+            acc0 += part0
+            part1 = warpgroup_mma_wait(0, deps=(part1,))
+            mbarrier.arrive(x_empty.index(x_slot), count=1)
+            acc1 += part1
+            x_slot, x_phase = _next(x_slot, x_phase, X_SLOTS)
+        # One copy of the code for both halves: unrolled, instructions arrive slower than they run.
+        for half in range(2):
+            acc = gl.where(half == 0, acc0, acc1)
+            y = y_s.index(half % BUFFERS)
+            _store(acc, bias, y_desc, y, m + half * BN, feature, BUFFERS - 1, ACTIVATION)
+        t = _take(schedule, t, t_slot, t_phase, DYNAMIC)
+        t_slot, t_phase = _next(t_slot, t_phase, T_SLOTS)
+    tma.store_wait(0)
 
 
 @gluon.jit
@@ -722,15 +849,15 @@ def _consume(
     CHUNKS: gl.constexpr,
     WIDE: gl.constexpr,
     PACKED: gl.constexpr,
-    EXACT: gl.constexpr,
     HAS_ORDER: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
     DYNAMIC: gl.constexpr,
+    HALVES: gl.constexpr,
 ):
-    x_s, x_full, x_empty, low_s, low_full = x_ring
+    x_s, x_full, x_empty, _low_s, _low_full = x_ring
     w_s, w_full, w_empty = w_ring
-    tiles, groups, rows, windows, _nnz = sizes
+    tiles, halves, groups, rows, windows, _nnz = sizes
     X_SLOTS: gl.constexpr = x_s.shape[0]
     BM: gl.constexpr = x_s.shape[1]
     W_SLOTS: gl.constexpr = w_s.shape[0] // GROUP
@@ -752,18 +879,12 @@ def _consume(
     t_slot = 0
     t_phase = 0
     while t < tiles:
-        m, group = _tile(t, tiles, groups, DYNAMIC)
+        m, group, half = _tile(t, tiles, halves, groups, BM, DYNAMIC, HALVES)
         strip = group * GROUP + g
         active = strip < strips
-        feature = strip * 64
-        if HAS_ORDER:
-            row = _row_at(order_ptr, _block_row(strip, 0, STACK, SPLIT), rows, HAS_ORDER)
-            feature = row * (64 * SPLIT // STACK) + strip % SPLIT * 64
-        bias = gl.zeros([64], gl.float32, lanes)
-        if HAS_BIAS:
-            i = gl.arange(0, 64, layout=lanes)
-            bias = gl.load(bias_ptr + feature + i, mask=i < strips * 64 - feature, other=0)
-            bias = bias.to(gl.float32)
+        feature, bias = _features(
+            strip, bias_ptr, order_ptr, rows, strips, lanes, STACK, SPLIT, HAS_ORDER, HAS_BIAS
+        )
         acc0 = gl.zeros([64, BN], gl.float32, layout)
         acc1 = acc0
         for window in range(windows):
@@ -787,8 +908,6 @@ def _consume(
                     low = todo & (0 - todo)
                     todo = todo ^ low
                     mbarrier.wait(x_full.index(x_slot), x_phase)
-                    if EXACT:
-                        mbarrier.wait(low_full.index(x_slot), x_phase)
                     for q in gl.static_range(WIDE):
                         column = _popcount(low - 1) + q
                         if ((mine >> column) & 1) != 0:
@@ -813,17 +932,12 @@ def _consume(
                                     w = gl.where(keep[:, None], w, gl.zeros_like(w))
                                 fence_async_shared()
                                 mbarrier.arrive(empty, count=1)
-                                acc0, acc1 = _product(w, x, acc0, acc1, BN, PARTS)
-                            elif EXACT:
-                                w = w.load(w_layout)
-                                fence_async_shared()
-                                mbarrier.arrive(empty, count=1)
-                                acc0 = _exact_product(w, x, low_s.index(x_slot), acc0)
+                                acc0, acc1 = _product(w, x, acc0, acc1, half, BN, PARTS)
                             else:
                                 # Copied blocks get no proxy fence, as in what Triton makes of a
                                 # pipelined tl.dot: cp.async, its completion, wgmma. A fence for
                                 # each product costs 16 x 16 blocks 6 %.
-                                acc0, acc1 = _product(w, x, acc0, acc1, BN, PARTS)
+                                acc0, acc1 = _product(w, x, acc0, acc1, half, BN, PARTS)
                                 mbarrier.arrive(empty, count=1)
                             w_slot, w_phase = _next(w_slot, w_phase, W_SLOTS)
                     mbarrier.arrive(x_empty.index(x_slot), count=1)
@@ -831,10 +945,11 @@ def _consume(
         # A strip past the end leaves the buffers alone: it sends nothing that the next wait could count.
         if active:
             y0 = y_s.index(g * BUFFERS)
-            _store(acc0, bias, y_desc, y0, m * BM, feature, BUFFERS - 1, ACTIVATION)
+            _store(acc0, bias, y_desc, y0, m, feature, BUFFERS - 1, ACTIVATION)
             if PARTS == 2:
-                y1 = y_s.index(g * BUFFERS + BUFFERS - 1)
-                _store(acc1, bias, y_desc, y1, m * BM + BN, feature, BUFFERS - 1, ACTIVATION)
+                if not half:
+                    y1 = y_s.index(g * BUFFERS + BUFFERS - 1)
+                    _store(acc1, bias, y_desc, y1, m + BN, feature, BUFFERS - 1, ACTIVATION)
         t = _take(schedule, t, t_slot, t_phase, DYNAMIC)
         t_slot, t_phase = _next(t_slot, t_phase, T_SLOTS)
     tma.store_wait(0)
@@ -842,7 +957,7 @@ def _consume(
 
 # The parts of a plan start anywhere: one compiled kernel serves them all.
 @gluon.jit(
-    do_not_specialize=["tiles", "groups", "rows", "columns", "nnz"],
+    do_not_specialize=["tiles", "halves", "groups", "rows", "columns", "nnz"],
     do_not_specialize_on_alignment=["bias_ptr", "crow_ptr", "col_ptr", "order_ptr", "counter_ptr"],
 )
 def bsr_linear_strips(
@@ -856,6 +971,7 @@ def bsr_linear_strips(
     order_ptr,
     counter_ptr,
     tiles,
+    halves,
     groups,
     rows,
     columns,
@@ -876,6 +992,7 @@ def bsr_linear_strips(
     HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
     DYNAMIC: gl.constexpr,
+    HALVES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
     """y = act(x @ W.T + bias) for strips of 64 outputs; see the module's docstring.
@@ -883,7 +1000,7 @@ def bsr_linear_strips(
     x_desc [BM, WIDE * BK] boxes of x (M, K); w_desc [64 / STACK, BK] boxes of the values as an
     (nnz * r, c) matrix; y_desc [tokens of one accumulator, 64] boxes of y (M, N); w_ptr the values.
     """
-    BM: gl.constexpr = x_desc.block_type.shape[0]
+    BM: gl.constexpr = x_desc.block_type.shape[0] * (2 if HALVES else 1)
     XK: gl.constexpr = x_desc.block_type.shape[1]
     BN: gl.constexpr = y_desc.block_type.shape[0]
     x_s = gl.allocate_shared_memory(x_desc.dtype, [X_SLOTS, BM, XK], x_desc.layout)
@@ -920,7 +1037,7 @@ def bsr_linear_strips(
         fence_async_shared()
     x_ring = (x_s, x_full, x_empty, low_s, low_full)
     w_ring = (w_s, w_full, w_empty)
-    sizes = (tiles, groups, rows, windows, nnz)
+    sizes = (tiles, halves, groups, rows, windows, nnz)
     t_s = x_full
     t_full = x_full
     t_empty = x_full
@@ -930,41 +1047,39 @@ def bsr_linear_strips(
         t_empty = gl.allocate_shared_memory(gl.int64, [T_SLOTS, 1], bar)
         for i in gl.static_range(T_SLOTS):
             mbarrier.init(t_full.index(i), count=1)
-            mbarrier.init(t_empty.index(i), count=2 * GROUP + (1 if EXACT else 0))
+            mbarrier.init(t_empty.index(i), count=3 if EXACT else 2 * GROUP)
         fence_async_shared()
     schedule = (counter_ptr, t_s, t_full, t_empty)
     # The lists of arguments are written out: a tuple that a variable holds makes tensors of its constexprs.
     # fmt: off
     if EXACT:
-        gl.static_assert(GROUP == 2)
+        gl.static_assert(GROUP == 1)
         gl.warp_specialize(
             [
-                (_consume, (0, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, GROUP, STACK,
-                            SPLIT, CHUNKS, WIDE, PACKED, EXACT, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC)),
-                (_consume, (1, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, GROUP, STACK,
-                            SPLIT, CHUNKS, WIDE, PACKED, EXACT, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC)),
-                (_split_x, (table, x_ring, sizes, schedule, GROUP, STACK, SPLIT, CHUNKS, WIDE, DYNAMIC)),
-                (_stream_x, (x_desc, table, x_ring, sizes, schedule, GROUP, STACK, SPLIT, CHUNKS, WIDE, DYNAMIC)),
+                (_consume_exact, (y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, STACK,
+                                  SPLIT, CHUNKS, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC, HALVES)),
+                (_split_x, (table, x_ring, sizes, schedule, GROUP, STACK, SPLIT, CHUNKS, WIDE, DYNAMIC, HALVES)),
+                (_stream_x, (x_desc, table, x_ring, sizes, schedule, GROUP, STACK, SPLIT, CHUNKS, WIDE, DYNAMIC,
+                             HALVES)),
                 (_stream_blocks, (0, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, schedule, GROUP, STACK,
-                                  SPLIT, CHUNKS, PACKED, COPIED, HAS_ORDER, DYNAMIC)),
-                (_stream_blocks, (1, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, schedule, GROUP, STACK,
-                                  SPLIT, CHUNKS, PACKED, COPIED, HAS_ORDER, DYNAMIC)),
+                                  SPLIT, CHUNKS, PACKED, COPIED, HAS_ORDER, DYNAMIC, HALVES)),
             ],
-            [4, 4, 1, 1, 1],
-            [REGISTERS, 96, 32, 32, 32],
+            [4, 1, 1],
+            [REGISTERS, 24, 24],
         )
     elif GROUP == 2:
         gl.warp_specialize(
             [
                 (_consume, (0, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, GROUP, STACK,
-                            SPLIT, CHUNKS, WIDE, PACKED, EXACT, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC)),
+                            SPLIT, CHUNKS, WIDE, PACKED, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC, HALVES)),
                 (_consume, (1, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, GROUP, STACK,
-                            SPLIT, CHUNKS, WIDE, PACKED, EXACT, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC)),
-                (_stream_x, (x_desc, table, x_ring, sizes, schedule, GROUP, STACK, SPLIT, CHUNKS, WIDE, DYNAMIC)),
+                            SPLIT, CHUNKS, WIDE, PACKED, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC, HALVES)),
+                (_stream_x, (x_desc, table, x_ring, sizes, schedule, GROUP, STACK, SPLIT, CHUNKS, WIDE, DYNAMIC,
+                             HALVES)),
                 (_stream_blocks, (0, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, schedule, GROUP, STACK,
-                                  SPLIT, CHUNKS, PACKED, COPIED, HAS_ORDER, DYNAMIC)),
+                                  SPLIT, CHUNKS, PACKED, COPIED, HAS_ORDER, DYNAMIC, HALVES)),
                 (_stream_blocks, (1, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, schedule, GROUP, STACK,
-                                  SPLIT, CHUNKS, PACKED, COPIED, HAS_ORDER, DYNAMIC)),
+                                  SPLIT, CHUNKS, PACKED, COPIED, HAS_ORDER, DYNAMIC, HALVES)),
             ],
             [4, 1, 1, 1],
             [REGISTERS, 32, 32, 32],
@@ -974,18 +1089,19 @@ def bsr_linear_strips(
         gl.warp_specialize(
             [
                 (_consume, (0, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, GROUP, STACK,
-                            SPLIT, CHUNKS, WIDE, PACKED, EXACT, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC)),
+                            SPLIT, CHUNKS, WIDE, PACKED, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC, HALVES)),
                 (_consume, (1, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, GROUP, STACK,
-                            SPLIT, CHUNKS, WIDE, PACKED, EXACT, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC)),
+                            SPLIT, CHUNKS, WIDE, PACKED, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC, HALVES)),
                 (_consume, (2, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, GROUP, STACK,
-                            SPLIT, CHUNKS, WIDE, PACKED, EXACT, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC)),
-                (_stream_x, (x_desc, table, x_ring, sizes, schedule, GROUP, STACK, SPLIT, CHUNKS, WIDE, DYNAMIC)),
+                            SPLIT, CHUNKS, WIDE, PACKED, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC, HALVES)),
+                (_stream_x, (x_desc, table, x_ring, sizes, schedule, GROUP, STACK, SPLIT, CHUNKS, WIDE, DYNAMIC,
+                             HALVES)),
                 (_stream_blocks, (0, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, schedule, GROUP, STACK,
-                                  SPLIT, CHUNKS, PACKED, COPIED, HAS_ORDER, DYNAMIC)),
+                                  SPLIT, CHUNKS, PACKED, COPIED, HAS_ORDER, DYNAMIC, HALVES)),
                 (_stream_blocks, (1, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, schedule, GROUP, STACK,
-                                  SPLIT, CHUNKS, PACKED, COPIED, HAS_ORDER, DYNAMIC)),
+                                  SPLIT, CHUNKS, PACKED, COPIED, HAS_ORDER, DYNAMIC, HALVES)),
                 (_stream_blocks, (2, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, schedule, GROUP, STACK,
-                                  SPLIT, CHUNKS, PACKED, COPIED, HAS_ORDER, DYNAMIC)),
+                                  SPLIT, CHUNKS, PACKED, COPIED, HAS_ORDER, DYNAMIC, HALVES)),
             ],
             [4, 4, 1, 1, 1, 1],
             [REGISTERS, REGISTERS, 32, 32, 32, 32],
