@@ -106,6 +106,11 @@ RULES = {
     "PACKED": (_problem(50432, 3072, 768, 64, 16, 0.1), {}, 64),
     "PACKED_TWO": (_problem(50432, 8192, 4096, 16, 16, 0.1), {}, 128),
     "TF32": (_problem(50432, 3072, 768, 64, 64, 0.1, torch.float32), {"dtype": torch.float32}, 0),
+    "TF32_THREE": (
+        _problem(8192, 4096, 14336, 64, 64, 0.1, torch.float32),
+        {"dtype": torch.float32},
+        0,
+    ),
     "EXACT": (
         _problem(50432, 3072, 768, 64, 64, 0.1, torch.float32, exact=True),
         {"dtype": torch.float32, "exact": True},
@@ -128,6 +133,18 @@ def test_every_tile_of_the_rules_compiles_for_hopper(name, tmp_path):
     assert kernel.metadata.shared <= limit
     assert kernel.metadata.global_scratch_size == 0, "a call would allocate a workspace"
     assert _spilled(kernel, tmp_path) <= spill_bound
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("name", "rows", "limit"),
+    [("EXACT", 1024, PROGRAM_PAIR_LIMIT), ("TF32_THREE", 256, SHARED_LIMIT)],
+)
+def test_the_largest_table_for_float32_fits(name, rows, limit):
+    kernel = _compile(
+        getattr(hopper, name), rows, 64, 64, 64, dtype=torch.float32, exact=name == "EXACT"
+    )
+    assert kernel.metadata.shared <= limit
 
 
 @needs_compiler

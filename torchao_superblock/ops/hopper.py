@@ -95,6 +95,7 @@ COPIED_32 = Strips(256, 128, 3, 4, 3, 1, 160, copied=True, grouped=True)
 PACKED = Strips(256, 128, 3, 4, 3, 1, 160, packed=True)
 PACKED_TWO = Strips(256, 128, 2, 4, 4, 1, 216, packed=True)
 TF32 = Strips(128, 128, 2, 5, 3, 1, 216)
+TF32_THREE = Strips(128, 128, 3, 5, 2, 1, 160, grouped=True)
 # A strip at a time is a chain of loading, splitting, products and output with little to overlap in itself; two programs
 # overlap each other's. In the plan's order, neighbours in time still share slices of x in the L2 cache.
 EXACT = Strips(128, 64, 1, 2, 1, 2, 32, programs=2, grouped=True, dynamic=True)
@@ -163,7 +164,10 @@ def choose(
     if dtype == torch.float32:
         if c == 16:
             return None
-        return EXACT if exact else TF32
+        if exact:
+            return EXACT if entries <= 1024 else None
+        three = c < 64 or columns * c >= 4096 or nnz > 0.25 * rows * columns
+        return TF32_THREE if three and entries <= 256 else TF32
     if c % 64:
         if r >= STRIP:
             return PACKED if entries <= 1024 else PACKED_TWO
