@@ -118,6 +118,15 @@ def _split_last(tiles: int, tile: Strips, processors: int) -> tuple[int, int]:
     return tiles + left, 2 * left
 
 
+def _turn(programs: int, groups: int) -> int:
+    """After so many token tiles, the groups that programs take are shifted by one.
+
+    After each; where the groups divide the programs, whenever these have taken a tile each, or a program would come
+    back to every second or third group.
+    """
+    return programs // groups if programs % groups == 0 else 1
+
+
 def _busy(M: int, N: int, tile: Strips, processors: int) -> float:
     """Share of the multiprocessors that have work, averaged over the run."""
     waves = _tiles(M, N, tile) / processors
@@ -376,8 +385,11 @@ def forward(
     counter = crow
     if tile.dynamic:
         counter = torch.zeros(1, dtype=torch.int32, device=x.device)
-    tiles, halves = _split_last(_tiles(M, N, tile), tile, _processors(x.device.index))
-    kernels.bsr_linear_strips[(min(tiles, tile.programs * _processors(x.device.index)),)](
+    processors = _processors(x.device.index)
+    tiles, halves = _split_last(_tiles(M, N, tile), tile, processors)
+    groups = -(-N // (STRIP * tile.group))
+    programs = min(tiles, tile.programs * processors)
+    kernels.bsr_linear_strips[(programs,)](
         TensorDescriptor(x, [M, K], [x.stride(0), 1], x_box, _layout(128, bits)),
         TensorDescriptor(
             values,
@@ -394,8 +406,9 @@ def forward(
         order,
         counter,
         tiles,
-        halves,
-        -(-N // (STRIP * tile.group)),
+        halves if tile.halves else 1,
+        groups,
+        _turn(programs, groups),
         rows,
         K // c,
         nnz,

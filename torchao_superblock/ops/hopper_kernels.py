@@ -198,7 +198,9 @@ def _next(slot, phase, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def _tile(t, tiles, halves, groups, BM: gl.constexpr, DYNAMIC: gl.constexpr, HALVES: gl.constexpr):
+def _tile(
+    t, tiles, halves, groups, turn, BM: gl.constexpr, DYNAMIC: gl.constexpr, HALVES: gl.constexpr
+):
     """Tile t: its first token, its group, and whether it is half a tile.
 
     Groups fastest, so that programs find x in the L2 cache. The last ``halves`` are halves of tiles.
@@ -221,10 +223,7 @@ def _tile(t, tiles, halves, groups, BM: gl.constexpr, DYNAMIC: gl.constexpr, HAL
         m = gl.where(last, m_tiles - tail + u % tail, m)
         group = gl.where(last, u // tail, t % groups)
     else:
-        # Rotated, so that each program meets all: where the groups divide the programs, by one every time that the
-        # programs have taken a tile each, or a program would come back to every second or third group.
-        programs = gl.num_programs(0)
-        turn = gl.where(programs % groups == 0, programs // groups, 1)
+        # Rotated, so that each program meets all.
         group = (t + m // turn) % groups
     return m * BM + second * (BM // 2), group, half
 
@@ -302,7 +301,7 @@ def _stream_x(
     HALVES: gl.constexpr,
 ):
     x_s, x_full, x_empty, _low_s, _low_full = x_ring
-    tiles, halves, groups, rows, windows, _nnz = sizes
+    tiles, halves, groups, turn, rows, windows, _nnz = sizes
     SLOTS: gl.constexpr = x_s.shape[0]
     BM: gl.constexpr = x_s.shape[1]
     BK: gl.constexpr = x_s.shape[2]
@@ -312,7 +311,7 @@ def _stream_x(
     t_slot = 0
     t_phase = 0
     while t < tiles:
-        m, group, half = _tile(t, tiles, halves, groups, BM, DYNAMIC, HALVES)
+        m, group, half = _tile(t, tiles, halves, groups, turn, BM, DYNAMIC, HALVES)
         number = _draw(schedule, DYNAMIC)
         for window in range(windows):
             slices = _group_slices(table, group, rows, window, windows, GROUP, STACK, SPLIT, WIDE)
@@ -405,7 +404,7 @@ def _stream_blocks(
     HALVES: gl.constexpr,
 ):
     w_s, w_full, w_empty = w_ring
-    tiles, halves, groups, rows, windows, nnz = sizes
+    tiles, halves, groups, turn, rows, windows, nnz = sizes
     SLOTS: gl.constexpr = w_s.shape[0] // GROUP
     BOX: gl.constexpr = w_desc.block_type.shape[0]
     BK: gl.constexpr = w_desc.block_type.shape[1]
@@ -422,7 +421,7 @@ def _stream_blocks(
     t_slot = 0
     t_phase = 0
     while t < tiles:
-        _m, group, _half = _tile(t, tiles, halves, groups, 2, DYNAMIC, HALVES)
+        _m, group, _half = _tile(t, tiles, halves, groups, turn, 2, DYNAMIC, HALVES)
         strip = group * GROUP + g
         part = strip % SPLIT
         for window in range(windows):
@@ -689,7 +688,7 @@ def _split_x(
 ):
     """Write the low part of every slice of x beside it; as it is, it serves as the high part."""
     x_s, x_full, _x_empty, low_s, low_full = x_ring
-    tiles, halves, groups, rows, windows, _nnz = sizes
+    tiles, halves, groups, turn, rows, windows, _nnz = sizes
     SLOTS: gl.constexpr = x_s.shape[0]
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
     slot = 0
@@ -698,7 +697,7 @@ def _split_x(
     t_slot = 0
     t_phase = 0
     while t < tiles:
-        _m, group, _half = _tile(t, tiles, halves, groups, 2, DYNAMIC, HALVES)
+        _m, group, _half = _tile(t, tiles, halves, groups, turn, 2, DYNAMIC, HALVES)
         for window in range(windows):
             todo = _group_slices(table, group, rows, window, windows, GROUP, STACK, SPLIT, WIDE)
             for _ in range(_popcount(todo) * CHUNKS):
@@ -767,7 +766,7 @@ def _consume_exact(
     """
     x_s, x_full, x_empty, low_s, low_full = x_ring
     w_s, w_full, w_empty = w_ring
-    tiles, halves, strips, rows, windows, _nnz = sizes
+    tiles, halves, strips, turn, rows, windows, _nnz = sizes
     X_SLOTS: gl.constexpr = x_s.shape[0]
     W_SLOTS: gl.constexpr = w_s.shape[0]
     BM: gl.constexpr = x_s.shape[1]
@@ -785,7 +784,7 @@ def _consume_exact(
     t_slot = 0
     t_phase = 0
     while t < tiles:
-        m, strip, _half = _tile(t, tiles, halves, strips, BM, DYNAMIC, HALVES)
+        m, strip, _half = _tile(t, tiles, halves, strips, turn, BM, DYNAMIC, HALVES)
         feature, bias = _features(
             strip, bias_ptr, order_ptr, rows, strips, lanes, STACK, SPLIT, HAS_ORDER, HAS_BIAS
         )
@@ -857,7 +856,7 @@ def _consume(
 ):
     x_s, x_full, x_empty, _low_s, _low_full = x_ring
     w_s, w_full, w_empty = w_ring
-    tiles, halves, groups, rows, windows, _nnz = sizes
+    tiles, halves, groups, turn, rows, windows, _nnz = sizes
     X_SLOTS: gl.constexpr = x_s.shape[0]
     BM: gl.constexpr = x_s.shape[1]
     W_SLOTS: gl.constexpr = w_s.shape[0] // GROUP
@@ -879,7 +878,7 @@ def _consume(
     t_slot = 0
     t_phase = 0
     while t < tiles:
-        m, group, half = _tile(t, tiles, halves, groups, BM, DYNAMIC, HALVES)
+        m, group, half = _tile(t, tiles, halves, groups, turn, BM, DYNAMIC, HALVES)
         strip = group * GROUP + g
         active = strip < strips
         feature, bias = _features(
@@ -955,9 +954,10 @@ def _consume(
     tma.store_wait(0)
 
 
-# The parts of a plan start anywhere: one compiled kernel serves them all.
+# The parts of a plan start anywhere: one compiled kernel serves them all. ``halves`` and ``turn`` are 1 where
+# they say nothing, which Triton makes a constant of: each parameter more, and each division, costs small blocks time.
 @gluon.jit(
-    do_not_specialize=["tiles", "halves", "groups", "rows", "columns", "nnz"],
+    do_not_specialize=["tiles", "groups", "rows", "columns", "nnz"],
     do_not_specialize_on_alignment=["bias_ptr", "crow_ptr", "col_ptr", "order_ptr", "counter_ptr"],
 )
 def bsr_linear_strips(
@@ -973,6 +973,7 @@ def bsr_linear_strips(
     tiles,
     halves,
     groups,
+    turn,
     rows,
     columns,
     nnz,
@@ -1037,7 +1038,7 @@ def bsr_linear_strips(
         fence_async_shared()
     x_ring = (x_s, x_full, x_empty, low_s, low_full)
     w_ring = (w_s, w_full, w_empty)
-    sizes = (tiles, halves, groups, rows, windows, nnz)
+    sizes = (tiles, halves, groups, turn, rows, windows, nnz)
     t_s = x_full
     t_full = x_full
     t_empty = x_full
