@@ -40,6 +40,7 @@ def _compile(
     order=True,
     activation="none",
     bias=True,
+    turn=1,
 ):
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -57,8 +58,9 @@ def _compile(
     pointers = {"w_ptr": f"*{name}", "bias_ptr": f"*{name}", "crow_ptr": "*i32", "col_ptr": "*i32"}
     pointers |= {"order_ptr": "*i32", "counter_ptr": "*i32"}
     signature |= pointers
-    # As specialized for ones: dealt out in turns of 1, and without halves where there are none.
-    constants["turn"] = 1
+    # As specialized for ones; None is any other number.
+    if turn == 1:
+        constants["turn"] = 1
     if not tile.halves:
         constants["halves"] = 1
     numbers = ("tiles", "halves", "groups", "turn", "rows", "columns", "nnz")
@@ -137,6 +139,44 @@ def test_every_tile_of_the_rules_compiles_for_hopper(name, tmp_path):
     assert kernel.metadata.shared <= limit
     assert kernel.metadata.global_scratch_size == 0, "a call would allocate a workspace"
     assert _spilled(kernel, tmp_path) <= spill_bound
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["THREE_STRIPS", "COPIED_16", "COPIED_32", "TF32_THREE"])
+def test_tiles_dealt_out_in_longer_turns_compile(name, tmp_path):
+    problem, settings, _spill_bound = RULES[name]
+    kernel = _compile(*problem, **settings, turn=None)
+    assert "wgmma.mma_async" in kernel.asm["ptx"]
+    assert _spilled(kernel, tmp_path) <= 96
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("K", "c", "share", "gluon"),
+    [
+        (768, 64, 0.1, True),
+        (3072, 64, 0.1, True),
+        (768, 32, 0.1, True),
+        (3072, 32, 0.1, False),
+        (3072, 32, 0.5, True),
+    ],
+)
+def test_plain_triton_serves_float32_only_with_few_narrow_blocks_in_long_rows(
+    monkeypatch, K, c, share, gluon
+):
+    from torchao_superblock.ops import cuda
+
+    monkeypatch.setattr(cuda, "INTERPRET", False)
+    monkeypatch.setattr(cuda, "_device", lambda index: cuda._Device(90, 132))
+    monkeypatch.setattr(hopper, "supports", lambda *call: True)
+    monkeypatch.setattr(cuda, "_load_hopper", lambda: hopper)
+    nnz = round(768 // c * (K // c) * share)
+    x = torch.empty(50432, K, device="meta")
+    crow = torch.empty(768 // c + 1, device="meta", dtype=torch.int32)
+    col = torch.empty(nnz, device="meta", dtype=torch.int32)
+    values = torch.empty(nnz, c, c, device="meta")
+    served = cuda.hopper_kernel(x, crow, col, values, None, "none", None, 0)
+    assert served is (hopper if gluon else None)
 
 
 @needs_compiler

@@ -421,7 +421,8 @@ def _stream_blocks(
     t_slot = 0
     t_phase = 0
     while t < tiles:
-        _m, group, _half = _tile(t, tiles, halves, groups, turn, 2, DYNAMIC, HALVES)
+        # Blocks are the same for all tokens, whatever their number.
+        _m, group, _half = _tile(t, tiles, halves, groups, turn, 0, DYNAMIC, HALVES)
         strip = group * GROUP + g
         part = strip % SPLIT
         for window in range(windows):
@@ -684,7 +685,6 @@ def _split_x(
     CHUNKS: gl.constexpr,
     WIDE: gl.constexpr,
     DYNAMIC: gl.constexpr,
-    HALVES: gl.constexpr,
 ):
     """Write the low part of every slice of x beside it; as it is, it serves as the high part."""
     x_s, x_full, _x_empty, low_s, low_full = x_ring
@@ -697,7 +697,7 @@ def _split_x(
     t_slot = 0
     t_phase = 0
     while t < tiles:
-        _m, group, _half = _tile(t, tiles, halves, groups, turn, 2, DYNAMIC, HALVES)
+        _m, group, _half = _tile(t, tiles, halves, groups, turn, x_s.shape[1], DYNAMIC, False)
         for window in range(windows):
             todo = _group_slices(table, group, rows, window, windows, GROUP, STACK, SPLIT, WIDE)
             for _ in range(_popcount(todo) * CHUNKS):
@@ -757,7 +757,6 @@ def _consume_exact(
     HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
     DYNAMIC: gl.constexpr,
-    HALVES: gl.constexpr,
 ):
     """The products of one strip in float32 accuracy: three TF32 products a slice, the smallest first.
 
@@ -784,7 +783,7 @@ def _consume_exact(
     t_slot = 0
     t_phase = 0
     while t < tiles:
-        m, strip, _half = _tile(t, tiles, halves, strips, turn, BM, DYNAMIC, HALVES)
+        m, strip, _half = _tile(t, tiles, halves, strips, turn, BM, DYNAMIC, False)
         feature, bias = _features(
             strip, bias_ptr, order_ptr, rows, strips, lanes, STACK, SPLIT, HAS_ORDER, HAS_BIAS
         )
@@ -958,7 +957,10 @@ def _consume(
 # they say nothing, which Triton makes a constant of: each parameter more, and each division, costs small blocks time.
 @gluon.jit(
     do_not_specialize=["tiles", "groups", "rows", "columns", "nnz"],
-    do_not_specialize_on_alignment=["bias_ptr", "crow_ptr", "col_ptr", "order_ptr", "counter_ptr"],
+    do_not_specialize_on_alignment=[
+        *("bias_ptr", "crow_ptr", "col_ptr", "order_ptr", "counter_ptr"),
+        *("halves", "turn"),
+    ],
 )
 def bsr_linear_strips(
     x_desc,
@@ -1054,12 +1056,12 @@ def bsr_linear_strips(
     # The lists of arguments are written out: a tuple that a variable holds makes tensors of its constexprs.
     # fmt: off
     if EXACT:
-        gl.static_assert(GROUP == 1)
+        gl.static_assert(GROUP == 1 and not HALVES)
         gl.warp_specialize(
             [
                 (_consume_exact, (y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, STACK,
-                                  SPLIT, CHUNKS, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC, HALVES)),
-                (_split_x, (table, x_ring, sizes, schedule, GROUP, STACK, SPLIT, CHUNKS, WIDE, DYNAMIC, HALVES)),
+                                  SPLIT, CHUNKS, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC)),
+                (_split_x, (table, x_ring, sizes, schedule, GROUP, STACK, SPLIT, CHUNKS, WIDE, DYNAMIC)),
                 (_stream_x, (x_desc, table, x_ring, sizes, schedule, GROUP, STACK, SPLIT, CHUNKS, WIDE, DYNAMIC,
                              HALVES)),
                 (_stream_blocks, (0, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, schedule, GROUP, STACK,
