@@ -13,6 +13,10 @@
 #ifndef SB_SMALL_M
 #define SB_SMALL_M 10
 #endif
+/* Steps of k that packed weights are asked for in advance. */
+#ifndef SB_W_AHEAD
+#define SB_W_AHEAD 16
+#endif
 /* Strips that take turns on one panel of x: at most so many, fewer if they are large. */
 #ifndef SB_CHUNK
 #define SB_CHUNK 16

@@ -13,13 +13,19 @@
 
 /* acc[i][v] += a[i * a_row + k * a_step] * w[k * w_step + v * W] for k < n. Unrolled by four, a product
  * takes 2 to 5 % less on Zen 3, more where somebody else keeps the core's other thread busy; by sixteen no less,
- * by eight as much as not at all. */
+ * by eight as much as not at all. The lines of w that are due `ahead` steps later are asked for: where w comes
+ * from beyond L1, a product takes 2 to 20 % less with AVX-512 and up to 8 % less with AVX2 (Sapphire Rapids; 16, 24
+ * and 40 steps are alike, 8 are too few). */
 SB_INLINE void TYPED(rank_updates)(V acc[SB_PANEL][2], const int rows, const int vectors, const T *a,
                                    const int64_t a_row, const int64_t a_step, const T *w,
-                                   const int64_t w_step, int64_t n) {
+                                   const int64_t w_step, int64_t n, const int ahead) {
 #pragma GCC unroll 4
     for (int64_t k = 0; k < n; k++) {
         V b[2];
+        if (ahead)
+#pragma GCC unroll 2
+            for (int byte = 0; byte < vectors * SB_VECTOR_BYTES; byte += 64)
+                __builtin_prefetch((const char *)(w + ahead * w_step) + byte);
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; v++) b[v] = LOAD(w, v * W, -1);
 #pragma GCC unroll 12
@@ -230,7 +236,7 @@ SB_INLINE void TYPED(tile_as)(const sb_product *p, const sb_strip *strip, const 
                 const T *next = left == 1 && col + 1 < last ? panel + col[1] * block : line + SB_PANEL * KC;
 #pragma GCC unroll 12
                 for (int i = 0; i < tile_rows; i++) __builtin_prefetch(next + i * KC);
-                TYPED(rank_updates)(acc, tile_rows, vectors, line, KC, 1, w, vectors * W, KC);
+                TYPED(rank_updates)(acc, tile_rows, vectors, line, KC, 1, w, vectors * W, KC, SB_W_AHEAD);
                 w += KC * vectors * W;
                 line = next;
             }
@@ -245,7 +251,7 @@ SB_INLINE void TYPED(tile_as)(const sb_product *p, const sb_strip *strip, const 
 #pragma GCC unroll 12
             for (int i = 0; i < tile_rows; i++) __builtin_prefetch(next + i * KC);
             TYPED(rank_updates)(acc, tile_rows, vectors, panel + (k - offset) * SB_PANEL + offset, KC, 1,
-                                w, vectors * W, n);
+                                w, vectors * W, n, SB_W_AHEAD);
             w += n * vectors * W;
             k += n;
         }
@@ -630,7 +636,7 @@ SB_INLINE void TYPED(outer_as)(const T *grad, int64_t grad_row, const T *x, int6
     for (int i = 0; i < tile_rows; i++)
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; v++) acc[i][v] = (V){0};
-    TYPED(rank_updates)(acc, tile_rows, vectors, grad, 1, grad_row, x, x_row, m);
+    TYPED(rank_updates)(acc, tile_rows, vectors, grad, 1, grad_row, x, x_row, m, 0);
 #pragma GCC unroll 12
     for (int i = 0; i < tile_rows; i++) {
         if (i >= rows) break;
