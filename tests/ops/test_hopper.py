@@ -5,6 +5,7 @@ the tensor cores) fails here first.
 """
 
 import inspect
+import itertools
 import math
 import os
 import re
@@ -105,13 +106,26 @@ RULES = {
         0,
     ),
     "SHORT_TILES": (_problem(50432, 3072, 768, 64, 64, 0.1), {}, 0),
+    "TWO_SHORT": (_problem(50432, 3072, 768, 64, 64, 0.2, slow_memory=True), {}, 0),
+    "TWO_SHORT_DYNAMIC": (_problem(50432, 3072, 768, 64, 64, 0.1, slow_memory=True), {}, 0),
+    "TWO_PROGRAMS_DYNAMIC": (
+        _problem(50432, 3072, 768, 64, 64, 0.1, activation="gelu", slow_memory=True),
+        {"activation": "gelu"},
+        0,
+    ),
     "STACKED": (_problem(50432, 3072, 768, 32, 16, 0.1), {}, 64),
     "COPIED_16": (_problem(50432, 3072, 768, 16, 16, 0.1), {}, 64),
     "COPIED_16_LONG": (_problem(50432, 1536, 6144, 16, 16, 0.1), {}, 64),
     "COPIED_32": (_problem(50432, 768, 3072, 32, 32, 0.1), {}, 64),
     "PACKED": (_problem(50432, 3072, 768, 64, 16, 0.1), {}, 64),
     "PACKED_TWO": (_problem(50432, 8192, 4096, 16, 16, 0.1), {}, 128),
+    "PACKED_SHORT": (_problem(50432, 3072, 768, 128, 32, 0.1, slow_memory=True), {}, 64),
     "TF32": (_problem(50432, 3072, 768, 64, 64, 0.1, torch.float32), {"dtype": torch.float32}, 0),
+    "TF32_DYNAMIC": (
+        _problem(50432, 3072, 768, 64, 64, 0.1, torch.float32, slow_memory=True),
+        {"dtype": torch.float32},
+        0,
+    ),
     "TF32_THREE": (
         _problem(8192, 4096, 14336, 64, 64, 0.1, torch.float32),
         {"dtype": torch.float32},
@@ -137,6 +151,8 @@ def test_every_tile_of_the_rules_compiles_for_hopper(name, tmp_path):
     assert "cp.async.bulk.tensor.2d.shared" in ptx and "cp.async.bulk.tensor.2d.global" in ptx
     limit = SHARED_LIMIT if tile.programs == 1 else PROGRAM_PAIR_LIMIT
     assert kernel.metadata.shared <= limit
+    estimate = hopper.shared_bytes(tile, *problem[1:], settings.get("dtype", torch.half).itemsize)
+    assert kernel.metadata.shared <= estimate <= kernel.metadata.shared + 1024
     assert kernel.metadata.global_scratch_size == 0, "a call would allocate a workspace"
     assert _spilled(kernel, tmp_path) <= spill_bound
 
@@ -168,6 +184,7 @@ def test_plain_triton_serves_float32_only_with_few_narrow_blocks_in_long_rows(
 
     monkeypatch.setattr(cuda, "INTERPRET", False)
     monkeypatch.setattr(cuda, "_device", lambda index: cuda._Device(90, 132))
+    monkeypatch.setattr(cuda, "_tuned_devices", {0})
     monkeypatch.setattr(hopper, "supports", lambda *call: True)
     monkeypatch.setattr(cuda, "_load_hopper", lambda: hopper)
     nnz = round(768 // c * (K // c) * share)
@@ -176,7 +193,7 @@ def test_plain_triton_serves_float32_only_with_few_narrow_blocks_in_long_rows(
     col = torch.empty(nnz, device="meta", dtype=torch.int32)
     values = torch.empty(nnz, c, c, device="meta")
     served = cuda.hopper_kernel(x, crow, col, values, None, "none", None, 0)
-    assert served is (hopper if gluon else None)
+    assert served is (hopper.forward if gluon else None)
 
 
 @needs_compiler
@@ -205,43 +222,113 @@ def test_copied_blocks_travel_16_bytes_a_thread(name):
     assert "cp.async.mbarrier.arrive.noinc" in ptx
 
 
+SLOW_MEMORY = pytest.mark.parametrize("slow_memory", [False, True])
+SETTINGS = [
+    (torch.bfloat16, False, "none"),
+    (torch.float16, False, "gelu"),
+    (torch.float32, False, "none"),
+    (torch.float32, True, "none"),
+]
+
+
 @needs_compiler
-@pytest.mark.parametrize(
-    ("tile", "entries"),
-    [
-        ("THREE_STRIPS", 256),
-        ("THREE_STRIPS_DYNAMIC", 256),
-        ("THREE_STRIPS_HALVES", 256),
-        ("TWO_STRIPS", 2048),
-        ("TWO_STRIPS_DYNAMIC", 2048),
-        ("TWO_PROGRAMS", 1024),
-        ("SHORT_TILES", 1024),
-        ("STACKED", 1024),
-        ("COPIED_16", 256),
-        ("COPIED_16_LONG", 1024),
-        ("COPIED_32", 1024),
-        ("PACKED_TWO", 2048),
-    ],
-)
-def test_the_largest_table_of_masks_that_the_rules_allow_fits(tile, entries):
-    """Shared memory is counted from the parts, without compiling: slots, output buffers, table, barriers."""
-    tile = getattr(hopper, tile)
-    bytes_ = 2
-    r, c = (64, 64)
-    if tile in (hopper.STACKED, hopper.COPIED_32, hopper.PACKED_TWO):
-        r, c = (32, 32)
-    if tile in (hopper.COPIED_16, hopper.COPIED_16_LONG):
-        r, c = (16, 16)
-    x_box, w_box, y_box = hopper.boxes(tile, r, c, bytes_)
-    stack = max(1, 64 // r)
-    elements = tile.x_slots * tile.tokens * x_box[1]
-    elements += tile.group * tile.w_slots * stack * math.prod(w_box)
-    elements += tile.group * tile.y_slots * math.prod(y_box)
-    barriers = 2 * 8 * (tile.x_slots + tile.group * tile.w_slots)
-    if tile.dynamic:
-        barriers += 3 * 8 * hopper.kernels.T_SLOTS.value
-    limit = SHARED_LIMIT if tile.programs == 1 else PROGRAM_PAIR_LIMIT
-    assert elements * bytes_ + entries * 8 + barriers + 256 <= limit
+@SLOW_MEMORY
+@pytest.mark.parametrize(("dtype", "exact", "activation"), SETTINGS)
+def test_what_the_rules_choose_fits_and_is_among_what_tuning_tries(
+    dtype, exact, activation, slow_memory
+):
+    chosen = set()
+    grids = [(N, K) for N in (256, 768, 3072, 8192, 14336) for K in (256, 768, 3072, 14336)]
+    for (N, K), r, c in itertools.product(grids, (16, 32, 64, 128), (16, 32, 64, 128)):
+        rows, columns = N // r, K // c
+        tiles = hopper.candidates(rows, columns, r, c, dtype, exact=exact)
+        for M, share in itertools.product((2048, 8192, 50432), (0.05, 0.2, 0.3, 0.9)):
+            nnz = max(1, round(rows * columns * share))
+            tile = hopper.choose(
+                M,
+                rows,
+                columns,
+                r,
+                c,
+                nnz,
+                dtype,
+                exact=exact,
+                activation=activation,
+                slow_memory=slow_memory,
+            )
+            assert tile is None or tile in tiles
+            chosen.add(tile)
+    assert None in chosen and len(chosen) > 1
+
+
+def _variants():
+    """Tiles that only tuning tries, with a problem for each."""
+    wide, packed = (50432, 3072, 768, 64, 64, 0.1), (50432, 3072, 768, 32, 16, 0.1)
+    for problem, dtype, exact in (
+        (wide, torch.bfloat16, False),
+        (packed, torch.bfloat16, False),
+        (wide, torch.float32, False),
+        (wide, torch.float32, True),
+    ):
+        _tile, rows, columns, r, c = _problem(*problem, dtype, exact=exact)
+        for tile in hopper.candidates(rows, columns, r, c, dtype, exact=exact):
+            if r < 64 or tile not in {problem[0] for problem, _settings, _bound in RULES.values()}:
+                yield pytest.param(
+                    (tile, rows, columns, r, c), dtype, exact, id=f"{dtype}-{tuple(tile)}"
+                )
+
+
+@needs_compiler
+@pytest.mark.parametrize(("problem", "dtype", "exact"), list(_variants()))
+def test_what_only_tuning_tries_compiles(problem, dtype, exact):
+    kernel = _compile(*problem, dtype=dtype, exact=exact)
+    assert "wgmma.mma_async" in kernel.asm["ptx"]
+    limit = SHARED_LIMIT if problem[0].programs == 1 else PROGRAM_PAIR_LIMIT
+    assert kernel.metadata.shared <= limit
+
+
+@needs_compiler
+def test_a_tuned_tile_of_the_gluon_kernel_is_used_in_the_next_process(monkeypatch, tmp_path):
+    """Also where no plain kernel is ever prepared."""
+    from torchao_superblock.ops import cuda, tuning
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cuda, "INTERPRET", False)
+    monkeypatch.setattr(cuda, "_device", lambda index: cuda._Device(90, 132))
+    monkeypatch.setattr(cuda, "_load_hopper", lambda: hopper)
+    monkeypatch.setattr(hopper, "supports", lambda *call: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a Hopper")
+    for name in ("_tuned", "_tuned_strips"):
+        monkeypatch.setattr(cuda, name, {})
+    monkeypatch.setattr(cuda, "_plain_is_faster", set())
+    x = torch.empty(50432, 768, device="meta", dtype=torch.bfloat16)
+    crow = torch.empty(49, device="meta", dtype=torch.int32)
+    col = torch.empty(58, device="meta", dtype=torch.int32)
+    values = torch.empty(58, 64, 64, device="meta", dtype=torch.bfloat16)
+
+    def served(activation="none"):
+        return cuda.hopper_kernel(x, crow, col, values, None, activation, None, 0)
+
+    def found(**changes):
+        problem = cuda._forward_problem(x, crow, values, "none", 65536, 0)
+        plain = cuda.matmul_tile(problem)
+        return tuning.Tuned(problem, plain, False, hopper.TWO_STRIPS, 2.0, 1.0)._replace(**changes)
+
+    monkeypatch.setattr(cuda, "_tuned_devices", set())
+    assert served() is hopper.forward
+    tuning._save([found()], 0)
+    monkeypatch.setattr(cuda, "_tuned_devices", set())
+    assert served().keywords == {"tile": hopper.TWO_STRIPS}
+    assert served("gelu") is hopper.forward
+    tuning._save([found(plain=True, strips=None)], 0)
+    monkeypatch.setattr(cuda, "_tuned_devices", set())
+    assert served() is None
+    # A tile that this problem cannot have.
+    tuning._save([found(strips=hopper.COPIED_16)], 0)
+    tuning._forget(found().problem)
+    monkeypatch.setattr(cuda, "_tuned_devices", set())
+    with pytest.warns(UserWarning, match="not a tile that can be launched"):
+        assert served() is hopper.forward
 
 
 @pytest.mark.parametrize(
@@ -306,6 +393,7 @@ def _refused(name):
 )
 def test_supports_declines_what_tma_cannot_read(monkeypatch, name):
     monkeypatch.setattr(hopper, "_processors", lambda index: 132)
+    monkeypatch.setattr(hopper, "_slow_memory", lambda index: False)
     monkeypatch.setattr(hopper, "_MIN_BYTES", 0)
     x, crow, col, values = _refused("nothing")
     assert hopper.supports(x, crow, col, values, None, "none", None)
@@ -324,6 +412,7 @@ def set_precision():
 @needs_compiler
 def test_supports_leaves_short_calls_to_the_kernels_that_launch_faster(monkeypatch):
     monkeypatch.setattr(hopper, "_processors", lambda index: 132)
+    monkeypatch.setattr(hopper, "_slow_memory", lambda index: False)
     _dense, crow, col, values = random_bsr(768, 768, 64, dtype=torch.bfloat16)
     for M, served in ((50432, True), (4096, False)):
         x = torch.empty(M, 768, dtype=torch.bfloat16)

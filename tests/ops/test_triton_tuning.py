@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 
+import torch
+
+from tests.reference import random_bsr, relative_error
+from torchao_superblock.ops import build_plan
+
 pytest.importorskip("triton", reason="Triton is not installed here")
 ROOT = Path(__file__).parents[2]
 
@@ -79,13 +84,13 @@ assert next(iter(cuda._launches.values())).tile == other
 def test_a_foreign_or_corrupt_file_is_ignored_with_a_warning(tmp_path: Path) -> None:
     done = run(
         """
-problem = cuda._forward_problem(x, crow, values, 32, -1)
-entry = dict(problem=problem._asdict(), tile=other._replace(BM=17)._asdict(), plain=False)
-foreign = dict(format=1, device="another GPU", torch="0", triton="0", entries=[])
+problem = cuda._forward_problem(x, crow, values, "none", 32, -1)
+entry = dict(problem=problem._asdict(), tile=other._replace(BM=17)._asdict(), plain=False, strips=None)
+foreign = dict(format=tuning.FORMAT, device="another GPU", torch="0", triton="0", entries=[])
 path.parent.mkdir(parents=True)
 for content in (
     "not json",
-    json.dumps(dict(format=1)),
+    json.dumps(dict(format=tuning.FORMAT)),
     json.dumps(foreign),
     json.dumps(tuning._header(-1) | dict(entries=[entry])),
 ):
@@ -98,10 +103,10 @@ for content in (
     messages = [str(warning.message) for warning in caught]
     messages = [message for message in messages if "tuning results" in message]
     assert len(messages) == 1 and str(path) in messages[0] and "ignored" in messages[0], messages
-    assert not cuda._tuned and not cuda._plain_is_faster
+    assert not cuda._tuned and not cuda._plain_is_faster and not cuda._tuned_strips
 # Tuning replaces it.
 tuning.tune(Model(), x)
-assert [tile for _, tile, _ in tuning._parse(path.read_text(), -1)] == [other]
+assert [entry.tile for entry in tuning._parse(path.read_text(), -1)] == [other]
 """,
         tmp_path,
     )
@@ -130,7 +135,7 @@ except ValueError as error:
     assert "no block-sparse product" in str(error)
 else:
     raise AssertionError("tuning a dense model must say that there is nothing to tune")
-problem = cuda._forward_problem(x, crow, values, 32, -1)
+problem = cuda._forward_problem(x, crow, values, "none", 32, -1)
 """,
         tmp_path,
     )
@@ -147,8 +152,46 @@ for M in (16, 64, 512, 65536):
             problem = cuda.Problem("forward", M, 12, 12, r, c, 40, itemsize, 0, 90, 132)
             tiles = tuning.candidates(problem)
             assert tiles[0] == cuda.matmul_tile(problem) and len(set(tiles)) == len(tiles) <= 80
-            entry = [dict(problem=problem._asdict(), tile=tile._asdict(), plain=False) for tile in tiles]
+            entry = [dict(problem=problem._asdict(), tile=tile._asdict(), plain=False, strips=None) for tile in tiles]
             assert len(tuning._parse(json.dumps(tuning._header(-1) | dict(entries=entry)), -1)) == len(tiles)
 """
     done = run(program, tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("M", "activation"), [(16, "none"), (50000, "none"), (50000, "gelu")])
+def test_tuning_on_a_gpu_keeps_the_result_and_its_finds(
+    dtype: torch.dtype, M: int, activation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchao_superblock.ops import cuda, hopper, tuning
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    every, every_strips = tuning.candidates, tuning._strips
+    monkeypatch.setattr(tuning, "candidates", lambda problem: every(problem)[:3])
+    monkeypatch.setattr(tuning, "_strips", lambda problem: every_strips(problem)[:4])
+    dense, crow, col, values = random_bsr(1536, 768, 64, 0.9, dtype, device="cuda")
+    plan = build_plan(crow, col, 12)
+    x = torch.randn(M, 768, device="cuda").to(dtype)
+
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return cuda.forward(x, crow, col, values, None, activation, plan)
+
+    expected = x[:64].double() @ dense.double().T
+    if activation == "gelu":
+        expected = torch.nn.functional.gelu(expected)
+    (found,) = tuning.tune(Model(), x)
+    assert found.problem.activation == activation
+    on_hopper = torch.cuda.get_device_capability() == (9, 0) and hopper._import_error is None
+    assert (found.strips is not None or found.plain) is (on_hopper and M == 50000)
+    y = Model()(x)
+    assert relative_error(y[:64], expected) < (1e-2 if dtype == torch.bfloat16 else 1e-6)
+    # The next process.
+    cuda._tuned_devices.clear()
+    tuning._forget(found.problem)
+    assert torch.equal(Model()(x), y)
+    assert cuda._tuned[found.problem] == found.tile
+    assert cuda._tuned_strips.get(found.problem) == found.strips
+    tuning._forget(found.problem)

@@ -15,6 +15,7 @@ BM x BN x BK the tile.
 """
 
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -85,6 +86,7 @@ class Problem(NamedTuple):
     precision: int
     capability: int
     n_processors: int
+    activation: str = "none"
 
 
 class Tile(NamedTuple):
@@ -224,21 +226,26 @@ def grad_values_tile(problem: Problem) -> GradTile | LineTile | None:
     return GradTile(64, BR, BC, 8 if BR * BC >= 128 * 128 else 4, 4, 2)
 
 
-# What tuning.py found on this machine: a tile for a problem, and the problems for which plain Triton beats the Gluon
-# kernel. Both are looked at only when a launch is first prepared.
+# What tuning.py found on this machine: a tile for a problem, the problems for which plain Triton beats the Gluon
+# kernel, and the Gluon kernel's tile for the others that it serves.
 _tuned: dict[Problem, Tile] = {}
 _plain_is_faster: set[Problem] = set()
+_tuned_strips: dict[Problem, Any] = {}
 _tuned_devices: set[int] = set()
 # While a model is being tuned, called with the arguments of every forward.
 _recorder: Callable[..., None] | None = None
 
 
-def _tile(problem: Problem, rule: Callable[[Problem], Any], index: int) -> Any:
+def _load_tuned(index: int) -> None:
     if index not in _tuned_devices:
         _tuned_devices.add(index)
         from torchao_superblock.ops import tuning
 
         tuning.load(index)
+
+
+def _tile(problem: Problem, rule: Callable[[Problem], Any], index: int) -> Any:
+    _load_tuned(index)
     return _tuned.get(problem) or rule(problem)
 
 
@@ -696,6 +703,7 @@ def _problem(
     nnz: int,
     precision: int,
     index: int,
+    activation: str = "none",
 ) -> Problem:
     capability, n_processors = _device(index)
     return Problem(
@@ -710,6 +718,7 @@ def _problem(
         precision,
         capability,
         n_processors,
+        activation,
     )
 
 
@@ -767,11 +776,13 @@ def _plain_forward(
     return y
 
 
-def _forward_problem(x: Tensor, crow: Tensor, values: Tensor, bucket: int, index: int) -> Problem:
+def _forward_problem(
+    x: Tensor, crow: Tensor, values: Tensor, activation: str, bucket: int, index: int
+) -> Problem:
     nnz, r, c = values.shape
     precision = _precision(x.dtype, index)
     R, C = crow.shape[0] - 1, x.shape[1] // c
-    return _problem("forward", bucket, x, R, C, r, c, nnz, precision, index)
+    return _problem("forward", bucket, x, R, C, r, c, nnz, precision, index, activation)
 
 
 def _forward_product(
@@ -787,7 +798,7 @@ def _forward_product(
     kernel_type: type[_Kernel] = _Kernel,
 ) -> _Product:
     K = x.shape[1]
-    problem = _forward_problem(x, crow, values, bucket, index)
+    problem = _forward_problem(x, crow, values, activation, bucket, index)
     R, r, c, nnz = problem.R, problem.r, problem.c, problem.nnz
     return _Product(
         problem,
@@ -901,24 +912,28 @@ def hopper_kernel(
     activation: str,
     plan: Tensor | None,
     index: int,
-) -> ModuleType | None:
-    """The Gluon kernel's module if it serves this call, and faster than plain Triton as far as is known."""
+) -> Callable[..., Tensor] | None:
+    """The Gluon kernel, called like :func:`forward`, if it serves this call, and faster than plain Triton as far as is
+    known."""
     if INTERPRET or _device(index).capability != 90:
         return None
     hopper = _load_hopper()
     if hopper is None or not hopper.supports(x, crow, col, values, bias, activation, plan):
         return None
+    _load_tuned(index)
+    if _tuned:
+        problem = _forward_problem(x, crow, values, activation, m_bucket(x.shape[0]), index)
+        if problem in _plain_is_faster:
+            return None
+        if problem in _tuned_strips:
+            return partial(hopper.forward, tile=_tuned_strips[problem])
     nnz, _, c = values.shape
     if x.dtype == torch.float32 and c < 64:
         # Measured: with few blocks in long rows the plain kernel is the faster one, by a tenth.
         K = x.shape[1]
         if K > 1024 and nnz * c <= 0.25 * (crow.shape[0] - 1) * K:
             return None
-    if _plain_is_faster:
-        problem = _forward_problem(x, crow, values, m_bucket(x.shape[0]), index)
-        if problem in _plain_is_faster:
-            return None
-    return hopper
+    return hopper.forward
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -961,7 +976,7 @@ def forward(
     if x.shape[0] >= HOPPER_TOKENS:
         hopper = hopper_kernel(x, crow, col, values, bias, activation, plan, index)
         if hopper is not None:
-            return hopper.forward(x, crow, col, values, bias, activation, plan)
+            return hopper(x, crow, col, values, bias, activation, plan)
     return _plain_forward(x, crow, col, values, bias, activation, plan, index)
 
 
@@ -1098,7 +1113,7 @@ def grad_x(
         hopper = hopper_kernel(grad, *index_t, blocks, None, "none", None, index)
         if hopper is not None:
             _pack(values, parts.perm_t, True, blocks, False, index)
-            return hopper.forward(grad, *index_t, blocks, None, "none", None)
+            return hopper(grad, *index_t, blocks, None, "none", None)
     stride_m, stride_n = _strides(grad)
     precision = _precision(grad.dtype, index)
     # TF32 tensor cores take no transposed operand, so float32 blocks are transposed beforehand.

@@ -15,9 +15,20 @@ from torch import Tensor
 from torchao_superblock.ops.plan import STRIP, split_plan
 from torchao_superblock.ops.precision import allows_tf32
 
-__all__ = ["Strips", "boxes", "choose", "constants", "forward", "supports", "unavailable_reason"]
+__all__ = [
+    "Strips",
+    "boxes",
+    "candidates",
+    "choose",
+    "constants",
+    "forward",
+    "shared_bytes",
+    "supports",
+    "unavailable_reason",
+]
 
 try:
+    import triton.testing
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -73,9 +84,9 @@ class Strips(NamedTuple):
     halves: bool = False
 
 
-# The rules, from runs on an H200. "Three strips" use a slice of x for the most outputs and win once blocks are dense
-# enough to keep the tensor cores busy; "two programs" overlap one tile's epilogue with another's products, which is
-# what an activation is for 16-bit numbers.
+# The rules, from runs on an H200 and, for slow memory, on an H100. "Three strips" use a slice of x for the most outputs
+# and win once blocks are dense enough to keep the tensor cores busy; "two programs" overlap one tile's epilogue with
+# another's products, which is what an activation is for 16-bit numbers.
 THREE_STRIPS = Strips(256, 128, 3, 4, 2, 1, 160, grouped=True)
 TWO_STRIPS = Strips(256, 128, 2, 4, 3, 1, 216)
 TWO_PROGRAMS = Strips(128, 64, 2, 3, 2, 1, 104, programs=2)
@@ -87,6 +98,11 @@ TWO_STRIPS_DYNAMIC = Strips(256, 128, 2, 3, 3, 2, 216, dynamic=True)
 THREE_STRIPS_HALVES = THREE_STRIPS._replace(halves=True)
 # With few products a tile is mostly output: small tiles and deep rings overlap one strip's output with another's loads.
 SHORT_TILES = Strips(128, 64, 3, 5, 2, 2, 160)
+# For slow memory. Drawn tiles are worked on in order, while programs that are dealt theirs drift apart; on an H100 that
+# saves a tenth of the time of short rows where the output is several times the input, for TF32 a fifth.
+TWO_SHORT = Strips(128, 128, 2, 6, 3, 1, 216)
+TWO_SHORT_DYNAMIC = TWO_SHORT._replace(dynamic=True)
+TWO_PROGRAMS_DYNAMIC = TWO_PROGRAMS._replace(dynamic=True)
 STACKED = Strips(256, 128, 3, 4, 3, 1, 160, grouped=True)
 # TMA takes as long for a row of 32 bytes as for one of 128, and an absent block still is a box: for 16 x 16 blocks, the
 # boxes of a stack take longer than its products. Masks of long rows leave room for fewer slots.
@@ -95,13 +111,40 @@ COPIED_16_LONG = Strips(256, 128, 3, 4, 6, 1, 160, copied=True, grouped=True)
 COPIED_32 = Strips(256, 128, 3, 4, 3, 1, 160, copied=True, grouped=True)
 PACKED = Strips(256, 128, 3, 4, 3, 1, 160, packed=True)
 PACKED_TWO = Strips(256, 128, 2, 4, 4, 1, 216, packed=True)
+PACKED_SHORT = Strips(128, 64, 3, 5, 3, 2, 160, packed=True)
 TF32 = Strips(128, 128, 2, 5, 3, 1, 216)
+TF32_DYNAMIC = TF32._replace(dynamic=True)
 # With many products, or long rows, three strips again use a slice of x for more of them.
 TF32_THREE = Strips(128, 128, 3, 5, 2, 1, 160, grouped=True)
 # A strip at a time is a chain of loading, splitting, products and output with little to overlap in itself; two programs
 # overlap each other's. In the plan's order, neighbours in time still share slices of x in the L2 cache. Drawing tiles
 # gained 4 % where rows are short, nothing where they are long.
 EXACT = Strips(128, 64, 1, 2, 1, 2, 32, programs=2, grouped=True, dynamic=True)
+
+# What tuning tries.
+_WIDE = (
+    THREE_STRIPS,
+    THREE_STRIPS_DYNAMIC,
+    THREE_STRIPS_HALVES,
+    TWO_STRIPS,
+    TWO_STRIPS_DYNAMIC,
+    TWO_PROGRAMS,
+    TWO_PROGRAMS_DYNAMIC,
+    SHORT_TILES,
+    SHORT_TILES._replace(dynamic=True),
+    TWO_SHORT,
+    TWO_SHORT_DYNAMIC,
+    Strips(128, 128, 3, 5, 2, 1, 160),
+)
+_PACKED = (PACKED, PACKED_TWO, PACKED_SHORT)
+_TF32 = (TF32, TF32_DYNAMIC, TF32_THREE, TF32_THREE._replace(dynamic=True))
+_EXACT = (EXACT, EXACT._replace(dynamic=False), EXACT._replace(grouped=False))
+
+# Bytes of shared memory that a multiprocessor gives its programs, and what it keeps of them for each.
+_SHARED_BYTES = 233472
+_SHARED_RESERVED = 1024
+# Gigabytes a second below which memory counts as slow: an H100 has 3350, an H200 4800.
+_SLOW_MEMORY = 4000
 
 
 def _table_size(rows: int, columns: int) -> int:
@@ -136,6 +179,69 @@ def _busy(M: int, N: int, tile: Strips, processors: int) -> float:
     return waves / -(-waves // 1)
 
 
+def _serves(rows: int, columns: int, r: int, c: int, dtype: torch.dtype) -> bool:
+    # A strip is whole block rows or a part of one; a slice of x is whole block columns or a part of one.
+    fits = (STRIP % r == 0 or r % STRIP == 0) and (64 % c == 0 or c % 64 == 0)
+    narrowest = 32 if dtype == torch.float32 else 16
+    return (
+        dtype in _DTYPES
+        and fits
+        and r >= 16
+        and c >= narrowest
+        and _table_size(rows, columns) <= 2048
+    )
+
+
+def shared_bytes(tile: Strips, rows: int, columns: int, r: int, c: int, bytes_: int) -> int:
+    """Shared memory of a program at most: slots of both rings, output buffers, table of masks, barriers."""
+    x_box, w_box, y_box = boxes(tile, r, c, bytes_)
+    exact = tile.group == 1
+    elements = (2 if exact else 1) * tile.x_slots * tile.tokens * x_box[1]
+    elements += tile.group * tile.w_slots * max(1, STRIP // r) * w_box[0] * w_box[1]
+    elements += tile.group * tile.y_slots * y_box[0] * y_box[1]
+    barriers = 8 * (3 * tile.x_slots + 2 * tile.group * tile.w_slots + 12)
+    return elements * bytes_ + 8 * _table_size(rows, columns) + barriers + 320
+
+
+def candidates(
+    rows: int, columns: int, r: int, c: int, dtype: torch.dtype, *, exact: bool = False
+) -> list[Strips]:
+    """Every tile that could serve a problem, for tuning to time.
+
+    Args:
+        rows: R.
+        columns: C.
+        r: rows of a block.
+        c: columns of a block.
+        dtype: of x and the blocks.
+        exact: ask for float32 accuracy of float32.
+
+    Returns:
+        Tiles, in no order; none where the kernel does not serve the problem.
+    """
+    if not _serves(rows, columns, r, c, dtype):
+        return []
+    if dtype == torch.float32:
+        tiles = _EXACT if exact else _TF32
+    elif c % 64 == 0:
+        tiles = _WIDE
+    elif r >= STRIP:
+        tiles = _PACKED
+    else:
+        tiles = (STACKED, *_PACKED)
+        if r == c == 16:
+            tiles += (COPIED_16, COPIED_16_LONG)
+        if r == c == 32:
+            tiles += (COPIED_32,)
+    return [
+        tile
+        for tile in tiles
+        if tile.programs
+        * (shared_bytes(tile, rows, columns, r, c, dtype.itemsize) + _SHARED_RESERVED)
+        <= _SHARED_BYTES
+    ]
+
+
 def choose(
     M: int,
     rows: int,
@@ -148,6 +254,7 @@ def choose(
     exact: bool = False,
     activation: str = "none",
     processors: int = 132,
+    slow_memory: bool = False,
 ) -> Strips | None:
     """The tile for a problem, or None where the kernel does not serve it.
 
@@ -162,42 +269,48 @@ def choose(
         exact: ask for float32 accuracy of float32 (three TF32 products instead of one).
         activation: name of the fused activation.
         processors: multiprocessors of the device.
+        slow_memory: whether the device's memory is an H100's rather than an H200's.
 
     Returns:
         The tile or None.
     """
-    # A strip is whole block rows or a part of one; a slice of x is whole block columns or a part of one.
-    fits = (STRIP % r == 0 or r % STRIP == 0) and (64 % c == 0 or c % 64 == 0)
-    if dtype not in _DTYPES or r < 16 or c < 16 or not fits:
+    if not _serves(rows, columns, r, c, dtype):
         return None
     entries = _table_size(rows, columns)
-    if entries > 2048:
-        return None
+    N, K, share = rows * r, columns * c, nnz / (rows * columns)
     if dtype == torch.float32:
-        if c == 16:
-            return None
         if exact:
             return EXACT if entries <= 1024 else None
-        three = c < 64 or columns * c >= 4096 or nnz > 0.25 * rows * columns
+        if slow_memory and share <= 0.25 and K < (4096 if c >= 64 else 1025):
+            return TF32_DYNAMIC
+        three = c < 64 or K >= 4096 or share > 0.25
         return TF32_THREE if three and entries <= 256 else TF32
     if c % 64:
         if r >= STRIP:
+            if slow_memory and r > STRIP and c == 32 and share <= 0.15 and entries <= 256:
+                return PACKED_SHORT
             return PACKED if entries <= 1024 else PACKED_TWO
         if r == c == 16 and entries <= 1024:
             return COPIED_16 if entries <= 256 else COPIED_16_LONG
         # With more blocks in short rows, TMA measured faster.
-        sparse = columns > 64 or nnz <= 0.25 * rows * columns
-        if r == c == 32 and entries <= 1024 and sparse:
+        if r == c == 32 and entries <= 1024 and (columns > 64 or share <= 0.25):
             return COPIED_32
         if entries > 1024 or (r == 16 and columns > 64):
             return PACKED_TWO
         return STACKED
     if activation in ("gelu", "gelu_tanh", "silu"):
-        return TWO_PROGRAMS if entries <= 1024 else TWO_STRIPS
-    if columns * c <= 1024 and nnz <= 0.15 * rows * columns and entries <= 1024:
+        if entries > 1024:
+            return TWO_STRIPS
+        return TWO_PROGRAMS_DYNAMIC if slow_memory and N >= 2 * K else TWO_PROGRAMS
+    if slow_memory and r >= STRIP and share <= 0.25 and K < 4096 and entries <= 1024:
+        if share > 0.15:
+            return TWO_SHORT
+        if N >= 2 * K:
+            return TWO_SHORT_DYNAMIC
+        return TWO_SHORT if K <= 1024 or r > STRIP else SHORT_TILES
+    if K <= 1024 and share <= 0.15 and entries <= 1024:
         return SHORT_TILES
-    N = rows * r
-    long = columns * c >= 4096 and nnz * r * c * M >= 2**35
+    long = K >= 4096 and nnz * r * c * M >= 2**35
     if r > STRIP:
         return TWO_STRIPS_DYNAMIC if long else TWO_STRIPS
     if entries > 256 or 1.1 * _busy(M, N, THREE_STRIPS, processors) < _busy(
@@ -224,6 +337,12 @@ def _processors(index: int) -> int:
     """Multiprocessors of a Hopper GPU; 0 for any other."""
     properties = torch.cuda.get_device_properties(index)
     return properties.multi_processor_count if (properties.major, properties.minor) == (9, 0) else 0
+
+
+@cache
+def _slow_memory(index: int) -> bool:
+    """Whether a GPU's memory is more like an H100's than an H200's."""
+    return triton.testing.get_dram_gbps(index) < _SLOW_MEMORY
 
 
 def _exact(dtype: torch.dtype) -> bool:
@@ -253,6 +372,7 @@ def _choose(x: Tensor, crow: Tensor, values: Tensor, activation: str) -> Strips 
         exact=_exact(x.dtype),
         activation=activation,
         processors=_processors(x.device.index),
+        slow_memory=_slow_memory(x.device.index),
     )
 
 

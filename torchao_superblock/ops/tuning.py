@@ -1,9 +1,9 @@
 """``tune``: search further than the shipped rules do, once, for a model on the GPU at hand.
 
-The rules in ``cuda.py`` are good on the GPUs that they were made on, for the shapes that were looked at. Tuning times
-other tiles for the very layers and batch of a model and keeps what is faster, in the user's cache directory, so that
-later processes start with it. A tile decides in which order sums are formed, nothing else: results change by rounding
-at most, and a tile whose output differs by more is thrown away.
+The rules in ``cuda.py`` and ``hopper.py`` are good on the GPUs that they were made on, for the shapes that were looked
+at. Tuning times other tiles for the very layers and batch of a model and keeps what is faster, in the user's cache
+directory, so that later processes start with it. A tile decides in which order sums are formed, nothing else: results
+change by rounding at most, and a tile whose output differs by more is thrown away.
 """
 
 import itertools
@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +21,11 @@ import torch
 import triton
 from torch import Tensor, nn
 
-from torchao_superblock.ops import cuda
+from torchao_superblock.ops import cuda, hopper
 from torchao_superblock.ops.cuda import INTERPRET, Problem, Tile
+from torchao_superblock.ops.hopper import Strips
 
-FORMAT = 1
+FORMAT = 2
 # A new tile must be this much faster: less is noise.
 WORTHWHILE = 0.97
 # How far two orders of summation may differ, relative to the norm of the result.
@@ -40,9 +42,10 @@ class Tuned(NamedTuple):
     """What was found for one problem.
 
     Attributes:
-        problem: shape, block size, dtype and bucket of tokens.
+        problem: shape, block size, dtype, activation and bucket of tokens.
         tile: the fastest tile of the plain Triton kernel.
         plain: whether plain Triton is to be used even where the Gluon kernel could.
+        strips: the Gluon kernel's fastest tile, where that kernel serves the problem and is the faster one.
         before_us: microseconds a call before tuning.
         after_us: microseconds a call after tuning.
     """
@@ -50,6 +53,7 @@ class Tuned(NamedTuple):
     problem: Problem
     tile: Tile
     plain: bool
+    strips: Strips | None
     before_us: float
     after_us: float
 
@@ -58,15 +62,19 @@ class TuneReport(list[Tuned]):
     """What :func:`tune` found, one entry for each distinct problem; prints as a table."""
 
     def __str__(self) -> str:
-        lines = [f"{'tokens':>7} {'weight':>14} {'block':>9} {'before':>10} {'after':>10}  tile"]
+        lines = [
+            f"{'tokens':>7} {'weight':>14} {'block':<17} {'before':>10} {'after':>10}  kernel, tile"
+        ]
         for found in self:
             problem = found.problem
             weight = f"{problem.R * problem.r}x{problem.C * problem.c}"
             block = f"{problem.r}x{problem.c}"
-            kernel = str(tuple(found.tile)) if found.plain else "Gluon"
-            lines.append(
-                f"{problem.M:>7} {weight:>14} {block:>9} {found.before_us:>7.1f} us {found.after_us:>7.1f} us  {kernel}"
-            )
+            kernel = str(tuple(found.tile if found.strips is None else found.strips))
+            kernel = f"{'plain' if found.strips is None else 'Gluon'} {kernel}"
+            if problem.activation != "none":
+                block += f" {problem.activation}"
+            times = f"{found.before_us:>7.1f} us {found.after_us:>7.1f} us"
+            lines.append(f"{problem.M:>7} {weight:>14} {block:<17} {times}  {kernel}")
         return "\n".join(lines)
 
 
@@ -97,7 +105,21 @@ def _header(index: int) -> dict[str, Any]:
     }
 
 
-def _parse(text: str, index: int) -> list[tuple[Problem, Tile, bool]]:
+class _Entry(NamedTuple):
+    problem: Problem
+    tile: Tile
+    plain: bool
+    strips: Strips | None
+
+
+def _strips(problem: Problem) -> list[Strips]:
+    """The Gluon kernel's tiles for a problem."""
+    dtype = {2: torch.bfloat16, 4: torch.float32}.get(problem.itemsize, torch.float64)
+    exact = problem.precision == cuda.TF32X3
+    return hopper.candidates(problem.R, problem.C, problem.r, problem.c, dtype, exact=exact)
+
+
+def _parse(text: str, index: int) -> list[_Entry]:
     """Entries of a cache file, or ValueError, TypeError or KeyError if it is not one of ours for this device."""
     content = json.loads(text)
     header = {key: content[key] for key in _header(index)}
@@ -120,7 +142,10 @@ def _parse(text: str, index: int) -> list[tuple[Problem, Tile, bool]]:
         )
         if not in_range:
             raise ValueError(f"{tile} is not a tile that can be launched")
-        entries.append((problem, tile, entry["plain"]))
+        strips = None if entry["strips"] is None else Strips(**entry["strips"])
+        if strips is not None and strips not in _strips(problem):
+            raise ValueError(f"{strips} is not a tile that can be launched")
+        entries.append(_Entry(problem, tile, entry["plain"], strips))
     return entries
 
 
@@ -131,8 +156,8 @@ def load(index: int) -> None:
         path = cache_file(index)
         if not path.exists():
             return
-        for problem, tile, plain in _parse(path.read_text(encoding="utf-8"), index):
-            _adopt(problem, tile, plain)
+        for entry in _parse(path.read_text(encoding="utf-8"), index):
+            _adopt(entry)
     except Exception as error:
         warnings.warn(
             f"torchao_superblock: the tuning results in {path} are ignored "
@@ -141,29 +166,42 @@ def load(index: int) -> None:
         )
 
 
-def _adopt(problem: Problem, tile: Tile, plain: bool) -> None:
-    cuda._tuned[problem] = tile
-    if plain:
-        cuda._plain_is_faster.add(problem)
-    else:
-        cuda._plain_is_faster.discard(problem)
+def _forget(problem: Problem) -> None:
+    cuda._tuned.pop(problem, None)
+    cuda._tuned_strips.pop(problem, None)
+    cuda._plain_is_faster.discard(problem)
+    cuda.forget_launches()
+
+
+def _adopt(entry: _Entry) -> None:
+    _forget(entry.problem)
+    cuda._tuned[entry.problem] = entry.tile
+    if entry.strips is not None:
+        cuda._tuned_strips[entry.problem] = entry.strips
+    if entry.plain:
+        cuda._plain_is_faster.add(entry.problem)
 
 
 def _save(report: Iterable[Tuned], index: int) -> None:
     """Add to the file, in one step, so that a process that reads meanwhile sees the old or the new one."""
     path = cache_file(index)
-    entries: dict[Problem, tuple[Tile, bool]] = {}
+    entries: dict[Problem, _Entry] = {}
     try:
-        for problem, tile, plain in _parse(path.read_text(encoding="utf-8"), index):
-            entries[problem] = (tile, plain)
+        for entry in _parse(path.read_text(encoding="utf-8"), index):
+            entries[entry.problem] = entry
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         pass  # none yet, or not usable: load() has said so
     for found in report:
-        entries[found.problem] = (found.tile, found.plain)
+        entries[found.problem] = _Entry(*found[:4])
     content = _header(index) | {
         "entries": [
-            {"problem": problem._asdict(), "tile": tile._asdict(), "plain": plain}
-            for problem, (tile, plain) in entries.items()
+            entry._asdict()
+            | {
+                "problem": entry.problem._asdict(),
+                "tile": entry.tile._asdict(),
+                "strips": None if entry.strips is None else entry.strips._asdict(),
+            }
+            for entry in entries.values()
         ]
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -219,7 +257,7 @@ def _differs(out: Tensor, reference: Tensor, precision: int) -> bool:
     return not bool((out - reference).norm() <= limit * reference.norm())
 
 
-def _progress(items: list[Tile], title: str) -> Iterator[Tile]:
+def _progress(items: list[Any], title: str) -> Iterator[Any]:
     """A progress bar where tqdm is installed, lines otherwise."""
     try:
         from tqdm import tqdm
@@ -234,45 +272,52 @@ def _progress(items: list[Tile], title: str) -> Iterator[Tile]:
 
 def _tune_call(arguments: tuple[Any, ...], problem: Problem, index: int) -> Tuned:
     """Time every candidate on the tensors of one call; leave the fastest adopted."""
+    before_us = _microseconds(lambda: cuda.forward(*arguments))
+    known = cuda._tuned.get(problem)
+    _forget(problem)
 
     def plain() -> Tensor:
         return cuda._plain_forward(*arguments, index)
 
-    previous, was_plain = cuda._tuned.pop(problem, None), problem in cuda._plain_is_faster
-    cuda._plain_is_faster.discard(problem)
-    cuda.forget_launches()
     reference = plain()
-    rule = cuda.matmul_tile(problem)
-    best, best_us = rule, _microseconds(plain)
-    rule_us = best_us
-    before_us = rule_us
+    best = cuda.matmul_tile(problem)
+    rule_us = best_us = _microseconds(plain)
+    tiles = [*candidates(problem)[1:], *([known] if known else [])]
+    strips: list[Strips] = []
+    module = cuda._load_hopper()
+    if module is not None and module.supports(*arguments):
+        strips = _strips(problem)
+    strips_us: dict[Strips, float] = {}
     title = f"{problem.M} tokens, {problem.R * problem.r}x{problem.C * problem.c}, block {problem.r}x{problem.c}"
-    for tile in _progress([*candidates(problem)[1:], *([previous] if previous else [])], title):
-        cuda._tuned[problem] = tile
-        cuda.forget_launches()
+    for tile in _progress([*tiles, *strips], title):
+        run = plain
+        if isinstance(tile, Strips):
+            run = partial(hopper.forward, *arguments, tile=tile)
+        else:
+            cuda._tuned[problem] = tile
+            cuda.forget_launches()
         try:
-            if _differs(plain(), reference, problem.precision):
+            if _differs(run(), reference, problem.precision):
                 continue
-            us = _microseconds(plain)
+            us = _microseconds(run)
         except Exception:  # a tile that this GPU cannot compile or launch is no candidate
             continue
-        if tile == previous:
-            before_us = us
-        if us < best_us and us < WORTHWHILE * rule_us:
+        if isinstance(tile, Strips):
+            strips_us[tile] = us
+        elif us < best_us and us < WORTHWHILE * rule_us:
             best, best_us = tile, us
-    hopper = None
-    if arguments[0].shape[0] >= cuda.HOPPER_TOKENS:
-        hopper = cuda.hopper_kernel(*arguments, index)
-    use_plain = False
-    if hopper is not None:
-        gluon_us = _microseconds(lambda: hopper.forward(*arguments))
-        use_plain = best_us < WORTHWHILE * gluon_us
-        if not was_plain:
-            before_us = gluon_us
-        best_us = best_us if use_plain else gluon_us
-    _adopt(problem, best, use_plain)
-    cuda.forget_launches()
-    return Tuned(problem, best, use_plain or hopper is None, before_us, best_us)
+    found = Tuned(problem, best, False, None, before_us, best_us)
+    if strips_us:
+        fastest = min(strips_us, key=lambda tile: strips_us[tile])
+        rule_strips = hopper._choose(arguments[0], arguments[1], arguments[3], problem.activation)
+        if strips_us[fastest] > WORTHWHILE * strips_us.get(rule_strips, float("inf")):
+            fastest = rule_strips
+        if best_us < WORTHWHILE * strips_us[fastest]:
+            found = found._replace(plain=True)
+        else:
+            found = found._replace(strips=fastest, after_us=strips_us[fastest])
+    _adopt(_Entry(*found[:4]))
+    return found
 
 
 def tune(model: nn.Module, example_input: Any) -> TuneReport:
@@ -304,7 +349,8 @@ def tune(model: nn.Module, example_input: Any) -> TuneReport:
     def record(*arguments: Any) -> None:
         x, crow, _, values = arguments[:4]
         index = cuda._index(x)
-        problem = cuda._forward_problem(x, crow, values, cuda.m_bucket(x.shape[0]), index)
+        activation, M = arguments[5], x.shape[0]
+        problem = cuda._forward_problem(x, crow, values, activation, cuda.m_bucket(M), index)
         calls.setdefault((problem, x.device), (arguments, index))
 
     previous, cuda._recorder = cuda._recorder, record
@@ -326,7 +372,12 @@ def tune(model: nn.Module, example_input: Any) -> TuneReport:
     report: dict[int, TuneReport] = {}
     with torch.no_grad():
         for (problem, _), (arguments, index) in calls.items():
-            report.setdefault(index, TuneReport()).append(_tune_call(arguments, problem, index))
+            try:
+                found = _tune_call(arguments, problem, index)
+            except BaseException:  # interrupted: what was being tried must not stay
+                _forget(problem)
+                raise
+            report.setdefault(index, TuneReport()).append(found)
     for index, found in report.items():
         _save(found, index)
     return TuneReport(itertools.chain.from_iterable(report.values()))
