@@ -107,6 +107,35 @@ def test_products_match_float64(kernel: str, dtype: torch.dtype, blocksize) -> N
         assert relative_error(gv, expected) <= tolerance, M
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("N", "K", "blocksize", "sparsity"),
+    [
+        (128, 256, 32, 0.7),  # few outputs read an element of x
+        (64, 1024, (64, 16), 0.5),  # rows of x a multiple of 4096 bytes apart
+        (1024, 128, 64, 0.1),  # many
+    ],
+)
+def test_x_in_order_and_x_that_must_be_copied_give_the_same_bits(
+    kernel: str, dtype: torch.dtype, N: int, K: int, blocksize, sparsity: float
+) -> None:
+    dense, crow, col, values = random_bsr(N, K, blocksize, sparsity, dtype)
+    for M in (12, 24, 29, 197):
+        x = torch.randn(M, K).to(dtype)
+        spread = torch.zeros(M, 2 * K, dtype=dtype)
+        spread[:, ::2] = x
+        padded = torch.zeros(M, K + 7, dtype=dtype)
+        padded[:, :K] = x
+        y = cpu.forward(x, crow, col, values, None, "none", None)
+        assert relative_error(y, x.double() @ dense.double().t()) <= TOLERANCE[dtype]
+        for other in (spread[:, ::2], padded[:, :K]):
+            z = cpu.forward(other, crow, col, values, None, "none", None)
+            if kernel == "pytorch":
+                torch.testing.assert_close(z, y)
+            else:
+                assert torch.equal(z, y)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_are_accurate_on_their_whole_range(kernel: str, activation: str) -> None:
     """A 1 x 1 identity weight applies the activation alone."""

@@ -17,7 +17,7 @@ FLAGS = (
     "-std=gnu11 -O1 -g1 -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all "
     # Small pieces: a problem of a few thousand multiply-adds is cut as a large one would be.
     "-DSB_GROUP_ELEMENTS=2048 -DSB_X_TILE_BYTES=4096 -DSB_SERIAL_WORK=64 -DSB_GRAD_ELEMENTS=1024 "
-    "-DSB_CHUNK=3 -DSB_CHUNK_ELEMENTS=256"
+    "-DSB_CHUNK=3 -DSB_CHUNK_ELEMENTS=256 -DSB_DIRECT_USES=32"
 ).split()
 
 

@@ -70,6 +70,9 @@ extern const sb_kernels sb_kernels_avx512;
 enum { SB_SCRATCH_X, SB_SCRATCH_W, SB_SCRATCH_JOB, SB_SCRATCH_FLAGS, SB_N_SCRATCH };
 void *sb_scratch(int which, size_t bytes);
 
+/* Lines of one set of the L1 cache; 8 where the system does not say. */
+int sb_l1_ways(void);
+
 /* Run body(job) on up to `threads` threads, the calling one among them. */
 void sb_parallel(void (*body)(void *), void *job, int threads);
 

@@ -17,6 +17,11 @@
 #ifndef SB_W_AHEAD
 #define SB_W_AHEAD 16
 #endif
+/* Where fewer outputs read an element of x, it is not packed. On Sapphire Rapids 768 x 3072 at 0.9 (77 outputs) takes 3 to
+ * 11 % less time; 3072 x 768 at 0.9 (307) up to 5 % less with AVX2, from 7 % less to 5 % more with AVX-512. */
+#ifndef SB_DIRECT_USES
+#define SB_DIRECT_USES (SB_TALL ? 200 : 400)
+#endif
 /* Strips that take turns on one panel of x: at most so many, fewer if they are large. */
 #ifndef SB_CHUNK
 #define SB_CHUNK 16

@@ -8,7 +8,8 @@
  *     which reads the canonical order;
  *   - x in panels of 12 rows, [k / KC][row][k % KC]: KC elements are one cache line, so packing is a copy
  *     of whole lines (any dtype, any strides), rows lie at constant offsets, and rows that are 4096
- *     bytes apart no longer fight for the same lines of the cache.
+ *     bytes apart no longer fight for the same lines of the cache. Where few outputs read an element of x,
+ *     and it is of type T, copying it costs more than it brings: `direct` tiles read x where it lies.
  */
 
 /* acc[i][v] += a[i * a_row + k * a_step] * w[k * w_step + v * W] for k < n. Unrolled by four, a product
@@ -211,7 +212,8 @@ SB_INLINE int TYPED(may_hold_nan)(V acc[SB_PANEL][2], const int tile_rows, const
 #endif
 
 SB_INLINE void TYPED(tile_as)(const sb_product *p, const sb_strip *strip, const T *panel, const T *w,
-                              const int tile_rows, const int vectors, int64_t m, int64_t rows) {
+                              const int tile_rows, const int vectors, int64_t m, int64_t rows, const int direct) {
+    const int64_t a_row = direct ? p->x_row : KC, a_line = direct ? KC : SB_PANEL * KC;
     const int64_t n0 = strip->row * p->r + strip->n0;
     V bias[2] = {{0}, {0}};
     if (p->bias)
@@ -229,14 +231,14 @@ SB_INLINE void TYPED(tile_as)(const sb_product *p, const sb_strip *strip, const 
     /* One line of a panel at a time, while the one after it, of this block or the next, is on its way. */
     const int32_t *col = p->col + p->crow[strip->row], *const last = p->col + p->crow[strip->row + 1];
     if (p->c % KC == 0) {
-        const int64_t lines = p->c / KC, block = lines * SB_PANEL * KC;
+        const int64_t lines = p->c / KC, block = lines * a_line;
         const T *line = col < last ? panel + *col * block : panel;
         for (; col < last; col++)
             for (int64_t left = lines; left > 0; left--) {
-                const T *next = left == 1 && col + 1 < last ? panel + col[1] * block : line + SB_PANEL * KC;
+                const T *next = left == 1 && col + 1 < last ? panel + col[1] * block : line + a_line;
 #pragma GCC unroll 12
-                for (int i = 0; i < tile_rows; i++) __builtin_prefetch(next + i * KC);
-                TYPED(rank_updates)(acc, tile_rows, vectors, line, KC, 1, w, vectors * W, KC, SB_W_AHEAD);
+                for (int i = 0; i < tile_rows; i++) __builtin_prefetch(next + i * a_row);
+                TYPED(rank_updates)(acc, tile_rows, vectors, line, a_row, 1, w, vectors * W, KC, SB_W_AHEAD);
                 w += KC * vectors * W;
                 line = next;
             }
@@ -288,16 +290,39 @@ SB_INLINE void TYPED(tile_as)(const sb_product *p, const sb_strip *strip, const 
 }
 
 /* One function for each register tile. */
-#define SB_TILE(rows_, vectors_)                                                                        \
-    static __attribute__((noinline)) void TYPED(tile##rows_##x##vectors_)(                              \
-        const sb_product *p, const sb_strip *strip, const T *panel, const T *w, int64_t m, int64_t rows) { \
-        TYPED(tile_as)(p, strip, panel, w, rows_, vectors_, m, rows);                                \
+#define SB_TILE_AS(name, rows_, vectors_, direct)                                                          \
+    static __attribute__((noinline)) void TYPED(name##rows_##x##vectors_)(                              \
+        const sb_product *p, const sb_strip *strip, const T *x, const T *w, int64_t m, int64_t rows) {    \
+        TYPED(tile_as)(p, strip, x, w, rows_, vectors_, m, rows, direct);                              \
     }
+#define SB_TILE(rows_, vectors_) SB_TILE_AS(tile, rows_, vectors_, 0)
 SB_TILE(1, 1) SB_TILE(2, 1) SB_TILE(4, 1) SB_TILE(6, 1) SB_TILE(8, 1) SB_TILE(12, 1)
 SB_TILE(1, 2) SB_TILE(2, 2) SB_TILE(4, 2) SB_TILE(6, 2)
 #if SB_TALL
 SB_TILE(8, 2) SB_TILE(12, 2)
+SB_TILE_AS(direct, 12, 2, 1)
+#else
+SB_TILE_AS(direct, 6, 2, 1)
 #endif
+
+/* Whether direct tiles can serve a product, and are likely to be faster. */
+static int TYPED(reads_directly)(const sb_product *p) {
+    const int64_t row_bytes = p->x_row * (int64_t)sizeof(T);
+    return sizeof(T) == sb_dtype_size(p->dtype) && p->x_col == 1 && (uintptr_t)p->x % sizeof(T) == 0 &&
+           p->c % KC == 0 && p->r % (2 * W) == 0 && p->nnz * p->r < SB_DIRECT_USES * p->C &&
+           /* the rows of a tile must not fight for one set of the cache */
+           (row_bytes % 4096 != 0 || sb_l1_ways() >= (SB_TALL ? 12 : 6));
+}
+
+/* SB_PANEL rows of x as it lies. */
+static void TYPED(direct_rows)(const sb_product *p, const sb_strip *strip, const T *x, const T *w, int64_t m) {
+#if SB_TALL
+    TYPED(direct12x2)(p, strip, x, w, m, SB_PANEL);
+#else
+    TYPED(direct6x2)(p, strip, x, w, m, 6);
+    TYPED(direct6x2)(p, strip, x + 6 * p->x_row, w, m + 6, 6);
+#endif
+}
 
 /* `rows` rows of one panel, at most SB_PANEL. */
 static void TYPED(panel_rows)(const sb_product *p, const sb_strip *strip, const T *panel, const T *w, int64_t m,
@@ -349,9 +374,10 @@ SB_INLINE void TYPED(prefetch_y)(const sb_product *p, const sb_strip *strip, int
 /* Rows [m0, m0 + rows) of y, the strips of group g, a few neighbours at a time: their lines of y are
  * neighbours too, and they may read the same lines of x. The first thread to come packs each strip just
  * before it uses it, while it is near. */
-static void TYPED(product_piece)(const sb_product_job *job, const T *x_pack, int64_t m0, int64_t rows, int64_t g) {
+static void TYPED(product_piece)(const sb_product_job *job, const T *x, int direct, int64_t m0, int64_t rows,
+                                 int64_t g) {
     const sb_product *p = job->p;
-    const int64_t panel = sb_ceil_div(p->C * p->c, KC) * KC; /* elements of one row in a panel */
+    const int64_t x_row = direct ? p->x_row : sb_ceil_div(p->C * p->c, KC) * KC; /* elements of a row, also in a panel */
     const int64_t end = job->group[g + 1];
     T *w = (T *)job->packed + job->offset[g];
     int state = SB_UNPACKED;
@@ -371,7 +397,10 @@ static void TYPED(product_piece)(const sb_product_job *job, const T *x_pack, int
             const T *strip = w;
             for (int64_t i = 0; i < n; strip += size[i++]) {
                 if (i + 1 < n) TYPED(prefetch_y)(p, &strips[i + 1], m0 + m, height);
-                TYPED(panel_rows)(p, &strips[i], x_pack + m * panel, strip, m0 + m, height);
+                if (direct)
+                    TYPED(direct_rows)(p, &strips[i], x + m * x_row, strip, m0 + m);
+                else
+                    TYPED(panel_rows)(p, &strips[i], x + m * x_row, strip, m0 + m, height);
             }
         }
         w += chunk;
@@ -387,20 +416,23 @@ static void TYPED(product)(void *pointer) {
         atomic_store(&job->failed, 1);
         return;
     }
+    const int may_read_directly = TYPED(reads_directly)(p);
     int64_t piece, tile_of_x = -1;
     while ((piece = atomic_fetch_add(&job->next_piece, 1)) < job->n_whole + (job->n_tiles - job->n_whole) * job->n_groups) {
         const int whole = piece < job->n_whole;
         const int64_t rest = piece - job->n_whole;
         const int64_t tile = whole ? piece : job->n_whole + rest / job->n_groups;
         const int64_t m0 = tile * job->tile_rows, rows = sb_min(job->tile_rows, p->M - m0);
-        if (tile != tile_of_x) TYPED(pack_x)(p, m0, rows, job->needed, x_pack);
+        const int direct = may_read_directly && rows % SB_PANEL == 0;
+        const T *x = direct ? (const T *)p->x + m0 * p->x_row : x_pack;
+        if (tile != tile_of_x && !direct) TYPED(pack_x)(p, m0, rows, job->needed, x_pack);
         tile_of_x = tile;
         if (!whole) {
-            TYPED(product_piece)(job, x_pack, m0, rows, rest % job->n_groups);
+            TYPED(product_piece)(job, x, direct, m0, rows, rest % job->n_groups);
             continue;
         }
         for (int64_t visit = 0; visit < job->n_groups; visit++) /* each thread begins with another group */
-            TYPED(product_piece)(job, x_pack, m0, rows, (tile + visit) % job->n_groups);
+            TYPED(product_piece)(job, x, direct, m0, rows, (tile + visit) % job->n_groups);
     }
 }
 
@@ -750,6 +782,7 @@ static void TYPED(grad)(void *pointer) {
 
 #undef SB_PAIRS
 #undef SB_TILE
+#undef SB_TILE_AS
 #undef SB_OUTER
 #undef SB_ROWS_TALL
 #undef SB_ROWS_SHORT

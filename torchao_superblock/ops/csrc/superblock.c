@@ -2,6 +2,7 @@
 #include "internal.h"
 
 #include <string.h>
+#include <unistd.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -73,6 +74,20 @@ int sb_isa_select(int isa) {
 const char *sb_isa_name(int isa) {
     static const char *const names[SB_N_ISA] = {"baseline", "avx2", "avx512"};
     return isa >= 0 && isa < SB_N_ISA ? names[isa] : "unknown";
+}
+
+int sb_l1_ways(void) {
+#ifdef _SC_LEVEL1_DCACHE_ASSOC
+    static atomic_int ways;
+    int known = atomic_load(&ways);
+    if (!known) {
+        known = (int)sysconf(_SC_LEVEL1_DCACHE_ASSOC);
+        atomic_store(&ways, known = known > 0 ? known : 8);
+    }
+    return known;
+#else
+    return 8;
+#endif
 }
 
 static const sb_kernels *kernels(void) {
