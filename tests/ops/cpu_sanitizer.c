@@ -257,7 +257,7 @@ int main(int argc, char **argv) {
     static const int64_t blocks[][2] = {{1, 1},   {2, 2},   {3, 5},   {4, 4},    {7, 16},   {8, 8},   {16, 16},
                                         {16, 48}, {17, 33}, {20, 12}, {32, 32},  {64, 16},  {16, 64}, {64, 64},
                                         {1, 64},  {64, 1},  {40, 80}, {128, 32}, {256, 16}, {256, 256}};
-    static const int64_t rows[] = {1, 2, 3, 5, 7, 11, 13, 25, 37, 67, 131};
+    static const int64_t rows[] = {1, 2, 3, 5, 7, 11, 12, 13, 24, 25, 37, 48, 67, 131};
     int solved = 0;
     for (size_t b = 0; b < sizeof blocks / sizeof *blocks; b++)
         for (int dtype = 0; dtype < 4; dtype++) {

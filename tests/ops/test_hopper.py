@@ -262,20 +262,21 @@ def test_what_the_rules_choose_fits_and_is_among_what_tuning_tries(
 
 
 def _variants():
-    """Tiles that only tuning tries, with a problem for each."""
-    wide, packed = (50432, 3072, 768, 64, 64, 0.1), (50432, 3072, 768, 32, 16, 0.1)
-    for problem, dtype, exact in (
-        (wide, torch.bfloat16, False),
-        (packed, torch.bfloat16, False),
-        (wide, torch.float32, False),
-        (wide, torch.float32, True),
+    """Pairs of a block size and a tile that tuning tries and no rule's problem above has."""
+    compiled = {(problem[0], *problem[3:]) for problem, _settings, _bound in RULES.values()}
+    for r, c, dtype, exact in (
+        (64, 64, torch.bfloat16, False),
+        (16, 16, torch.bfloat16, False),
+        (32, 32, torch.bfloat16, False),
+        (64, 32, torch.bfloat16, False),
+        (64, 64, torch.float32, False),
+        (64, 64, torch.float32, True),
     ):
-        _tile, rows, columns, r, c = _problem(*problem, dtype, exact=exact)
+        rows, columns = 3072 // r, 768 // c
         for tile in hopper.candidates(rows, columns, r, c, dtype, exact=exact):
-            if r < 64 or tile not in {problem[0] for problem, _settings, _bound in RULES.values()}:
-                yield pytest.param(
-                    (tile, rows, columns, r, c), dtype, exact, id=f"{dtype}-{tuple(tile)}"
-                )
+            if (tile, r, c) not in compiled:
+                problem = (tile, rows, columns, r, c)
+                yield pytest.param(problem, dtype, exact, id=f"{r}x{c}-{NAMES[dtype]}-{tile}")
 
 
 @needs_compiler
@@ -323,12 +324,76 @@ def test_a_tuned_tile_of_the_gluon_kernel_is_used_in_the_next_process(monkeypatc
     tuning._save([found(plain=True, strips=None)], 0)
     monkeypatch.setattr(cuda, "_tuned_devices", set())
     assert served() is None
-    # A tile that this problem cannot have.
+    # A tile that this problem cannot have is passed over.
     tuning._save([found(strips=hopper.COPIED_16)], 0)
     tuning._forget(found().problem)
     monkeypatch.setattr(cuda, "_tuned_devices", set())
-    with pytest.warns(UserWarning, match="not a tile that can be launched"):
-        assert served() is hopper.forward
+    assert served() is hopper.forward
+    # What was found for a forward says nothing about a gradient of the same shape.
+    tuning._save([found()], 0)
+    monkeypatch.setattr(cuda, "_tuned_devices", set())
+    assert served().keywords
+    gradient = cuda.hopper_kernel(x, crow, col, values, None, "none", None, 0, tuned=False)
+    assert gradient is hopper.forward
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("plain_us", "gluon_us", "right", "rule_is_plain", "expected"),
+    [
+        (100, {}, True, False, "rule"),
+        (100, {"TWO_STRIPS": 90}, True, False, "TWO_STRIPS"),
+        (100, {"TWO_STRIPS": 98.5}, True, False, "rule"),  # a draw
+        (90, {}, True, False, "plain"),
+        (98.5, {}, True, False, "rule"),
+        (98.5, {}, True, True, "plain"),
+        (100.5, {}, True, True, "plain"),
+        (110, {}, True, True, "rule"),
+        (100, {"TWO_STRIPS": 1}, False, False, "plain"),  # wrong numbers are no candidates
+    ],
+)
+def test_tuning_chooses_between_the_kernels(
+    monkeypatch, plain_us, gluon_us, right, rule_is_plain, expected
+):
+    from torchao_superblock.ops import cuda, tuning
+
+    x = torch.randn(4096, 256).bfloat16()
+    _dense, crow, col, values = random_bsr(128, 256, 64, dtype=torch.bfloat16)
+    y = torch.randn(4096, 128)
+    times = {getattr(hopper, name): us for name, us in gluon_us.items()}
+
+    def microseconds(run):
+        assert run().shape == y.shape
+        tile = getattr(run, "keywords", {}).get("tile")
+        return plain_us if tile is None else times.get(tile, 100)
+
+    monkeypatch.setattr(tuning, "INTERPRET", True)
+    monkeypatch.setattr(tuning, "_microseconds", microseconds)
+    monkeypatch.setattr(tuning, "candidates", lambda problem: [cuda.matmul_tile(problem)])
+    monkeypatch.setattr(cuda, "_device", lambda index: cuda._Device(90, 132))
+    monkeypatch.setattr(cuda, "_load_hopper", lambda: hopper)
+    monkeypatch.setattr(cuda, "forward", lambda *call: y)
+    monkeypatch.setattr(cuda, "_plain_forward", lambda *call: y)
+    served = None if rule_is_plain else hopper.forward
+    monkeypatch.setattr(cuda, "hopper_kernel", lambda *call: served)
+    monkeypatch.setattr(hopper, "supports", lambda *call: True)
+    monkeypatch.setattr(hopper, "_choose", lambda *call: hopper.THREE_STRIPS)
+    monkeypatch.setattr(hopper, "forward", lambda *call, tile: y if right else y + 1)
+    for name in ("_tuned", "_tuned_strips"):
+        monkeypatch.setattr(cuda, name, {})
+    monkeypatch.setattr(cuda, "_plain_is_faster", set())
+    problem = cuda._forward_problem(x, crow, values, "none", 4096, 0)
+    arguments = (x, crow, col, values, None, "none", None)
+    found = tuning._tune_call(arguments, problem, 0)
+    strips = {"plain": None, "rule": hopper.THREE_STRIPS}.get(expected)
+    if expected == "TWO_STRIPS":
+        strips = hopper.TWO_STRIPS
+    assert (found.strips, found.plain) == (strips, expected == "plain")
+    assert cuda._tuned_strips.get(problem) == strips
+    assert (problem in cuda._plain_is_faster) is found.plain
+    y[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN or an infinity"):
+        tuning._tune_call(arguments, problem, 0)
 
 
 @pytest.mark.parametrize(
@@ -502,7 +567,11 @@ def test_products_match_float64(blocksize, N, K, M, dtype):
         ("THREE_STRIPS", 64),
         ("TWO_STRIPS", 64),
         ("TWO_PROGRAMS", 64),
+        ("TWO_PROGRAMS_DYNAMIC", 64),
         ("SHORT_TILES", 64),
+        ("TWO_SHORT", 64),
+        ("TWO_SHORT_DYNAMIC", 128),
+        ("PACKED_SHORT", (128, 32)),
         ("COPIED_16", 16),
         ("COPIED_16_LONG", 16),
         ("COPIED_32", 32),
@@ -523,6 +592,38 @@ def test_float32_has_the_accuracy_that_torch_asks_for(set_precision, blocksize, 
     set_precision(precision)
     for N, K in ((768, 768), (128, 4224)):
         _check(2100, N, K, blocksize, torch.float32, bound)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("blocksize", SIZES)
+@pytest.mark.parametrize(
+    ("dtype", "precision", "bound"),
+    [
+        (torch.bfloat16, "ieee", 4e-3),
+        (torch.float32, "ieee", 3e-7),
+        (torch.float32, "tf32", 2e-3),
+    ],
+)
+def test_every_tile_that_tuning_tries_matches_float64(
+    set_precision, blocksize, dtype, precision, bound
+):
+    _hopper_or_skip()
+    set_precision(precision)
+    r, c = (blocksize, blocksize) if isinstance(blocksize, int) else blocksize
+    exact = dtype == torch.float32 and precision == "ieee"
+    tiles = hopper.candidates(768 // r, 768 // c, r, c, dtype, exact=exact)
+    assert tiles or (dtype == torch.float32 and c == 16)
+    for tile in tiles:
+        _check(2100, 768, 768, blocksize, dtype, bound, tile=tile)
+
+
+@pytest.mark.gpu
+def test_slow_memory_is_an_h100_s():
+    _hopper_or_skip()
+    name = torch.cuda.get_device_name()
+    if "H200" not in name and "H100" not in name:
+        pytest.skip(f"neither an H100 nor an H200: {name}")
+    assert hopper._slow_memory(0) is ("H100" in name)
 
 
 @pytest.mark.gpu

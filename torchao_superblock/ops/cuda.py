@@ -912,21 +912,26 @@ def hopper_kernel(
     activation: str,
     plan: Tensor | None,
     index: int,
+    *,
+    tuned: bool = True,
 ) -> Callable[..., Tensor] | None:
-    """The Gluon kernel, called like :func:`forward`, if it serves this call, and faster than plain Triton as far as is
-    known."""
+    """The Gluon kernel, called like :func:`forward`, if it serves this call, and faster as far as is known.
+
+    ``tuned`` lets what tuning found for forward products decide.
+    """
     if INTERPRET or _device(index).capability != 90:
         return None
     hopper = _load_hopper()
     if hopper is None or not hopper.supports(x, crow, col, values, bias, activation, plan):
         return None
     _load_tuned(index)
-    if _tuned:
+    if tuned and _tuned:
         problem = _forward_problem(x, crow, values, activation, m_bucket(x.shape[0]), index)
         if problem in _plain_is_faster:
             return None
-        if problem in _tuned_strips:
-            return partial(hopper.forward, tile=_tuned_strips[problem])
+        strips = _tuned_strips.get(problem)
+        if strips is not None:
+            return partial(hopper.forward, tile=strips)
     nnz, _, c = values.shape
     if x.dtype == torch.float32 and c < 64:
         # Measured: with few blocks in long rows the plain kernel is the faster one, by a tenth.
@@ -1110,7 +1115,7 @@ def grad_x(
         # A forward over the transposed index, once the blocks are transposed: a pass of a few microseconds.
         blocks = values.new_empty((nnz, c, r))
         index_t = (parts.crow_t, parts.row_t)
-        hopper = hopper_kernel(grad, *index_t, blocks, None, "none", None, index)
+        hopper = hopper_kernel(grad, *index_t, blocks, None, "none", None, index, tuned=False)
         if hopper is not None:
             _pack(values, parts.perm_t, True, blocks, False, index)
             return hopper(grad, *index_t, blocks, None, "none", None)

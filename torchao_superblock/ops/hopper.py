@@ -99,7 +99,7 @@ THREE_STRIPS_HALVES = THREE_STRIPS._replace(halves=True)
 # With few products a tile is mostly output: small tiles and deep rings overlap one strip's output with another's loads.
 SHORT_TILES = Strips(128, 64, 3, 5, 2, 2, 160)
 # For slow memory. Drawn tiles are worked on in order, while programs that are dealt theirs drift apart; on an H100 that
-# saves a tenth of the time of short rows where the output is several times the input, for TF32 a fifth.
+# saves a tenth of the time of short rows where the output is at least twice the input, and up to a fifth for TF32.
 TWO_SHORT = Strips(128, 128, 2, 6, 3, 1, 216)
 TWO_SHORT_DYNAMIC = TWO_SHORT._replace(dynamic=True)
 TWO_PROGRAMS_DYNAMIC = TWO_PROGRAMS._replace(dynamic=True)
@@ -144,7 +144,7 @@ _EXACT = (EXACT, EXACT._replace(dynamic=False), EXACT._replace(grouped=False))
 _SHARED_BYTES = 233472
 _SHARED_RESERVED = 1024
 # Gigabytes a second below which memory counts as slow: an H100 has 3350, an H200 4800.
-_SLOW_MEMORY = 4000
+_SLOW_MEMORY = 4100
 
 
 def _table_size(rows: int, columns: int) -> int:
@@ -195,10 +195,11 @@ def _serves(rows: int, columns: int, r: int, c: int, dtype: torch.dtype) -> bool
 def shared_bytes(tile: Strips, rows: int, columns: int, r: int, c: int, bytes_: int) -> int:
     """Shared memory of a program at most: slots of both rings, output buffers, table of masks, barriers."""
     x_box, w_box, y_box = boxes(tile, r, c, bytes_)
-    exact = tile.group == 1
-    elements = (2 if exact else 1) * tile.x_slots * tile.tokens * x_box[1]
+    # Only float32 accuracy has single strips; it keeps a second half of x beside each slice.
+    elements = (2 if tile.group == 1 else 1) * tile.x_slots * tile.tokens * x_box[1]
     elements += tile.group * tile.w_slots * max(1, STRIP // r) * w_box[0] * w_box[1]
     elements += tile.group * tile.y_slots * y_box[0] * y_box[1]
+    # Three for each slot of x, two for each slot of blocks, 12 for drawn tiles. The compiler adds up to 300 bytes.
     barriers = 8 * (3 * tile.x_slots + 2 * tile.group * tile.w_slots + 12)
     return elements * bytes_ + 8 * _table_size(rows, columns) + barriers + 320
 
@@ -206,7 +207,7 @@ def shared_bytes(tile: Strips, rows: int, columns: int, r: int, c: int, bytes_: 
 def candidates(
     rows: int, columns: int, r: int, c: int, dtype: torch.dtype, *, exact: bool = False
 ) -> list[Strips]:
-    """Every tile that could serve a problem, for tuning to time.
+    """Tiles that can serve a problem and are worth timing: those of the rules, and a few more.
 
     Args:
         rows: R.
@@ -281,7 +282,7 @@ def choose(
     if dtype == torch.float32:
         if exact:
             return EXACT if entries <= 1024 else None
-        if slow_memory and share <= 0.25 and K < (4096 if c >= 64 else 1025):
+        if slow_memory and share <= 0.25 and (K <= 1024 or (c >= 64 and K < 4096)):
             return TF32_DYNAMIC
         three = c < 64 or K >= 4096 or share > 0.25
         return TF32_THREE if three and entries <= 256 else TF32
