@@ -304,11 +304,12 @@ def choose(
             return TWO_STRIPS
         return TWO_PROGRAMS_DYNAMIC if slow_memory and N >= 2 * K else TWO_PROGRAMS
     if slow_memory and r >= STRIP and share <= 0.25 and K < 4096 and entries <= 1024:
-        if share > 0.15:
-            return TWO_SHORT
-        if N >= 2 * K:
+        if share <= 0.15 and N >= 2 * K:
             return TWO_SHORT_DYNAMIC
-        return TWO_SHORT if K <= 1024 or r > STRIP else SHORT_TILES
+        if share <= 0.15:
+            return TWO_SHORT if K <= 1024 or r > STRIP else SHORT_TILES
+        if min(N, K) <= 1024:
+            return TWO_SHORT
     if K <= 1024 and share <= 0.15 and entries <= 1024:
         return SHORT_TILES
     long = K >= 4096 and nnz * r * c * M >= 2**35
