@@ -222,6 +222,36 @@ def test_copied_blocks_travel_16_bytes_a_thread(name):
     assert "cp.async.mbarrier.arrive.noinc" in ptx
 
 
+@needs_compiler
+@pytest.mark.parametrize(
+    ("tile", "blocksize", "entries"),
+    [
+        ("THREE_STRIPS", 64, 256),
+        ("THREE_STRIPS_DYNAMIC", 64, 256),
+        ("THREE_STRIPS_HALVES", 64, 256),
+        ("TWO_STRIPS", 64, 2048),
+        ("TWO_STRIPS_DYNAMIC", 64, 2048),
+        ("TWO_PROGRAMS", 64, 1024),
+        ("TWO_PROGRAMS_DYNAMIC", 64, 1024),
+        ("SHORT_TILES", 64, 1024),
+        ("TWO_SHORT", 64, 1024),
+        ("TWO_SHORT_DYNAMIC", 64, 1024),
+        ("STACKED", 32, 1024),
+        ("COPIED_16", 16, 256),
+        ("COPIED_16_LONG", 16, 1024),
+        ("COPIED_32", 32, 1024),
+        ("PACKED", 32, 1024),
+        ("PACKED_TWO", 32, 2048),
+        ("PACKED_SHORT", 32, 256),
+    ],
+)
+def test_the_largest_table_of_masks_that_the_rules_allow_fits(tile, blocksize, entries):
+    """Shared memory is counted from the parts, without compiling: slots, output buffers, table, barriers."""
+    tile = getattr(hopper, tile)
+    limit = SHARED_LIMIT if tile.programs == 1 else PROGRAM_PAIR_LIMIT
+    assert hopper.shared_bytes(tile, entries, 64, blocksize, blocksize, 2) <= limit
+
+
 SLOW_MEMORY = pytest.mark.parametrize("slow_memory", [False, True])
 SETTINGS = [
     (torch.bfloat16, False, "none"),
@@ -299,9 +329,7 @@ def test_a_tuned_tile_of_the_gluon_kernel_is_used_in_the_next_process(monkeypatc
     monkeypatch.setattr(cuda, "_load_hopper", lambda: hopper)
     monkeypatch.setattr(hopper, "supports", lambda *call: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a Hopper")
-    for name in ("_tuned", "_tuned_strips"):
-        monkeypatch.setattr(cuda, name, {})
-    monkeypatch.setattr(cuda, "_plain_is_faster", set())
+    monkeypatch.setattr(cuda, "_tuned", {})
     x = torch.empty(50432, 768, device="meta", dtype=torch.bfloat16)
     crow = torch.empty(49, device="meta", dtype=torch.int32)
     col = torch.empty(58, device="meta", dtype=torch.int32)
@@ -310,31 +338,29 @@ def test_a_tuned_tile_of_the_gluon_kernel_is_used_in_the_next_process(monkeypatc
     def served(activation="none"):
         return cuda.hopper_kernel(x, crow, col, values, None, activation, None, 0)
 
-    def found(**changes):
-        problem = cuda._forward_problem(x, crow, values, "none", 65536, 0)
-        plain = cuda.matmul_tile(problem)
-        return tuning.Tuned(problem, plain, False, hopper.TWO_STRIPS, 2.0, 1.0)._replace(**changes)
+    problem = cuda._forward_problem(x, crow, values, "none", 65536, 0)
+    found = cuda.Found(cuda.matmul_tile(problem), False, hopper.TWO_STRIPS)
 
     monkeypatch.setattr(cuda, "_tuned_devices", set())
     assert served() is hopper.forward
-    tuning._save([found()], 0)
+    tuning._save({problem: found}, 0)
     monkeypatch.setattr(cuda, "_tuned_devices", set())
     assert served().keywords == {"tile": hopper.TWO_STRIPS}
     assert served("gelu") is hopper.forward
-    tuning._save([found(plain=True, strips=None)], 0)
-    monkeypatch.setattr(cuda, "_tuned_devices", set())
-    assert served() is None
-    # A tile that this problem cannot have is passed over.
-    tuning._save([found(strips=hopper.COPIED_16)], 0)
-    tuning._forget(found().problem)
-    monkeypatch.setattr(cuda, "_tuned_devices", set())
-    assert served() is hopper.forward
     # What was found for a forward says nothing about a gradient of the same shape.
-    tuning._save([found()], 0)
-    monkeypatch.setattr(cuda, "_tuned_devices", set())
-    assert served().keywords
     gradient = cuda.hopper_kernel(x, crow, col, values, None, "none", None, 0, tuned=False)
     assert gradient is hopper.forward
+    tuning._save({problem: found._replace(plain=True, strips=None)}, 0)
+    monkeypatch.setattr(cuda, "_tuned_devices", set())
+    assert served() is None
+    # A tile that this problem cannot have is passed over; other finds stay.
+    other = problem._replace(activation="relu")
+    tuning._save({problem: found._replace(strips=hopper.COPIED_16), other: found}, 0)
+    monkeypatch.setattr(cuda, "_tuned", {})
+    monkeypatch.setattr(cuda, "_tuned_devices", set())
+    with pytest.warns(UserWarning, match="passed over.*is not a tile of this version"):
+        assert served() is hopper.forward
+    assert served("relu").keywords == {"tile": hopper.TWO_STRIPS}
 
 
 @needs_compiler
@@ -379,9 +405,7 @@ def test_tuning_chooses_between_the_kernels(
     monkeypatch.setattr(hopper, "supports", lambda *call: True)
     monkeypatch.setattr(hopper, "_choose", lambda *call: hopper.THREE_STRIPS)
     monkeypatch.setattr(hopper, "forward", lambda *call, tile: y if right else y + 1)
-    for name in ("_tuned", "_tuned_strips"):
-        monkeypatch.setattr(cuda, name, {})
-    monkeypatch.setattr(cuda, "_plain_is_faster", set())
+    monkeypatch.setattr(cuda, "_tuned", {})
     problem = cuda._forward_problem(x, crow, values, "none", 4096, 0)
     arguments = (x, crow, col, values, None, "none", None)
     found = tuning._tune_call(arguments, problem, 0)
@@ -389,8 +413,7 @@ def test_tuning_chooses_between_the_kernels(
     if expected == "TWO_STRIPS":
         strips = hopper.TWO_STRIPS
     assert (found.strips, found.plain) == (strips, expected == "plain")
-    assert cuda._tuned_strips.get(problem) == strips
-    assert (problem in cuda._plain_is_faster) is found.plain
+    assert cuda._tuned == {problem: cuda.Found(found.tile, found.plain, strips)}
     y[0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN or an infinity"):
         tuning._tune_call(arguments, problem, 0)

@@ -102,10 +102,10 @@ for content in (
     messages = [str(warning.message) for warning in caught]
     messages = [message for message in messages if "tuning results" in message]
     assert len(messages) == 1 and str(path) in messages[0] and "ignored" in messages[0], messages
-    assert not cuda._tuned and not cuda._plain_is_faster and not cuda._tuned_strips
+    assert not cuda._tuned
 # Tuning replaces it.
 tuning.tune(Model(), x)
-assert [entry.tile for entry in tuning._parse(path.read_text(), -1)] == [other]
+assert [found.tile for found in tuning._parse(path.read_text(), -1).values()] == [other]
 """,
         tmp_path,
     )
@@ -151,8 +151,10 @@ for M in (16, 64, 512, 65536):
             problem = cuda.Problem("forward", M, 12, 12, r, c, 40, itemsize, 0, 90, 132)
             tiles = tuning.candidates(problem)
             assert tiles[0] == cuda.matmul_tile(problem) and len(set(tiles)) == len(tiles) <= 80
-            entry = [dict(problem=problem._asdict(), tile=tile._asdict(), plain=False, strips=None) for tile in tiles]
-            assert len(tuning._parse(json.dumps(tuning._header(-1) | dict(entries=entry)), -1)) == len(tiles)
+            for tile in tiles:
+                entry = dict(problem=problem._asdict(), tile=tile._asdict(), plain=False, strips=None)
+                text = json.dumps(tuning._header(-1) | dict(entries=[entry]))
+                assert tuning._parse(text, -1) == {problem: cuda.Found(tile)}
 """
     done = run(program, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -189,8 +191,7 @@ def test_tuning_on_a_gpu_keeps_the_result_and_its_finds(
     assert relative_error(y[:64], expected) < (1e-2 if dtype == torch.bfloat16 else 1e-6)
     # The next process.
     cuda._tuned_devices.clear()
-    tuning._forget(found.problem)
+    tuning._use(found.problem, None)
     assert torch.equal(Model()(x), y)
-    assert cuda._tuned[found.problem] == found.tile
-    assert cuda._tuned_strips.get(found.problem) == found.strips
-    tuning._forget(found.problem)
+    assert cuda._tuned[found.problem] == cuda.Found(found.tile, found.plain, found.strips)
+    tuning._use(found.problem, None)

@@ -226,11 +226,15 @@ def grad_values_tile(problem: Problem) -> GradTile | LineTile | None:
     return GradTile(64, BR, BC, 8 if BR * BC >= 128 * 128 else 4, 4, 2)
 
 
-# What tuning.py found on this machine: a tile for a problem, the problems for which plain Triton beats the Gluon
-# kernel, and the Gluon kernel's tile for the others that it serves.
-_tuned: dict[Problem, Tile] = {}
-_plain_is_faster: set[Problem] = set()
-_tuned_strips: dict[Problem, Any] = {}
+class Found(NamedTuple):
+    """What tuning.py found for a problem on this machine."""
+
+    tile: Tile  # of the plain Triton kernel
+    plain: bool = False  # whether plain Triton serves it even where the Gluon kernel could
+    strips: Any = None  # the Gluon kernel's tile, where that kernel is the faster one
+
+
+_tuned: dict[Problem, Found] = {}
 _tuned_devices: set[int] = set()
 # While a model is being tuned, called with the arguments of every forward.
 _recorder: Callable[..., None] | None = None
@@ -246,7 +250,8 @@ def _load_tuned(index: int) -> None:
 
 def _tile(problem: Problem, rule: Callable[[Problem], Any], index: int) -> Any:
     _load_tuned(index)
-    return _tuned.get(problem) or rule(problem)
+    found = _tuned.get(problem)
+    return rule(problem) if found is None else found.tile
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -927,11 +932,11 @@ def hopper_kernel(
     _load_tuned(index)
     if tuned and _tuned:
         problem = _forward_problem(x, crow, values, activation, m_bucket(x.shape[0]), index)
-        if problem in _plain_is_faster:
+        found = _tuned.get(problem)
+        if found is not None and found.plain:
             return None
-        strips = _tuned_strips.get(problem)
-        if strips is not None:
-            return partial(hopper.forward, tile=strips)
+        if found is not None and found.strips is not None:
+            return partial(hopper.forward, tile=found.strips)
     nnz, _, c = values.shape
     if x.dtype == torch.float32 and c < 64:
         # Measured: with few blocks in long rows the plain kernel is the faster one, by a tenth.

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ import triton
 from torch import Tensor, nn
 
 from torchao_superblock.ops import cuda, hopper
-from torchao_superblock.ops.cuda import INTERPRET, Problem, Tile
+from torchao_superblock.ops.cuda import INTERPRET, Found, Problem, Tile
 from torchao_superblock.ops.hopper import Strips
 
 FORMAT = 2
@@ -106,13 +106,6 @@ def _header(index: int) -> dict[str, Any]:
     }
 
 
-class _Entry(NamedTuple):
-    problem: Problem
-    tile: Tile
-    plain: bool
-    strips: Strips | None
-
-
 def _strips(problem: Problem) -> list[Strips]:
     """The Gluon kernel's tiles for a problem."""
     dtype = {2: torch.bfloat16, 4: torch.float32}.get(problem.itemsize, torch.float64)
@@ -120,13 +113,13 @@ def _strips(problem: Problem) -> list[Strips]:
     return hopper.candidates(problem.R, problem.C, problem.r, problem.c, dtype, exact=exact)
 
 
-def _parse(text: str, index: int) -> list[_Entry]:
-    """Entries of a cache file, or ValueError, TypeError or KeyError if it is not one of ours for this device."""
+def _parse(text: str, index: int) -> dict[Problem, Found]:
+    """Entries of a cache file, or an exception if it is not one of ours for this device."""
     content = json.loads(text)
     header = {key: content[key] for key in _header(index)}
     if header != _header(index):
         raise ValueError(f"it was written for {header}, this is {_header(index)}")
-    entries = []
+    entries = {}
     for entry in content["entries"]:
         problem, tile = Problem(**entry["problem"]), Tile(**entry["tile"])
         numbers = (tile.BM, tile.BN, tile.BK, tile.num_warps)
@@ -145,8 +138,13 @@ def _parse(text: str, index: int) -> list[_Entry]:
             raise ValueError(f"{tile} is not a tile that can be launched")
         strips = None if entry["strips"] is None else Strips(**entry["strips"])
         if strips is not None and strips not in _strips(problem):
-            continue  # another version's, maybe: this one cannot launch it
-        entries.append(_Entry(problem, tile, entry["plain"], strips))
+            warnings.warn(
+                f"torchao_superblock: what was tuned for {problem} is passed over, because {strips} is not a tile of "
+                "this version; run torchao_superblock.tune again",
+                stacklevel=2,
+            )
+            continue
+        entries[problem] = Found(tile, entry["plain"], strips)
     return entries
 
 
@@ -157,8 +155,7 @@ def load(index: int) -> None:
         path = cache_file(index)
         if not path.exists():
             return
-        for entry in _parse(path.read_text(encoding="utf-8"), index):
-            _adopt(entry)
+        cuda._tuned.update(_parse(path.read_text(encoding="utf-8"), index))
     except Exception as error:
         warnings.warn(
             f"torchao_superblock: the tuning results in {path} are ignored "
@@ -167,49 +164,32 @@ def load(index: int) -> None:
         )
 
 
-def _forget(problem: Problem) -> None:
-    cuda._tuned.pop(problem, None)
-    cuda._tuned_strips.pop(problem, None)
-    cuda._plain_is_faster.discard(problem)
+def _use(problem: Problem, found: Found | None) -> None:
+    """Let ``found`` serve a problem from the next call on; None lets the rules."""
+    if found is None:
+        cuda._tuned.pop(problem, None)
+    else:
+        cuda._tuned[problem] = found
     cuda.forget_launches()
 
 
-def _known(problem: Problem) -> _Entry | None:
-    if problem not in cuda._tuned:
-        return None
-    plain, strips = problem in cuda._plain_is_faster, cuda._tuned_strips.get(problem)
-    return _Entry(problem, cuda._tuned[problem], plain, strips)
-
-
-def _adopt(entry: _Entry) -> None:
-    _forget(entry.problem)
-    cuda._tuned[entry.problem] = entry.tile
-    if entry.strips is not None:
-        cuda._tuned_strips[entry.problem] = entry.strips
-    if entry.plain:
-        cuda._plain_is_faster.add(entry.problem)
-
-
-def _save(report: Iterable[Tuned], index: int) -> None:
+def _save(found: dict[Problem, Found], index: int) -> None:
     """Add to the file, in one step, so that a process that reads meanwhile sees the old or the new one."""
     path = cache_file(index)
-    entries: dict[Problem, _Entry] = {}
+    entries: dict[Problem, Found] = {}
     try:
-        for entry in _parse(path.read_text(encoding="utf-8"), index):
-            entries[entry.problem] = entry
-    except Exception:  # none yet, or not usable: load() has said so
-        pass
-    for found in report:
-        entries[found.problem] = _Entry(found.problem, found.tile, found.plain, found.strips)
+        entries = _parse(path.read_text(encoding="utf-8"), index)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError):
+        pass  # none yet, or not usable: load() has said so
     content = _header(index) | {
         "entries": [
-            entry._asdict()
-            | {
-                "problem": entry.problem._asdict(),
-                "tile": entry.tile._asdict(),
-                "strips": None if entry.strips is None else entry.strips._asdict(),
+            {
+                "problem": problem._asdict(),
+                "tile": tile._asdict(),
+                "plain": plain,
+                "strips": None if strips is None else strips._asdict(),
             }
-            for entry in entries.values()
+            for problem, (tile, plain, strips) in (entries | found).items()
         ]
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -285,8 +265,8 @@ def _progress(items: list[Any], title: str) -> Iterator[Any]:
 def _tune_call(arguments: tuple[Any, ...], problem: Problem, index: int) -> Tuned:
     """Time every candidate on the tensors of one call; leave the fastest adopted."""
     before_us = _microseconds(lambda: cuda.forward(*arguments))
-    known = _known(problem)
-    _forget(problem)
+    known = cuda._tuned.get(problem)
+    _use(problem, None)
 
     def plain() -> Tensor:
         return cuda._plain_forward(*arguments, index)
@@ -311,8 +291,7 @@ def _tune_call(arguments: tuple[Any, ...], problem: Problem, index: int) -> Tune
         if isinstance(tile, Strips):
             run = partial(hopper.forward, *arguments, tile=tile)
         else:
-            cuda._tuned[problem] = tile
-            cuda.forget_launches()
+            _use(problem, Found(tile))
         try:
             if _differs(run(), reference, problem.precision):
                 continue
@@ -333,7 +312,7 @@ def _tune_call(arguments: tuple[Any, ...], problem: Problem, index: int) -> Tune
         us = strips_us[fastest]
         if us < WORTHWHILE * best_us or (not rule_is_plain and best_us >= WORTHWHILE * us):
             found = found._replace(plain=False, strips=fastest, after_us=us)
-    _adopt(_Entry(problem, best, found.plain, found.strips))
+    _use(problem, Found(best, found.plain, found.strips))
     return found
 
 
@@ -390,16 +369,14 @@ def tune(model: nn.Module, example_input: Any) -> TuneReport:
     report: dict[int, TuneReport] = {}
     with torch.no_grad():
         for (problem, _), (arguments, index) in calls.items():
-            known = _known(problem)
+            known = cuda._tuned.get(problem)
             try:
                 with nullcontext() if INTERPRET else torch.cuda.device(index):
                     found = _tune_call(arguments, problem, index)
             except BaseException:  # interrupted: what was being tried must not stay
-                _forget(problem)
-                if known is not None:
-                    _adopt(known)
+                _use(problem, known)
                 raise
             report.setdefault(index, TuneReport()).append(found)
-    for index, found in report.items():
-        _save(found, index)
+    for index, tuned in report.items():
+        _save({found.problem: cuda._tuned[found.problem] for found in tuned}, index)
     return TuneReport(itertools.chain.from_iterable(report.values()))
