@@ -117,6 +117,7 @@ RULES = {
     "COPIED_16": (_problem(50432, 3072, 768, 16, 16, 0.1), {}, 64),
     "COPIED_16_LONG": (_problem(50432, 1536, 6144, 16, 16, 0.1), {}, 64),
     "COPIED_32": (_problem(50432, 768, 3072, 32, 32, 0.1), {}, 64),
+    "COPIED_32_DYNAMIC": (_problem(8192, 4096, 14336, 32, 32, 0.1), {}, 64),
     "PACKED": (_problem(50432, 3072, 768, 64, 16, 0.1), {}, 64),
     "PACKED_TWO": (_problem(50432, 8192, 4096, 16, 16, 0.1), {}, 128),
     "PACKED_SHORT": (_problem(50432, 3072, 768, 128, 32, 0.1, slow_memory=True), {}, 64),
@@ -127,6 +128,11 @@ RULES = {
         0,
     ),
     "TF32_THREE": (
+        _problem(50432, 3072, 768, 32, 32, 0.1, torch.float32),
+        {"dtype": torch.float32},
+        0,
+    ),
+    "TF32_THREE_DYNAMIC": (
         _problem(8192, 4096, 14336, 64, 64, 0.1, torch.float32),
         {"dtype": torch.float32},
         0,
@@ -730,17 +736,32 @@ def test_every_tile_is_worked_on_once(monkeypatch, m_tiles, groups, dynamic, cut
             assert {group for _m, group, _half in found[program::programs]} == set(range(groups))
 
 
+def _polynomial_gelu(z, float32):
+    """GELU with the kernel's own constants, read from its source, in float32 arithmetic on the CPU."""
+    source = inspect.getsource(hopper.kernels._activate.fn).split("if FLOAT32:")[1]
+    accurate, rest = source.split("else:", 1)
+    body = accurate if float32 else rest.split("z = _positive")[0]
+    names = {"a": z.abs().clamp(max=16)}
+    exec(textwrap.dedent(body), names)
+    return z.clamp(min=0) - names["a"] * torch.exp2(names["q"])
+
+
 @needs_compiler
 @pytest.mark.parametrize("scale", [1e-3, 1e-2, 1.0, 4.0])
 def test_the_polynomial_of_float32_gelu_has_float32_accuracy(scale):
-    """The kernel's own constants, read from its source, in float32 arithmetic on the CPU."""
-    source = inspect.getsource(hopper.kernels._activate.fn)
-    body = source.split("if FLOAT32:")[1].split("else:")[0]
     z = torch.randn(100_000) * scale
-    names = {"a": z.abs().clamp(max=16)}
-    exec(textwrap.dedent(body), names)
-    y = z.clamp(min=0) - names["a"] * torch.exp2(names["q"])
+    y = _polynomial_gelu(z, float32=True)
     assert relative_error(y, torch.nn.functional.gelu(z.double())) <= 1e-7
+
+
+@needs_compiler
+def test_the_polynomial_of_gelu_for_16_bits_is_within_their_rounding():
+    z = torch.linspace(-30, 30, 600_001)
+    expected = torch.nn.functional.gelu(z.double())
+    error = (_polynomial_gelu(z, float32=False) - expected).abs()
+    assert error.max() <= 4e-5
+    assert (error <= 3e-4 * expected.abs())[z >= -3].all()
+    assert error[z < -3].max() <= 2e-6
 
 
 @pytest.mark.gpu

@@ -90,11 +90,12 @@ class Strips(NamedTuple):
 THREE_STRIPS = Strips(256, 128, 3, 4, 2, 1, 160, grouped=True)
 TWO_STRIPS = Strips(256, 128, 2, 4, 3, 1, 216)
 TWO_PROGRAMS = Strips(128, 64, 2, 3, 2, 1, 104, programs=2)
-# Few long tiles of different lengths: dealt out, some programs get up to a third more than others. Drawing costs one
-# launch more, which zeroes the counter.
+# Long tiles of different lengths: dealt out, some programs get up to a third more than others. Drawing costs one launch
+# more, which zeroes the counter.
 THREE_STRIPS_DYNAMIC = THREE_STRIPS._replace(dynamic=True)
 TWO_STRIPS_DYNAMIC = Strips(256, 128, 2, 3, 3, 2, 216, dynamic=True)
-# A few rounds of long tiles, the last of them for less than half of the programs: half a tile takes 0.6 of its time.
+# For a few rounds of such tiles: programs that are dealt theirs stay in step and find x in the L2 cache. Where the last
+# round is for less than half of them, its tiles are cut; half a tile takes 0.6 of its time.
 THREE_STRIPS_HALVES = THREE_STRIPS._replace(halves=True)
 # With few products a tile is mostly output: small tiles and deep rings overlap one strip's output with another's loads.
 SHORT_TILES = Strips(128, 64, 3, 5, 2, 2, 160)
@@ -109,6 +110,7 @@ STACKED = Strips(256, 128, 3, 4, 3, 1, 160, grouped=True)
 COPIED_16 = Strips(256, 128, 3, 4, 8, 1, 160, copied=True, grouped=True)
 COPIED_16_LONG = Strips(256, 128, 3, 4, 6, 1, 160, copied=True, grouped=True)
 COPIED_32 = Strips(256, 128, 3, 4, 3, 1, 160, copied=True, grouped=True)
+COPIED_32_DYNAMIC = COPIED_32._replace(dynamic=True)
 PACKED = Strips(256, 128, 3, 4, 3, 1, 160, packed=True)
 PACKED_TWO = Strips(256, 128, 2, 4, 4, 1, 216, packed=True)
 PACKED_SHORT = Strips(128, 64, 3, 5, 3, 2, 160, packed=True)
@@ -116,6 +118,7 @@ TF32 = Strips(128, 128, 2, 5, 3, 1, 216)
 TF32_DYNAMIC = TF32._replace(dynamic=True)
 # With many products, or long rows, three strips again use a slice of x for more of them.
 TF32_THREE = Strips(128, 128, 3, 5, 2, 1, 160, grouped=True)
+TF32_THREE_DYNAMIC = TF32_THREE._replace(dynamic=True)
 # A strip at a time is a chain of loading, splitting, products and output with little to overlap in itself; two programs
 # overlap each other's. In the plan's order, neighbours in time still share slices of x in the L2 cache. Drawing tiles
 # gained 4 % where rows are short, nothing where they are long.
@@ -137,7 +140,7 @@ _WIDE = (
     Strips(128, 128, 3, 5, 2, 1, 160),
 )
 _PACKED = (PACKED, PACKED_TWO, PACKED_SHORT)
-_TF32 = (TF32, TF32_DYNAMIC, TF32_THREE, TF32_THREE._replace(dynamic=True))
+_TF32 = (TF32, TF32_DYNAMIC, TF32_THREE, TF32_THREE_DYNAMIC)
 _EXACT = (EXACT, EXACT._replace(dynamic=False), EXACT._replace(grouped=False))
 
 # Bytes of shared memory that a multiprocessor gives its programs, and what it keeps of them for each.
@@ -233,7 +236,7 @@ def candidates(
         if r == c == 16:
             tiles += (COPIED_16, COPIED_16_LONG)
         if r == c == 32:
-            tiles += (COPIED_32,)
+            tiles += (COPIED_32, COPIED_32_DYNAMIC)
     return [
         tile
         for tile in tiles
@@ -279,13 +282,19 @@ def choose(
         return None
     entries = _table_size(rows, columns)
     N, K, share = rows * r, columns * c, nnz / (rows * columns)
+
+    def rounds(tile: Strips) -> float:
+        return _tiles(M, N, tile) / processors
+
     if dtype == torch.float32:
         if exact:
             return EXACT if entries <= 1024 else None
         if slow_memory and share <= 0.25 and (K <= 1024 or (c >= 64 and K < 4096)):
             return TF32_DYNAMIC
-        three = c < 64 or K >= 4096 or share > 0.25
-        return TF32_THREE if three and entries <= 256 else TF32
+        if entries > 256 or not (c < 64 or K >= 4096 or share > 0.25):
+            return TF32
+        drawn = K >= 4096 and rounds(TF32_THREE) >= 4
+        return TF32_THREE_DYNAMIC if drawn else TF32_THREE
     if c % 64:
         if r >= STRIP:
             if slow_memory and r > STRIP and c == 32 and share <= 0.15 and entries <= 256:
@@ -295,7 +304,8 @@ def choose(
             return COPIED_16 if entries <= 256 else COPIED_16_LONG
         # With more blocks in short rows, TMA measured faster.
         if r == c == 32 and entries <= 1024 and (columns > 64 or share <= 0.25):
-            return COPIED_32
+            drawn = K >= 4096 and rounds(COPIED_32) >= 4
+            return COPIED_32_DYNAMIC if drawn else COPIED_32
         if entries > 1024 or (r == 16 and columns > 64):
             return PACKED_TWO
         return STACKED
@@ -312,18 +322,21 @@ def choose(
             return TWO_SHORT
     if K <= 1024 and share <= 0.15 and entries <= 1024:
         return SHORT_TILES
-    long = K >= 4096 and nnz * r * c * M >= 2**35
+    # Tiles of different lengths: few blocks in a row, or too few rounds for what is dealt out to even out.
+    much = nnz * r * c * M >= 2**35
+    uneven = K >= 4096 and (much or share <= 0.15)
     if r > STRIP:
-        return TWO_STRIPS_DYNAMIC if long else TWO_STRIPS
+        drawn = uneven and (much or rounds(TWO_STRIPS) >= 4)
+        return TWO_STRIPS_DYNAMIC if drawn else TWO_STRIPS
     if entries > 256 or 1.1 * _busy(M, N, THREE_STRIPS, processors) < _busy(
         M, N, TWO_STRIPS, processors
     ):
         return TWO_STRIPS
-    tiles = _tiles(M, N, THREE_STRIPS)
-    if long and tiles >= 8 * processors:
-        return THREE_STRIPS_DYNAMIC
-    if long and _split_last(tiles, THREE_STRIPS_HALVES, processors)[1]:
+    cut = _split_last(_tiles(M, N, THREE_STRIPS), THREE_STRIPS_HALVES, processors)[1] > 0
+    if uneven and rounds(THREE_STRIPS) < 6 and (cut or share <= 0.15):
         return THREE_STRIPS_HALVES
+    if uneven and rounds(THREE_STRIPS) >= 2:
+        return THREE_STRIPS_DYNAMIC
     return THREE_STRIPS
 
 
