@@ -4,13 +4,11 @@ Compiling needs no GPU, so what a GPU would refuse (too much shared memory, spil
 the tensor cores) fails here first.
 """
 
-import inspect
 import itertools
 import math
 import os
 import re
 import subprocess
-import textwrap
 
 import pytest
 import torch
@@ -60,7 +58,7 @@ def _compile(
     pointers |= {"order_ptr": "*i32", "counter_ptr": "*i32"}
     signature |= pointers
     # As specialized for ones; None is any other number.
-    if turn == 1:
+    if turn == 1 and not tile.dynamic:
         constants["turn"] = 1
     if not tile.halves:
         constants["halves"] = 1
@@ -717,14 +715,14 @@ def test_every_tile_is_worked_on_once(monkeypatch, m_tiles, groups, dynamic, cut
         minimum = staticmethod(min)
 
     monkeypatch.setattr(hopper.kernels, "gl", Numbers)
-    monkeypatch.setattr(hopper.kernels, "TAIL", hopper.kernels.TAIL.value)
     whole = m_tiles * groups
-    tile = hopper.THREE_STRIPS._replace(halves=cut)
+    tile = hopper.THREE_STRIPS._replace(halves=cut, dynamic=dynamic)
     tiles, halves = hopper._split_last(whole, tile, 132)
     assert halves == (2 * (whole % 132) if cut and whole % 132 <= 66 else 0)
     assert halves <= 132, "more than a round"
     tile_of = hopper.kernels._tile.fn
-    turn = hopper._turn(programs, groups)
+    turn = hopper._turn(tile, programs, groups, 8192)
+    assert turn == 4 or not dynamic
     found = [tile_of(t, tiles, halves, groups, turn, 256, dynamic, cut) for t in range(tiles)]
     assert all(half == (t >= tiles - halves) for t, (_m, _group, half) in enumerate(found))
     parts = [(m + 128 * p, group) for m, group, half in found for p in range(1 if half else 2)]
@@ -736,29 +734,48 @@ def test_every_tile_is_worked_on_once(monkeypatch, m_tiles, groups, dynamic, cut
             assert {group for _m, group, _half in found[program::programs]} == set(range(groups))
 
 
-def _polynomial_gelu(z, float32):
-    """GELU with the kernel's own constants, read from its source, in float32 arithmetic on the CPU."""
-    source = inspect.getsource(hopper.kernels._activate.fn).split("if FLOAT32:")[1]
-    accurate, rest = source.split("else:", 1)
-    body = accurate if float32 else rest.split("z = _positive")[0]
-    names = {"a": z.abs().clamp(max=16)}
-    exec(textwrap.dedent(body), names)
-    return z.clamp(min=0) - names["a"] * torch.exp2(names["q"])
+@pytest.mark.parametrize(
+    ("name", "token_bytes", "last"),
+    [
+        ("THREE_STRIPS_DYNAMIC", 4096 * 2, 4),
+        ("EXACT", 768 * 4, 8),
+        ("TF32_THREE_DYNAMIC", 14336 * 4, 4),
+        ("TWO_STRIPS_DYNAMIC", 10**6, 1),
+    ],
+)
+def test_tiles_drawn_last_are_few_and_fit_the_l2_cache(name, token_bytes, last):
+    assert hopper._turn(getattr(hopper, name), 132, 22, token_bytes) == last
+
+
+@pytest.fixture
+def activate(monkeypatch):
+    """The kernel's own arithmetic of an activation, in float32 on the CPU."""
+
+    class Tensors:
+        abs = staticmethod(torch.abs)
+        minimum = staticmethod(lambda a, b: a.clamp(max=b))
+
+    monkeypatch.setattr(hopper.kernels, "gl", Tensors)
+    monkeypatch.setattr(hopper.kernels, "_positive", torch.relu)
+    monkeypatch.setattr(hopper.kernels, "_exp2", torch.exp2)
+    monkeypatch.setattr(hopper.kernels, "_reciprocal", torch.reciprocal)
+    return hopper.kernels._activate.fn
 
 
 @needs_compiler
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
 @pytest.mark.parametrize("scale", [1e-3, 1e-2, 1.0, 4.0])
-def test_the_polynomial_of_float32_gelu_has_float32_accuracy(scale):
+def test_activations_of_float32_have_float32_accuracy(activate, scale, activation):
     z = torch.randn(100_000) * scale
-    y = _polynomial_gelu(z, float32=True)
-    assert relative_error(y, torch.nn.functional.gelu(z.double())) <= 1e-7
+    expected = ACTIVATIONS[activation](z.double())
+    assert relative_error(activate(z, True, activation), expected) <= 1e-7
 
 
 @needs_compiler
-def test_the_polynomial_of_gelu_for_16_bits_is_within_their_rounding():
+def test_the_polynomial_of_gelu_for_16_bits_is_within_their_rounding(activate):
     z = torch.linspace(-30, 30, 600_001)
     expected = torch.nn.functional.gelu(z.double())
-    error = (_polynomial_gelu(z, float32=False) - expected).abs()
+    error = (activate(z, False, "gelu") - expected).abs()
     assert error.max() <= 4e-5
     assert (error <= 3e-4 * expected.abs())[z >= -3].all()
     assert error[z < -3].max() <= 2e-6

@@ -146,6 +146,9 @@ _EXACT = (EXACT, EXACT._replace(dynamic=False), EXACT._replace(grouped=False))
 # Bytes of shared memory that a multiprocessor gives its programs, and what it keeps of them for each.
 _SHARED_BYTES = 233472
 _SHARED_RESERVED = 1024
+# Drawn last, and together: so many tokens, and no more than half of the L2 cache holds of them.
+_LAST_TOKENS = 1024
+_LAST_BYTES = 30e6
 # Gigabytes a second below which memory counts as slow: an H100 has 3350, an H200 4800.
 _SLOW_MEMORY = 4100
 
@@ -167,12 +170,16 @@ def _split_last(tiles: int, tile: Strips, processors: int) -> tuple[int, int]:
     return tiles + left, 2 * left
 
 
-def _turn(programs: int, groups: int) -> int:
-    """After so many token tiles, the groups that programs take are shifted by one.
+def _turn(tile: Strips, programs: int, groups: int, token_bytes: int) -> int:
+    """The number of token tiles that the order of the tiles turns on.
 
-    After each; where the groups divide the programs, whenever these have taken a tile each, or a program would come
-    back to every second or third group.
+    Dealt out: after so many, the groups that programs take are shifted by one. After each; where the groups divide the
+    programs, whenever these have taken a tile each, or a program would come back to every second or third group.
+
+    Drawn: so many come last, and together, which their x must leave room for in the L2 cache.
     """
+    if tile.dynamic:
+        return max(1, int(min(_LAST_TOKENS, _LAST_BYTES / token_bytes)) // tile.tokens)
     return programs // groups if programs % groups == 0 else 1
 
 
@@ -527,7 +534,7 @@ def forward(
     tiles, halves = _split_last(_tiles(M, N, tile), tile, processors)
     groups = -(-N // (STRIP * tile.group))
     programs = min(tiles, tile.programs * processors)
-    turn = 1 if tile.dynamic else _turn(programs, groups)
+    turn = _turn(tile, programs, groups, K * bytes_)
     kernels.bsr_linear_strips[(programs,)](
         TensorDescriptor(x, [M, K], [x.stride(0), 1], x_box, _layout(128, bits)),
         TensorDescriptor(

@@ -59,8 +59,6 @@ _REINTERPRET_IS_PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "rein
 
 # Drawn tiles that warps may be apart.
 T_SLOTS = gl.constexpr(4)
-# So many token tiles are drawn last, and together. They share the L2 cache.
-TAIL = gl.constexpr(4)
 
 
 @gluon.jit
@@ -215,15 +213,15 @@ def _tile(
         tiles -= halves // 2
     m = t // groups
     if DYNAMIC:
-        # The last token tiles group by group, long groups first: what is drawn last takes least.
+        # The last ``turn`` token tiles group by group, long groups first: what is drawn last takes least.
         m_tiles = tiles // groups
-        tail = gl.minimum(m_tiles, TAIL)
+        tail = gl.minimum(m_tiles, turn)
         u = t - (m_tiles - tail) * groups
         last = u >= 0
         m = gl.where(last, m_tiles - tail + u % tail, m)
         group = gl.where(last, u // tail, t % groups)
     else:
-        # Rotated, so that each program meets all.
+        # Shifted after every ``turn`` token tiles, so that each program meets all.
         group = (t + m // turn) % groups
         if HALVES:
             # Few tiles a program, of groups that follow each other: a long one, then a short one.
@@ -586,9 +584,9 @@ def _activate(z, FLOAT32: gl.constexpr, ACTIVATION: gl.constexpr):
             q = -1.0003642962 + a * (-1.1454749274 + a * q)
         z = _positive(z) - a * _exp2(q)
     elif ACTIVATION == "gelu_tanh":
-        # 0.5 z (1 + tanh(u)) = z sigmoid(2 u), u = sqrt(2 / pi) (z + 0.044715 z^3)
-        u = 0.7978845608028654 * z * (1.0 + 0.044715 * z * z)
-        z = z * _reciprocal(1.0 + _exp2(-2.8853900817779268 * u))
+        # 0.5 z (1 + tanh(u)) = z / (1 + 2^(-2 log2(e) u)), u = sqrt(2 / pi) (z + 0.044715 z^3)
+        u = z * (-2.3022081985 - 0.10294323960 * (z * z))
+        z = z * _reciprocal(1.0 + _exp2(u))
     elif ACTIVATION == "silu":
         z = z * _reciprocal(1.0 + _exp2(-1.4426950408889634 * z))
     return z
