@@ -5,9 +5,8 @@
     python benchmarks/vit.py --device cuda --quick        # about three minutes; says what it left out
 
 Weights are random (speed does not depend on their values), random blocks of the 24 MLP weights are
-zero, and both models compute the same function. Dense is the better of eager and torch.compile
-(default mode, and max-autotune on CUDA), ours the better of eager and torch.compile in its default
-mode; CUDA graphs are used on neither side.
+zero, and both models compute the same function. Each side is the best of eager and torch.compile
+(default mode, and max-autotune on CUDA); CUDA graphs are used on neither.
 
 Sections
     headline  one configuration, every way of running each side, and torch's own BSR
@@ -237,7 +236,10 @@ class Bench:
         batch = self.arguments.batch
         goal_batch, block, goal = GOALS.get((self.device.type, mode), (batch, 64, None))
         title = f"{mode}, batch {batch}, block {block}, sparsity {HEADLINE_SPARSITY}"
-        progress = Progress(6, "headline")
+        ways = [("compiled", "default", 45)] if self.arguments.compile else []
+        if ways and self.cuda and not self.arguments.no_max_autotune:
+            ways.append(("max-autotune", "max-autotune-no-cudagraphs", 110))
+        progress = Progress(1 + 2 * len(ways), "headline")
         with precision(mode) as dtype, torch.no_grad():
             dense = self.dense_model(block, HEADLINE_SPARSITY, dtype)
             ours = swapped(dense, block)
@@ -249,17 +251,11 @@ class Bench:
             }
             torch_bsr = with_torch_bsr(dense, block)
             candidates["torch BSR, eager"] = self.warm(lambda: torch_bsr(x), "torch BSR")
-            if self.arguments.compile:
+            for name, settings, seconds in ways:
                 for side, model in (("dense", dense), ("ours", ours)):
-                    progress.step(f"torch.compile, {side}, {mode}")
-                    if self.budget.allows(f"headline, {mode}: {side} compiled", 45):
-                        candidates[f"{side}, compiled"] = self.compiled(model, x, "default")
-                if self.cuda and not self.arguments.no_max_autotune:
-                    progress.step(f"torch.compile max-autotune, dense, {mode}")
-                    if self.budget.allows(f"headline, {mode}: dense max-autotune", 110):
-                        candidates["dense, max-autotune"] = self.compiled(
-                            dense, x, "max-autotune-no-cudagraphs"
-                        )
+                    progress.step(f"torch.compile, {side}, {name}, {mode}")
+                    if self.budget.allows(f"headline, {mode}: {side}, {name}", seconds):
+                        candidates[f"{side}, {name}"] = self.compiled(model, x, settings)
             progress.step(f"measuring, {mode}")
             measured = self.time(candidates)
         progress.close()
@@ -491,7 +487,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--blocksizes", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--sparsities", type=float, nargs="+", help="of the sparsity section")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="eager only")
-    parser.add_argument("--no-max-autotune", action="store_true", help="saves two minutes a mode")
+    parser.add_argument("--no-max-autotune", action="store_true", help="saves minutes a mode")
     parser.add_argument(
         "--budget", type=float, metavar="SECONDS",
         help="leave out what would not fit, and say so (--quick: 170)",
