@@ -703,7 +703,7 @@ def test_every_schedule_gives_the_same_bits(name, blocksize, M, change):
 
 @needs_compiler
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("groups", [1, 4, 6, 16, 22, 112, 300])
+@pytest.mark.parametrize("groups", [1, 4, 6, 11, 16, 22, 112, 300])
 @pytest.mark.parametrize("m_tiles", [1, 5, 32, 394])
 @pytest.mark.parametrize("cut", [False, True])
 def test_every_tile_is_worked_on_once(monkeypatch, m_tiles, groups, dynamic, cut):
