@@ -162,7 +162,9 @@ def test_every_tile_of_the_rules_compiles_for_hopper(name, tmp_path):
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["THREE_STRIPS", "COPIED_16", "COPIED_32", "TF32_THREE"])
+@pytest.mark.parametrize(
+    "name", ["THREE_STRIPS", "THREE_STRIPS_HALVES", "COPIED_16", "COPIED_32", "TF32_THREE"]
+)
 def test_tiles_dealt_out_in_longer_turns_compile(name, tmp_path):
     problem, settings, _spill_bound = RULES[name]
     kernel = _compile(*problem, **settings, turn=None)
@@ -744,7 +746,9 @@ def test_every_tile_is_worked_on_once(monkeypatch, m_tiles, groups, dynamic, cut
     ],
 )
 def test_tiles_drawn_last_are_few_and_fit_the_l2_cache(name, token_bytes, last):
-    assert hopper._turn(getattr(hopper, name), 132, 22, token_bytes) == last
+    tile = getattr(hopper, name)
+    assert hopper._turn(tile, 132, 22, token_bytes) == last
+    assert last == 1 or last * tile.tokens * token_bytes <= 30e6
 
 
 @pytest.fixture
@@ -772,13 +776,21 @@ def test_activations_of_float32_have_float32_accuracy(activate, scale, activatio
 
 
 @needs_compiler
-def test_the_polynomial_of_gelu_for_16_bits_is_within_their_rounding(activate):
-    z = torch.linspace(-30, 30, 600_001)
-    expected = torch.nn.functional.gelu(z.double())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_polynomial_of_gelu_for_16_bits_is_within_their_rounding(activate, dtype):
+    z = torch.linspace(-6, 30, 720_001)
+    exact = z.double().requires_grad_()
+    expected = torch.nn.functional.gelu(exact)
+    (slope,) = torch.autograd.grad(expected.sum(), exact)
+    expected = expected.detach()
     error = (activate(z, False, "gelu") - expected).abs()
-    assert error.max() <= 4e-5
-    assert (error <= 3e-4 * expected.abs())[z >= -3].all()
-    assert error[z < -3].max() <= 2e-6
+    # Half a unit in the last place, of the result or, as it comes out of gelu, of z.
+    info = torch.finfo(dtype)
+    half = expected.abs().clamp(min=info.smallest_normal) * (info.eps / 2)
+    assert (error <= torch.maximum(half, (slope * exact).abs() * (info.eps / 2))).all()
+    assert error.max() <= 6e-5
+    assert (error <= 4e-4 * expected.abs())[z >= -1].all()
+    assert (error <= 3e-3 * expected.abs())[z >= -4].all()
 
 
 @pytest.mark.gpu

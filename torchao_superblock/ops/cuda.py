@@ -191,7 +191,7 @@ def matmul_tile(problem: Problem) -> Tile:
         # One or two programs a processor have its shared memory to themselves, and nobody else to hide latency.
         num_stages = 4 if BN == 64 else 5
     ordered = programs <= 16 * problem.n_processors
-    # Up to 512 tokens, all of their tiles read a block together.
+    # Up to 512 tokens, four of their tiles read a block together; mostly there are no more.
     pairs = BN == 128 and M > 512
     return Tile(BM, BN, BK, 2 if pairs else 4, 4, num_stages, 1, ordered)
 

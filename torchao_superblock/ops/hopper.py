@@ -95,7 +95,7 @@ TWO_PROGRAMS = Strips(128, 64, 2, 3, 2, 1, 104, programs=2)
 THREE_STRIPS_DYNAMIC = THREE_STRIPS._replace(dynamic=True)
 TWO_STRIPS_DYNAMIC = Strips(256, 128, 2, 3, 3, 2, 216, dynamic=True)
 # For a few rounds of such tiles: programs that are dealt theirs stay in step and find x in the L2 cache. Where the last
-# round is for less than half of them, its tiles are cut; half a tile takes 0.6 of its time.
+# round is for half of them or less, its tiles are cut; half a tile takes 0.6 of its time.
 THREE_STRIPS_HALVES = THREE_STRIPS._replace(halves=True)
 # With few products a tile is mostly output: small tiles and deep rings overlap one strip's output with another's loads.
 SHORT_TILES = Strips(128, 64, 3, 5, 2, 2, 160)
@@ -146,7 +146,7 @@ _EXACT = (EXACT, EXACT._replace(dynamic=False), EXACT._replace(grouped=False))
 # Bytes of shared memory that a multiprocessor gives its programs, and what it keeps of them for each.
 _SHARED_BYTES = 233472
 _SHARED_RESERVED = 1024
-# Drawn last, and together: so many tokens, and no more than half of the L2 cache holds of them.
+# Drawn last, and together: so many tokens, and of them no more (but for one tile) than about half of the L2 cache.
 _LAST_TOKENS = 1024
 _LAST_BYTES = 30e6
 # Gigabytes a second below which memory counts as slow: an H100 has 3350, an H200 4800.
@@ -329,7 +329,8 @@ def choose(
             return TWO_SHORT
     if K <= 1024 and share <= 0.15 and entries <= 1024:
         return SHORT_TILES
-    # Tiles of different lengths: few blocks in a row, or too few rounds for what is dealt out to even out.
+    # Long tiles that differ in length: with few blocks in a row they do so by much; with more of them, drawing needs
+    # more work to pay. In a few rounds what is dealt out stays in step, in many it drifts apart.
     much = nnz * r * c * M >= 2**35
     uneven = K >= 4096 and (much or share <= 0.15)
     if r > STRIP:

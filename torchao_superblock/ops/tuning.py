@@ -226,7 +226,7 @@ def candidates(problem: Problem) -> list[Tile]:
                 Tile(BM, rule.BN, BK, rule.GROUP_M, num_warps, num_stages, splits, rule.ordered)
             )
     if not few_tokens:
-        found += [rule._replace(GROUP_M=group) for group in (1, 4, 32)]
+        found += [rule._replace(GROUP_M=group) for group in (1, 2, 4, 32)]
         found.append(rule._replace(ordered=not rule.ordered))
     return list(dict.fromkeys(found))
 
