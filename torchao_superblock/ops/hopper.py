@@ -66,7 +66,8 @@ class Strips(NamedTuple):
         grouped: whether the plan chooses the strips of a tile, so that they share slices of x.
         dynamic: whether programs draw their tiles from a counter, one after the other, instead of every so manieth.
         halves: whether the tiles of a last round that would leave half of the programs idle or more are cut in halves
-            (where ``part`` is half of ``tokens``; not for float32 accuracy).
+            (where ``part`` is half of ``tokens``; not for float32 accuracy). Dealt out, groups that need most then take
+            turns with those that need least.
     """
 
     tokens: int
@@ -176,7 +177,7 @@ def _turn(tile: Strips, programs: int, groups: int, token_bytes: int) -> int:
     Dealt out: after so many, the groups that programs take are shifted by one. After each; where the groups divide the
     programs, whenever these have taken a tile each, or a program would come back to every second or third group.
 
-    Drawn: so many come last, and together, which their x must leave room for in the L2 cache.
+    Drawn: so many come last, and together, because what they read of x fits in the L2 cache.
     """
     if tile.dynamic:
         return max(1, int(min(_LAST_TOKENS, _LAST_BYTES / token_bytes)) // tile.tokens)
