@@ -116,6 +116,7 @@ RULES = {
     "COPIED_16_LONG": (_problem(50432, 1536, 6144, 16, 16, 0.1), {}, 64),
     "COPIED_32": (_problem(50432, 768, 3072, 32, 32, 0.1), {}, 64),
     "COPIED_32_DYNAMIC": (_problem(8192, 4096, 14336, 32, 32, 0.1), {}, 64),
+    "COPIED_32_SHORT": (_problem(50432, 3072, 768, 32, 32, 0.05, slow_memory=True), {}, 64),
     "PACKED": (_problem(50432, 3072, 768, 64, 16, 0.1), {}, 64),
     "PACKED_TWO": (_problem(50432, 8192, 4096, 16, 16, 0.1), {}, 128),
     "PACKED_SHORT": (_problem(50432, 3072, 768, 128, 32, 0.1, slow_memory=True), {}, 64),
@@ -221,7 +222,7 @@ def test_the_output_leaves_through_transposing_matrix_stores():
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["COPIED_16", "COPIED_16_LONG", "COPIED_32"])
+@pytest.mark.parametrize("name", ["COPIED_16", "COPIED_16_LONG", "COPIED_32", "COPIED_32_SHORT"])
 def test_copied_blocks_travel_16_bytes_a_thread(name):
     ptx = _compile(*RULES[name][0]).asm["ptx"]
     assert "cp.async.cg.shared.global" in ptx and "0x10" in ptx
@@ -246,6 +247,7 @@ def test_copied_blocks_travel_16_bytes_a_thread(name):
         ("COPIED_16", 16, 256),
         ("COPIED_16_LONG", 16, 1024),
         ("COPIED_32", 32, 1024),
+        ("COPIED_32_SHORT", 32, 1024),
         ("PACKED", 32, 1024),
         ("PACKED_TWO", 32, 2048),
         ("PACKED_SHORT", 32, 256),
@@ -295,6 +297,25 @@ def test_what_the_rules_choose_fits_and_is_among_what_tuning_tries(
             assert tile is None or tile in tiles
             chosen.add(tile)
     assert None in chosen and len(chosen) > 1
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K", "share", "expected"),
+    [
+        (50432, 3072, 768, 0.2, "TWO_SHORT_DYNAMIC"),
+        (50432, 3072, 768, 0.3, "TWO_STRIPS_DYNAMIC"),
+        (50432, 3072, 768, 0.6, "TWO_STRIPS"),
+        (50432, 768, 3072, 0.1, "TWO_SHORT"),
+        (50432, 768, 3072, 0.3, "TWO_SHORT_DYNAMIC"),
+        (12608, 768, 3072, 0.2, "TWO_SHORT"),  # too few rounds to draw tiles
+        (16384, 2048, 2048, 0.2, "TWO_SHORT"),
+        (16384, 2048, 2048, 0.3, "TWO_STRIPS"),
+    ],
+)
+def test_tall_blocks_and_slow_memory(M, N, K, share, expected):
+    tile, *_ = _problem(M, N, K, 128, 128, share, slow_memory=True)
+    assert tile == getattr(hopper, expected)
+    assert _problem(M, N, K, 128, 128, share)[0] in (hopper.TWO_STRIPS, hopper.SHORT_TILES)
 
 
 def _variants():
@@ -604,6 +625,7 @@ def test_products_match_float64(blocksize, N, K, M, dtype):
         ("COPIED_16", 16),
         ("COPIED_16_LONG", 16),
         ("COPIED_32", 32),
+        ("COPIED_32_SHORT", 32),
     ],
 )
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -112,6 +112,7 @@ COPIED_16 = Strips(256, 128, 3, 4, 8, 1, 160, copied=True, grouped=True)
 COPIED_16_LONG = Strips(256, 128, 3, 4, 6, 1, 160, copied=True, grouped=True)
 COPIED_32 = Strips(256, 128, 3, 4, 3, 1, 160, copied=True, grouped=True)
 COPIED_32_DYNAMIC = COPIED_32._replace(dynamic=True)
+COPIED_32_SHORT = Strips(128, 128, 3, 5, 3, 1, 160, copied=True, grouped=True)
 PACKED = Strips(256, 128, 3, 4, 3, 1, 160, packed=True)
 PACKED_TWO = Strips(256, 128, 2, 4, 4, 1, 216, packed=True)
 PACKED_SHORT = Strips(128, 64, 3, 5, 3, 2, 160, packed=True)
@@ -244,7 +245,7 @@ def candidates(
         if r == c == 16:
             tiles += (COPIED_16, COPIED_16_LONG)
         if r == c == 32:
-            tiles += (COPIED_32, COPIED_32_DYNAMIC)
+            tiles += (COPIED_32, COPIED_32_DYNAMIC, COPIED_32_SHORT)
     return [
         tile
         for tile in tiles
@@ -312,6 +313,8 @@ def choose(
             return COPIED_16 if entries <= 256 else COPIED_16_LONG
         # With more blocks in short rows, TMA measured faster.
         if r == c == 32 and entries <= 1024 and (columns > 64 or share <= 0.25):
+            if slow_memory and share <= 0.08 and min(N, K) <= 1024:
+                return COPIED_32_SHORT
             drawn = K >= 4096 and rounds(COPIED_32) >= 4
             return COPIED_32_DYNAMIC if drawn else COPIED_32
         if entries > 1024 or (r == 16 and columns > 64):
@@ -321,11 +324,19 @@ def choose(
         if entries > 1024:
             return TWO_STRIPS
         return TWO_PROGRAMS_DYNAMIC if slow_memory and N >= 2 * K else TWO_PROGRAMS
-    if slow_memory and r >= STRIP and share <= 0.25 and K < 4096 and entries <= 1024:
+    if slow_memory and r > STRIP and K < 4096 and entries <= 1024:
+        # Rows of a few tall blocks differ the most. What drawing gains in a few rounds, zeroing the counter takes.
+        if N >= 2 * K and share <= 0.5:
+            return TWO_SHORT_DYNAMIC if share <= 0.25 else TWO_STRIPS_DYNAMIC
+        if K >= 2 * N and 0.15 < share <= 0.32 and rounds(TWO_SHORT) >= 12:
+            return TWO_SHORT_DYNAMIC
+        if share <= 0.25:
+            return TWO_SHORT
+    if slow_memory and r == STRIP and share <= 0.25 and K < 4096 and entries <= 1024:
         if share <= 0.15 and N >= 2 * K:
             return TWO_SHORT_DYNAMIC
         if share <= 0.15:
-            return TWO_SHORT if K <= 1024 or r > STRIP else SHORT_TILES
+            return TWO_SHORT if K <= 1024 else SHORT_TILES
         if min(N, K) <= 1024:
             return TWO_SHORT
     if K <= 1024 and share <= 0.15 and entries <= 1024:
