@@ -1,5 +1,6 @@
 """The CUDA backend: dispatch, precision switch and export; on a GPU also the full grid of cases."""
 
+import functools
 import importlib
 import os
 import re
@@ -21,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.ops import triton_cases
 from tests.reference import TOLERANCE, random_bsr, relative_error
-from torchao_superblock.ops import build_plan, cuda
+from torchao_superblock.ops import build_plan, cuda, launch
 
 ROOT = Path(__file__).parents[2]
 bsr_linear = torch.ops.torchao_superblock.bsr_linear
@@ -155,12 +156,58 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     monkeypatch.setitem(cuda._devices, -1, cuda._Device(90, 132))
     monkeypatch.setattr(cuda, "_tuned_devices", {-1})
     monkeypatch.setattr(cuda, "_index", lambda x: -1)
-    monkeypatch.setattr(cuda, "_DIRECT_LAUNCH", True)
+    monkeypatch.setattr(launch, "DIRECT_LAUNCH", True)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     cuda.forget_launches()
     yield recorded
     cuda.forget_launches()
+
+
+def test_a_repeated_call_of_the_gluon_kernel_only_launches(
+    launches: list[tuple], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hopper = pytest.importorskip("torchao_superblock.ops.hopper")
+    _, crow, col, values = random_bsr(64, 96, 32, 0.5, torch.float16)
+    bias, plan = torch.randn(64).half(), build_plan(crow, col, 3)
+    runs, general_calls = [], []
+
+    def launcher(x, crow, values, bias, activation, plan, *, tile=None):
+        def run(*arguments):
+            runs.append((tile, *(a.data_ptr() for a in arguments[:-1])))
+            return torch.zeros(arguments[-1], dtype=x.dtype)
+
+        return run
+
+    def forward(x, crow, col, values, bias, activation, plan, *, tile=None):
+        run = launcher(x, crow, values, bias, activation, plan, tile=tile)
+        return run(x, crow, col, values, bias, plan, (x.shape[0], 64))
+
+    monkeypatch.setattr(hopper, "launcher", launcher)
+    monkeypatch.setattr(cuda, "_hopper", hopper)
+    monkeypatch.setattr(cuda, "HOPPER_TOKENS", 1)
+    kernel = functools.partial(forward, tile="a tile")
+    monkeypatch.setattr(cuda, "hopper_kernel", lambda *arguments: kernel)
+
+    def general(*args):
+        general_calls.append(args)
+        return bsr_linear_module._forward(cuda, *args)
+
+    def call(x: torch.Tensor, was_known: bool) -> None:
+        general_calls.clear(), runs.clear()
+        with torch._C._AutoDispatchBelowAutograd():
+            y = cuda.call(general, x, crow, col, values, bias, None, "gelu", plan)
+        assert len(general_calls) == (0 if was_known else 1)
+        assert y.shape == (*x.shape[:-1], 64)
+        tensors = (x, crow, col, values, bias, plan)
+        assert runs == [("a tile", *(t.data_ptr() for t in tensors))]
+
+    x = torch.randn(4, 5, 96).half()
+    call(x, False), call(x, False), call(x, True)
+    call(torch.randn(4, 5, 96).half(), True)
+    call(torch.randn(20, 96).half(), False)
+    monkeypatch.setattr(cuda, "_recorder", lambda *args: None)
+    call(x, False)
 
 
 @pytest.mark.parametrize("splits", [1, 2])

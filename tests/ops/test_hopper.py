@@ -9,6 +9,7 @@ import math
 import os
 import re
 import subprocess
+from functools import partial
 
 import pytest
 import torch
@@ -508,8 +509,8 @@ def _refused(name):
 )
 def test_supports_declines_what_tma_cannot_read(monkeypatch, name):
     monkeypatch.setattr(hopper, "_processors", lambda index: 132)
-    monkeypatch.setattr(hopper, "_slow_memory", lambda index: False)
-    monkeypatch.setattr(hopper, "_MIN_BYTES", 0)
+    monkeypatch.setattr(hopper, "_memory_speed", lambda index: 4800)
+    monkeypatch.setattr(hopper, "_MIN_MICROSECONDS", 0)
     x, crow, col, values = _refused("nothing")
     assert hopper.supports(x, crow, col, values, None, "none", None)
     x, crow, col, values = _refused(name)
@@ -527,11 +528,45 @@ def set_precision():
 @needs_compiler
 def test_supports_leaves_short_calls_to_the_kernels_that_launch_faster(monkeypatch):
     monkeypatch.setattr(hopper, "_processors", lambda index: 132)
-    monkeypatch.setattr(hopper, "_slow_memory", lambda index: False)
-    _dense, crow, col, values = random_bsr(768, 768, 64, dtype=torch.bfloat16)
-    for M, served in ((50432, True), (4096, False)):
+    for speed, blocksize, M, served in (
+        (4800, 64, 50432, True),
+        (4800, 64, 28000, False),
+        (3350, 64, 28000, True),
+        (3350, 64, 14000, False),
+        (3350, 16, 14000, True),
+        (3350, 16, 4096, False),
+    ):
+        monkeypatch.setattr(hopper, "_memory_speed", lambda index, speed=speed: speed)
+        _dense, crow, col, values = random_bsr(768, 768, blocksize, dtype=torch.bfloat16)
         x = torch.empty(M, 768, dtype=torch.bfloat16)
         assert hopper.supports(x, crow, col, values, None, "none", None) is served
+
+
+@needs_compiler
+def test_a_launcher_serves_tensors_with_leading_dimensions(monkeypatch):
+    launches = []
+
+    def kernel(grid, index, tensors, *numbers, descriptors):
+        shapes = [(d.shape, d.strides, d.block_shape) for d in descriptors]
+        bases = [d.base.data_ptr() for d in descriptors[:2]]
+        launches.append((grid, [t.data_ptr() for t in tensors[:-1]], numbers, shapes, bases))
+
+    monkeypatch.setattr(hopper, "_processors", lambda index: 132)
+    monkeypatch.setattr(hopper, "_memory_speed", lambda index: 4800)
+    monkeypatch.setattr(hopper, "_kernel", lambda *settings: kernel)
+    hopper._launcher.cache_clear()
+    _dense, crow, col, values = random_bsr(768, 704, 64, dtype=torch.bfloat16)
+    bias = torch.zeros(768, dtype=torch.bfloat16)
+    plan = build_plan(crow, col, 11, (64, 64))
+    x = torch.empty(4200, 720, dtype=torch.bfloat16)[:, :704]
+    y = hopper.forward(x, crow, col, values, bias, "relu", plan)
+    run = hopper.launcher(x, crow, values, bias, "relu", plan)
+    again = run(x.unflatten(0, (6, 700)), crow, col, values, bias, plan, (6, 700, 768))
+    hopper._launcher.cache_clear()
+    assert y.shape == (4200, 768) and again.shape == (6, 700, 768)
+    first, second = launches
+    assert first == second
+    assert first[3][0][:2] == ([4200, 704], [720, 1]) and first[3][2][:2] == ([4200, 768], [768, 1])
 
 
 def test_exact_float32_follows_torchs_switch(set_precision):
@@ -666,6 +701,38 @@ def test_every_tile_that_tuning_tries_matches_float64(
     assert tiles or (dtype == torch.float32 and c == 16)
     for tile in tiles:
         _check(2100, 768, 768, blocksize, dtype, bound, tile=tile)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_repeated_calls_launch_at_once_and_agree(monkeypatch, dynamic):
+    _hopper_or_skip()
+    from torchao_superblock.ops import cuda, direct
+
+    tile = hopper.SHORT_TILES._replace(dynamic=dynamic, grouped=True)
+    monkeypatch.setattr(hopper, "supports", lambda *call: True)
+    monkeypatch.setattr(cuda, "hopper_kernel", lambda *call: partial(hopper.forward, tile=tile))
+    _dense, crow, col, values = random_bsr(768, 704, 64, dtype=torch.bfloat16, device="cuda")
+    bias = torch.randn(768, device="cuda").bfloat16()
+    plan = build_plan(crow, col, 11, (64, 64))
+    weight = (crow, col, values, bias, None, "gelu", plan)
+    call = torch.ops.torchao_superblock.bsr_linear
+    direct.forget()
+    with torch.inference_mode():
+        for shape in ((2100, 704), (3, 700, 704)):
+            for _ in range(4):
+                x = torch.randn(shape, device="cuda").bfloat16()
+                y = call(x, *weight)
+                flat = x.view(-1, 704)
+                expected = hopper.forward(flat, crow, col, values, bias, "gelu", plan, tile=tile)
+                assert torch.equal(y, expected.view(*shape[:-1], 768))
+            run = direct.find(x, *weight)
+            assert run is not None and torch.equal(run(x, *weight), y)
+            # Other tensors in the same place, and one that TMA cannot read.
+            assert torch.equal(run(x + 1, *weight), call(x + 1, *weight))
+            moved = torch.empty(x.numel() + 1, device="cuda", dtype=x.dtype)[1:].view(shape)
+            assert run(moved.copy_(x), *weight) is None
+    direct.forget()
 
 
 @pytest.mark.gpu

@@ -26,6 +26,7 @@ from triton.runtime.errors import OutOfResources
 
 from torchao_superblock.ops import direct
 from torchao_superblock.ops import triton_kernels as kernels
+from torchao_superblock.ops.launch import Kernel
 from torchao_superblock.ops.plan import Plan, split_plan
 from torchao_superblock.ops.precision import allows_tf32
 from torchao_superblock.ops.triton_kernels import FMA, NATIVE, TF32, TF32X3
@@ -258,69 +259,8 @@ def _tile(problem: Problem, rule: Callable[[Problem], Any], index: int) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 # Launching.
 
-# Versions whose CompiledKernel.run takes what _Kernel.__call__ gives it; others go through the public, slower way.
-_DIRECT_LAUNCH = tuple(map(int, triton.__version__.split(".")[:2])) in ((3, 6), (3, 7), (3, 8))
 
-
-class _Kernel:
-    """A kernel with its compile-time constants; after the first launch, a launch is one call into the driver."""
-
-    def __init__(self, function: Any, constants: dict[str, Any], num_warps: int, num_stages: int):
-        self.function = function
-        names = [name for name in function.arg_names if name in constants]
-        assert len(names) == len(constants), (names, constants)
-        self.constants_by_name = constants
-        self.constants = tuple(constants[name] for name in names)
-        self.options = {"num_warps": num_warps, "num_stages": num_stages}
-        self.compiled: Any = None
-
-    def __call__(
-        self, grid: tuple[int, int, int], index: int, tensors: tuple[Tensor, ...], *numbers: int
-    ) -> None:
-        compiled = self.compiled
-        if compiled is None:
-            compiled = self.function[grid](*tensors, *numbers, *self.constants, **self.options)
-            if not INTERPRET:
-                self.compiled = compiled
-            return
-        enter = triton.knobs.runtime.launch_enter_hook
-        if not _DIRECT_LAUNCH or (enter is not None and enter.calls):
-            compiled[grid](*tensors, *numbers, *self.constants)
-            return
-        # Addresses instead of tensors: for a tensor, Triton asks the driver whether its address is a GPU's.
-        compiled.run(
-            *grid,
-            torch._C._cuda_getCurrentRawStream(index),
-            compiled.function,
-            compiled.packed_metadata,
-            None,
-            None,
-            None,
-            *[tensor.data_ptr() for tensor in tensors],
-            *numbers,
-            *self.constants,
-        )
-
-    def bind(
-        self, grid: tuple[int, int, int], index: int, *numbers: int
-    ) -> Callable[..., None] | None:
-        """A launch with everything but the addresses filled in; None before the first launch or where not possible."""
-        compiled = self.compiled
-        if compiled is None or not _DIRECT_LAUNCH:
-            return None
-        run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-        current_stream = torch._C._cuda_getCurrentRawStream
-        X, Y, Z = grid
-        rest = (*numbers, *self.constants)
-
-        def launch(*addresses: int) -> None:
-            stream = current_stream(index)
-            run(X, Y, Z, stream, function, metadata, None, None, None, *addresses, *rest)
-
-        return launch
-
-
-class _TracedKernel(_Kernel):
+class _TracedKernel(Kernel):
     """A kernel whose launch is recorded in the graph that is being traced, for compilers to take over."""
 
     def __call__(
@@ -346,6 +286,33 @@ def _smaller(tile: Any) -> Any:
     )
 
 
+def _watched() -> bool:
+    """Whether somebody wants to see launches (a profiler) or calls (tuning)."""
+    hook = triton.knobs.runtime.launch_enter_hook
+    return (hook is not None and bool(hook.calls)) or _recorder is not None
+
+
+def _conditions(x: Tensor, values: Tensor, index: int) -> Callable[[int, int], bool]:
+    """A question about a later call with other addresses of x and values: is all as it is now?
+
+    All that a launch rests on and direct.py does not compare.
+    """
+    current_device = torch._C._cuda_getDevice
+    x_offset, values_offset = x.data_ptr() % 16, values.data_ptr() % 16
+    tf32 = allows_tf32() if x.dtype == torch.float32 else None
+
+    def unchanged(x_at: int, values_at: int) -> bool:
+        return (
+            x_at % 16 == x_offset
+            and values_at % 16 == values_offset
+            and current_device() == index
+            and (tf32 is None or allows_tf32() is tf32)
+            and not _watched()
+        )
+
+    return unchanged
+
+
 class _Product:
     """A prepared ``bsr_matmul_kernel`` launch: everything but the tensors and M."""
 
@@ -361,7 +328,7 @@ class _Product:
         has_low: bool,
         activation: str,
         wide: bool,
-        kernel_type: type[_Kernel] = _Kernel,
+        kernel_type: type[Kernel] = Kernel,
     ) -> None:
         self.problem = problem
         self.kernel_type = kernel_type
@@ -401,13 +368,16 @@ class _Product:
             "GROUP_M": tile.GROUP_M,
         }
         self.kernel = self.kernel_type(
-            kernels.bsr_matmul_kernel, constants, tile.num_warps, tile.num_stages
+            kernels.bsr_matmul_kernel,
+            constants,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
         )
         self.reduce = self.kernel_type(
             kernels.sum_splits_kernel,
             {"HAS_BIAS": self.has_bias, "ACTIVATION": self.activation, "BLOCK": 256},
-            4,
-            2,
+            num_warps=4,
+            num_stages=2,
         )
 
     def __call__(
@@ -460,22 +430,17 @@ class _Product:
         launch = self.kernel.bind(grid, index, M, stride_m, stride_k, N, *self.sizes)
         grid = (-(-M * N // 256), 1, 1)
         reduce = self.reduce.bind(grid, index, M * N, N, splits) if splits > 1 else None
-        activity = triton.knobs.runtime
-        hook = activity.launch_enter_hook
         if (
             not direct.USABLE
             or launch is None
             or self.has_low
             or (splits > 1 and reduce is None)
-            or (hook is not None and hook.calls)
+            or _watched()
         ):
             return None
         empty = direct.empty_strided_cuda if x.is_cuda else direct.empty_strided_cpu
         shape, strides, dtype, accumulator = tuple(y.shape), y.stride(), y.dtype, self.accumulator
-        current_device = torch._C._cuda_getDevice
-        # What direct.py does not compare and the launch rests on.
-        x_offset, values_offset = x.data_ptr() % 16, values.data_ptr() % 16
-        tf32 = allows_tf32() if dtype == torch.float32 else None
+        unchanged = _conditions(x, values, index)
 
         def forward(
             x: Tensor,
@@ -487,16 +452,8 @@ class _Product:
             activation: str,
             plan: Tensor | None,
         ) -> Tensor | None:
-            hook = activity.launch_enter_hook
             x_at, values_at = x.data_ptr(), values.data_ptr()
-            if (
-                x_at % 16 != x_offset
-                or values_at % 16 != values_offset
-                or current_device() != index
-                or (tf32 is not None and allows_tf32() is not tf32)
-                or (hook is not None and hook.calls)  # a profiler wants to see launches
-                or _recorder is not None
-            ):
+            if not unchanged(x_at, values_at):
                 return None
             y = empty(shape, strides, dtype)
             at, col_at, y_at = crow.data_ptr(), col.data_ptr(), y.data_ptr()
@@ -521,8 +478,11 @@ class _BlockGradient:
         self.problem = problem
         self.wide = wide
         self.accumulator = torch.float64 if problem.itemsize == 8 else torch.float32
-        self.reduce = _Kernel(
-            kernels.sum_splits_kernel, {"HAS_BIAS": False, "ACTIVATION": 0, "BLOCK": 256}, 4, 2
+        self.reduce = Kernel(
+            kernels.sum_splits_kernel,
+            {"HAS_BIAS": False, "ACTIVATION": 0, "BLOCK": 256},
+            num_warps=4,
+            num_stages=2,
         )
         self.set_tile(tile)
 
@@ -543,9 +503,9 @@ class _BlockGradient:
         self._set_kernels(kernels.grad_values_kernel, constants)
 
     def _set_kernels(self, function: Any, constants: dict[str, Any]) -> None:
-        options = (self.tile.num_warps, self.tile.num_stages)
+        options = {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages}
         self.kernels = [
-            _Kernel(function, constants | {"SPLIT": split}, *options) for split in (False, True)
+            Kernel(function, constants | {"SPLIT": split}, **options) for split in (False, True)
         ]
 
     def _operands(
@@ -669,7 +629,7 @@ class _DenseGradient:
 # Prepared launches by what the choice of tile rests on.
 _launches: dict[tuple, Any] = {}
 # What the last plain forward did: addresses of x and y, the launch, and what to bind it to.
-_latest: tuple[int, int, _Product, tuple[int, int, int, int]] | None = None
+_latest: tuple[int, int, int, Callable[[Tensor, Tensor, Tensor], direct.Run | None]] | None = None
 # A program that keeps making new shapes must not grow these for ever; rebuilding an entry is cheap, because Triton
 # keeps the compiled kernels.
 _MOST_ENTRIES = 4096
@@ -778,7 +738,8 @@ def _plain_forward(
     # The plan starts with row_order; without one crow stands in and is not read as an order.
     order = crow if plan is None else plan
     y = launch(index, x, crow, col, col, order, values, low, bias, M, stride_m, stride_k)
-    _latest = (x.data_ptr(), y.data_ptr(), launch, (index, M, stride_m, stride_k))
+    bind = partial(launch.bind, index=index, M=M, stride_m=stride_m, stride_k=stride_k)
+    _latest = (x.data_ptr(), y.data_ptr(), y.numel(), bind)
     return y
 
 
@@ -801,7 +762,7 @@ def _forward_product(
     bucket: int,
     strides: tuple[int, int],
     index: int,
-    kernel_type: type[_Kernel] = _Kernel,
+    kernel_type: type[Kernel] = Kernel,
 ) -> _Product:
     K = x.shape[1]
     problem = _forward_problem(x, crow, values, activation, bucket, index)
@@ -823,7 +784,7 @@ def _forward_product(
     )
 
 
-_pack_kernels: dict[tuple, _Kernel] = {}
+_pack_kernels: dict[tuple, Kernel] = {}
 
 
 def _pack_kernel(
@@ -832,8 +793,8 @@ def _pack_kernel(
     has_perm: bool,
     transpose: bool,
     split: bool,
-    kernel_type: type[_Kernel] = _Kernel,
-) -> _Kernel:
+    kernel_type: type[Kernel] = Kernel,
+) -> Kernel:
     constants = {
         "n": c if transpose else r,
         "k": r if transpose else c,
@@ -843,7 +804,7 @@ def _pack_kernel(
         "SPLIT": split,
         "BLOCK": 1024,
     }
-    return kernel_type(kernels.pack_blocks_kernel, constants, 4, 2)
+    return kernel_type(kernels.pack_blocks_kernel, constants, num_warps=4, num_stages=2)
 
 
 def _pack(
@@ -853,7 +814,7 @@ def _pack(
     out: Tensor,
     split: bool,
     index: int,
-    kernel: _Kernel | None = None,
+    kernel: Kernel | None = None,
 ) -> None:
     """Write the stored blocks to ``out``, permuted, transposed and split in TF32 parts as asked."""
     nnz, r, c = values.shape
@@ -875,7 +836,7 @@ def _split_tf32(
     perm: Tensor | None,
     transpose: bool,
     index: int,
-    kernel: _Kernel | None = None,
+    kernel: Kernel | None = None,
 ) -> tuple[Tensor, Tensor]:
     """High and low TF32 parts of the stored blocks, permuted and transposed as asked."""
     nnz, r, c = values.shape
@@ -947,6 +908,32 @@ def hopper_kernel(
     return hopper.forward
 
 
+def _bind_strips(
+    run: Callable[..., Tensor], x: Tensor, values: Tensor, y: Tensor, *, index: int
+) -> direct.Run | None:
+    """The same for the Gluon kernel as :meth:`_Product.bind` for the plain one."""
+    if not direct.USABLE or _watched():
+        return None
+    unchanged = _conditions(x, values, index)
+    shape = tuple(y.shape)
+
+    def forward(
+        x: Tensor,
+        crow: Tensor,
+        col: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        out_features: int | None,
+        activation: str,
+        plan: Tensor | None,
+    ) -> Tensor | None:
+        if not unchanged(x.data_ptr(), values.data_ptr()):
+            return None
+        return run(x, crow, col, values, bias, plan, shape)
+
+    return forward
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What ops/bsr_linear.py calls.
 
@@ -978,6 +965,7 @@ def forward(
     Returns:
         ``(M, R * r)`` contiguous.
     """
+    global _latest
     index = _index(x)
     if not INTERPRET and index != torch._C._cuda_getDevice():
         with torch.cuda.device(index):
@@ -985,9 +973,16 @@ def forward(
     if _recorder is not None:
         _recorder(x, crow, col, values, bias, activation, plan)
     if x.shape[0] >= HOPPER_TOKENS:
-        hopper = hopper_kernel(x, crow, col, values, bias, activation, plan, index)
-        if hopper is not None:
-            return hopper(x, crow, col, values, bias, activation, plan)
+        kernel = hopper_kernel(x, crow, col, values, bias, activation, plan, index)
+        if kernel is not None:
+            y = kernel(x, crow, col, values, bias, activation, plan)
+            hopper = _load_hopper()
+            assert hopper is not None
+            tile = getattr(kernel, "keywords", {})
+            run = hopper.launcher(x, crow, values, bias, activation, plan, **tile)
+            bind = partial(_bind_strips, run, index=index)
+            _latest = (x.data_ptr(), y.data_ptr(), y.numel(), bind)
+            return y
     return _plain_forward(x, crow, col, values, bias, activation, plan, index)
 
 
@@ -1034,7 +1029,7 @@ def call(
         and _recorder is None
         # The kernel read and wrote these very tensors: nothing was copied, padded or cropped on the way.
         and latest[:2] == (x.data_ptr(), y.data_ptr())
-        and y.numel() == latest[3][1] * latest[2].N
+        and y.numel() == latest[2]
         and crow.is_contiguous()
         and col.is_contiguous()
         and values.is_contiguous()
@@ -1042,7 +1037,7 @@ def call(
         and (plan is None or plan.is_contiguous())
         and x.get_device() == torch._C._cuda_getDevice()
     ):
-        run = latest[2].bind(x, values, y, *latest[3])
+        run = latest[3](x, values, y)
         if run is not None:
             direct.remember(run, None, *args)
     return y

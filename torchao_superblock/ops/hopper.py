@@ -6,12 +6,14 @@ either is missing :func:`supports` answers False and the plain Triton kernels se
 Legend: M tokens, N out features, K in features, R x C the block grid, r x c the block size, nnz stored blocks.
 """
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from torchao_superblock.ops.launch import Kernel
 from torchao_superblock.ops.plan import STRIP, split_plan
 from torchao_superblock.ops.precision import allows_tf32
 
@@ -42,9 +44,10 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 # Fewer tokens than this leave multiprocessors without a tile; the plain kernels split finer.
 _MIN_TOKENS = 2048
-# Launching this kernel takes the host about 55 us (three TMA descriptors are made anew), which hides behind the GPU's
-# work only where that is at least the reading of x and writing of y for some tens of microseconds.
-_MIN_BYTES = 100e6
+# Launching this kernel takes the host about twice as long as the plain one (three TMA descriptors are made anew). That
+# hides behind the GPU's work only where reading x and writing y takes its memory so many microseconds; or half of them
+# for 16 x 16 blocks, for which the plain kernel takes about twice as long.
+_MIN_MICROSECONDS = 18.5
 
 
 class Strips(NamedTuple):
@@ -375,9 +378,14 @@ def _processors(index: int) -> int:
 
 
 @cache
+def _memory_speed(index: int) -> float:
+    """Gigabytes a second between a GPU and its memory."""
+    return triton.testing.get_dram_gbps(index)
+
+
 def _slow_memory(index: int) -> bool:
     """Whether a GPU's memory is more like an H100's than an H200's."""
-    return triton.testing.get_dram_gbps(index) < _SLOW_MEMORY
+    return _memory_speed(index) < _SLOW_MEMORY
 
 
 def _exact(dtype: torch.dtype) -> bool:
@@ -394,20 +402,30 @@ def unavailable_reason(index: int = 0) -> str | None:
     return None
 
 
-def _choose(x: Tensor, crow: Tensor, values: Tensor, activation: str) -> Strips | None:
-    nnz, r, c = values.shape
+def _choose(
+    index: int,
+    M: int,
+    rows: int,
+    columns: int,
+    r: int,
+    c: int,
+    nnz: int,
+    dtype: torch.dtype,
+    activation: str,
+) -> Strips | None:
+    """The rules' choice for a device and torch's switch for float32."""
     return choose(
-        x.shape[0],
-        crow.shape[0] - 1,
-        x.shape[1] // c,
+        M,
+        rows,
+        columns,
         r,
         c,
         nnz,
-        x.dtype,
-        exact=_exact(x.dtype),
+        dtype,
+        exact=_exact(dtype),
         activation=activation,
-        processors=_processors(x.device.index),
-        slow_memory=_slow_memory(x.device.index),
+        processors=_processors(index),
+        slow_memory=_slow_memory(index),
     )
 
 
@@ -423,12 +441,13 @@ def supports(
     """Whether :func:`forward` serves this call."""
     if unavailable_reason(x.device.index) is not None or activation not in _ACTIVATIONS:
         return False
-    nnz, r, _c = values.shape
+    nnz, r, c = values.shape
     M, K = x.shape
-    bytes_ = x.element_size()
+    index, bytes_ = x.device.index, x.element_size()
+    least = _MIN_MICROSECONDS / 2 if r == c == 16 else _MIN_MICROSECONDS
     return (
         M >= _MIN_TOKENS
-        and M * (K + (crow.shape[0] - 1) * r) * bytes_ >= _MIN_BYTES
+        and M * (K + (crow.shape[0] - 1) * r) * bytes_ >= least * 1e3 * _memory_speed(index)
         and K >= 64
         and nnz > 0
         and x.stride(1) == 1
@@ -438,7 +457,7 @@ def supports(
         and values.data_ptr() % 16 == 0
         and ((crow.shape[0] - 1) * r) % STRIP == 0
         and max(M, nnz * r) < 2**31 - 512
-        and _choose(x, crow, values, activation) is not None
+        and _choose(index, M, crow.shape[0] - 1, K // c, r, c, nnz, x.dtype, activation) is not None
     )
 
 
@@ -496,6 +515,130 @@ def options(tile: Strips) -> dict[str, Any]:
     return {"num_warps": 4} if tile.programs == 1 else {"num_warps": 4, "maxnreg": 80}
 
 
+@cache
+def _kernel(
+    index: int,
+    dtype: torch.dtype,
+    tile: Strips,
+    rows: int,
+    columns: int,
+    r: int,
+    c: int,
+    exact: bool,
+    has_order: bool,
+    has_bias: bool,
+    activation: str,
+    turns: bool,
+) -> Kernel:
+    """The kernel for launches that Triton compiles alike. It makes a constant of ``turn`` where that is 1."""
+    settings = (rows, columns, r, c, dtype.itemsize, exact, has_order, has_bias, activation)
+    return Kernel(kernels.bsr_linear_strips, constants(tile, *settings), **options(tile))
+
+
+@lru_cache(maxsize=4096)  # one for each number of tokens
+def _launcher(
+    index: int,
+    dtype: torch.dtype,
+    M: int,
+    K: int,
+    stride: int,
+    rows: int,
+    r: int,
+    c: int,
+    nnz: int,
+    has_bias: bool,
+    activation: str,
+    has_plan: bool,
+    exact: bool,
+    tile: Strips | None,
+) -> Callable[..., Tensor]:
+    """What :func:`launcher` returns, from all that it depends on."""
+    columns, N = K // c, rows * r
+    if tile is None:
+        tile = _choose(index, M, rows, columns, r, c, nnz, dtype, activation)
+        assert tile is not None
+    # Drawn, the longest rows of tall blocks come first; dealt out, sorted ones would come to the same programs.
+    has_order = (tile.dynamic if r > STRIP else tile.grouped) and has_plan
+    bytes_ = dtype.itemsize
+    x_box, w_box, y_box = boxes(tile, r, c, bytes_)
+    w_width = w_box[1] if tile.packed else c
+    w_shape = [nnz * r * c // w_width, w_width]
+    layout, w_layout = _layout(128, 8 * bytes_), _layout(w_box[1] * bytes_, 8 * bytes_)
+    processors = _processors(index)
+    tiles, halves = _split_last(_tiles(M, N, tile), tile, processors)
+    groups = -(-N // (STRIP * tile.group))
+    programs = min(tiles, tile.programs * processors)
+    turn = _turn(tile, programs, groups, K * bytes_)
+    settings = (rows, columns, r, c, exact, has_order, has_bias, activation)
+    kernel = _kernel(index, dtype, tile, *settings, turn > 1)
+    numbers = (tiles, halves if tile.halves else 1, groups, turn, rows, columns, nnz)
+
+    def run(
+        x: Tensor,
+        crow: Tensor,
+        col: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        plan: Tensor | None,
+        shape: tuple[int, ...],
+    ) -> Tensor:
+        y = torch.empty(shape, dtype=dtype, device=x.device)
+        order = counter = crow
+        if has_order:
+            parts = split_plan(plan, rows, columns, nnz)
+            order = parts.row_groups if r <= STRIP else parts.row_order
+        if tile.dynamic:
+            counter = torch.zeros(1, dtype=torch.int32, device=x.device)
+        kernel(
+            (programs, 1, 1),
+            index,
+            (values, y if bias is None else bias, crow, col, order, counter),
+            *numbers,
+            descriptors=(
+                TensorDescriptor(x, [M, K], [stride, 1], x_box, layout),
+                TensorDescriptor(values, w_shape, [w_width, 1], w_box, w_layout),
+                TensorDescriptor(y, [M, N], [N, 1], y_box, layout),
+            ),
+        )
+        return y
+
+    return run
+
+
+def launcher(
+    x: Tensor,
+    crow: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    plan: Tensor | None,
+    *,
+    tile: Strips | None = None,
+) -> Callable[..., Tensor]:
+    """All of :func:`forward` that is the same for other tensors like these.
+
+    Returns:
+        A function of x, crow, col, values, bias, plan and the shape of y, which returns y. Its x and y may have leading
+        dimensions, where x lies in memory as the one here does.
+    """
+    nnz, r, c = values.shape
+    return _launcher(
+        x.device.index,
+        x.dtype,
+        *x.shape,
+        x.stride(0),
+        crow.shape[0] - 1,
+        r,
+        c,
+        nnz,
+        bias is not None,
+        activation,
+        plan is not None,
+        _exact(x.dtype),
+        tile,
+    )
+
+
 def forward(
     x: Tensor,
     crow: Tensor,
@@ -522,67 +665,7 @@ def forward(
     Returns:
         ``(M, R * r)`` contiguous.
     """
-    M, K = x.shape
-    nnz, r, c = values.shape
-    rows = crow.shape[0] - 1
-    N = rows * r
-    if tile is None:
-        tile = _choose(x, crow, values, activation)
-        assert tile is not None
-    order = crow
-    # Drawn, the longest rows of tall blocks come first; dealt out, sorted ones would come to the same programs.
-    has_order = (tile.dynamic if r > STRIP else tile.grouped) and plan is not None
-    if has_order:
-        parts = split_plan(plan, rows, K // c, nnz)
-        order = parts.row_groups if r <= STRIP else parts.row_order
-    bytes_ = x.element_size()
-    bits = 8 * bytes_
-    x_box, w_box, y_box = boxes(tile, r, c, bytes_)
-    w_width = w_box[1] if tile.packed else c
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    counter = crow
-    if tile.dynamic:
-        counter = torch.zeros(1, dtype=torch.int32, device=x.device)
-    processors = _processors(x.device.index)
-    tiles, halves = _split_last(_tiles(M, N, tile), tile, processors)
-    groups = -(-N // (STRIP * tile.group))
-    programs = min(tiles, tile.programs * processors)
-    turn = _turn(tile, programs, groups, K * bytes_)
-    kernels.bsr_linear_strips[(programs,)](
-        TensorDescriptor(x, [M, K], [x.stride(0), 1], x_box, _layout(128, bits)),
-        TensorDescriptor(
-            values,
-            [nnz * r * c // w_width, w_width],
-            [w_width, 1],
-            w_box,
-            _layout(w_box[1] * bytes_, bits),
-        ),
-        TensorDescriptor(y, [M, N], [N, 1], y_box, _layout(128, bits)),
-        values,
-        y if bias is None else bias,
-        crow,
-        col,
-        order,
-        counter,
-        tiles,
-        halves if tile.halves else 1,
-        groups,
-        turn,
-        rows,
-        K // c,
-        nnz,
-        **constants(
-            tile,
-            rows,
-            K // c,
-            r,
-            c,
-            bytes_,
-            _exact(x.dtype),
-            has_order,
-            bias is not None,
-            activation,
-        ),
-        **options(tile),
+    run = launcher(x, crow, values, bias, activation, plan, tile=tile)
+    return run(
+        x, crow, col, values, bias, plan, (x.shape[0], (crow.shape[0] - 1) * values.shape[1])
     )
-    return y
