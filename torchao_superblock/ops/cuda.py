@@ -26,7 +26,7 @@ from triton.runtime.errors import OutOfResources
 
 from torchao_superblock.ops import direct
 from torchao_superblock.ops import triton_kernels as kernels
-from torchao_superblock.ops.launch import Kernel
+from torchao_superblock.ops.launch import Kernel, watched
 from torchao_superblock.ops.plan import Plan, split_plan
 from torchao_superblock.ops.precision import allows_tf32
 from torchao_superblock.ops.triton_kernels import FMA, NATIVE, TF32, TF32X3
@@ -288,8 +288,7 @@ def _smaller(tile: Any) -> Any:
 
 def _watched() -> bool:
     """Whether somebody wants to see launches (a profiler) or calls (tuning)."""
-    hook = triton.knobs.runtime.launch_enter_hook
-    return (hook is not None and bool(hook.calls)) or _recorder is not None
+    return watched() or _recorder is not None
 
 
 def _conditions(x: Tensor, values: Tensor, index: int) -> Callable[[int, int], bool]:

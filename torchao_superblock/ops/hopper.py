@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchao_superblock.ops.launch import Kernel
 from torchao_superblock.ops.plan import STRIP, split_plan
 from torchao_superblock.ops.precision import allows_tf32
 
@@ -35,6 +34,7 @@ try:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from torchao_superblock.ops import hopper_kernels as kernels
+    from torchao_superblock.ops.launch import Kernel
 
     _import_error: str | None = None
 except Exception as error:  # an experimental module may fail in any way
@@ -412,8 +412,9 @@ def _choose(
     nnz: int,
     dtype: torch.dtype,
     activation: str,
+    exact: bool,
 ) -> Strips | None:
-    """The rules' choice for a device and torch's switch for float32."""
+    """The rules' choice for a device."""
     return choose(
         M,
         rows,
@@ -422,7 +423,7 @@ def _choose(
         c,
         nnz,
         dtype,
-        exact=_exact(dtype),
+        exact=exact,
         activation=activation,
         processors=_processors(index),
         slow_memory=_slow_memory(index),
@@ -457,7 +458,19 @@ def supports(
         and values.data_ptr() % 16 == 0
         and ((crow.shape[0] - 1) * r) % STRIP == 0
         and max(M, nnz * r) < 2**31 - 512
-        and _choose(index, M, crow.shape[0] - 1, K // c, r, c, nnz, x.dtype, activation) is not None
+        and _choose(
+            index,
+            M,
+            crow.shape[0] - 1,
+            K // c,
+            r,
+            c,
+            nnz,
+            x.dtype,
+            activation,
+            _exact(x.dtype),
+        )
+        is not None
     )
 
 
@@ -515,7 +528,7 @@ def options(tile: Strips) -> dict[str, Any]:
     return {"num_warps": 4} if tile.programs == 1 else {"num_warps": 4, "maxnreg": 80}
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _kernel(
     index: int,
     dtype: torch.dtype,
@@ -529,7 +542,7 @@ def _kernel(
     has_bias: bool,
     activation: str,
     turns: bool,
-) -> Kernel:
+) -> "Kernel":
     """The kernel for launches that Triton compiles alike. It makes a constant of ``turn`` where that is 1."""
     settings = (rows, columns, r, c, dtype.itemsize, exact, has_order, has_bias, activation)
     return Kernel(kernels.bsr_linear_strips, constants(tile, *settings), **options(tile))
@@ -555,7 +568,7 @@ def _launcher(
     """What :func:`launcher` returns, from all that it depends on."""
     columns, N = K // c, rows * r
     if tile is None:
-        tile = _choose(index, M, rows, columns, r, c, nnz, dtype, activation)
+        tile = _choose(index, M, rows, columns, r, c, nnz, dtype, activation, exact)
         assert tile is not None
     # Drawn, the longest rows of tall blocks come first; dealt out, sorted ones would come to the same programs.
     has_order = (tile.dynamic if r > STRIP else tile.grouped) and has_plan

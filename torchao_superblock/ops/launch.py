@@ -16,6 +16,12 @@ from torch import Tensor
 DIRECT_LAUNCH = tuple(map(int, triton.__version__.split(".")[:2])) in ((3, 6), (3, 7), (3, 8))
 
 
+def watched() -> bool:
+    """Whether somebody, a profiler for instance, wants to see launches."""
+    hook = triton.knobs.runtime.launch_enter_hook
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
 class Kernel:
     """A kernel with its compile-time constants; after the first launch, a launch is one call into the driver.
 
@@ -52,8 +58,7 @@ class Kernel:
                 *descriptors, *tensors, *numbers, *self.constants, **self.options
             )
             return
-        enter = triton.knobs.runtime.launch_enter_hook
-        if not DIRECT_LAUNCH or (enter is not None and enter.calls):
+        if not DIRECT_LAUNCH or watched():
             compiled[grid](*descriptors, *tensors, *numbers, *self.constants)
             return
         # Addresses instead of tensors: for a tensor, Triton asks the driver whether its address is a GPU's.

@@ -26,7 +26,7 @@ from torchao_superblock.ops import cuda, hopper
 from torchao_superblock.ops.cuda import INTERPRET, Found, Problem, Tile
 from torchao_superblock.ops.hopper import Strips
 
-FORMAT = 2
+FORMAT = 3
 # A new tile must be this much faster: less is noise.
 WORTHWHILE = 0.97
 # How far two orders of summation may differ, relative to the norm of the result.
@@ -310,7 +310,8 @@ def _tune_call(arguments: tuple[Any, ...], problem: Problem, index: int) -> Tune
         nnz, r, c = arguments[3].shape
         rows, dtype = arguments[1].shape[0] - 1, arguments[0].dtype
         grid = (rows, K // c, r, c, nnz)
-        rule_strips = hopper._choose(index, M, *grid, dtype, problem.activation)
+        exact = hopper._exact(dtype)
+        rule_strips = hopper._choose(index, M, *grid, dtype, problem.activation, exact)
         if strips_us[fastest] > WORTHWHILE * strips_us.get(rule_strips, float("inf")):
             fastest = rule_strips
         us = strips_us[fastest]
