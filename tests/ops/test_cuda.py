@@ -179,14 +179,10 @@ def test_a_repeated_call_of_the_gluon_kernel_only_launches(
 
         return run
 
-    def forward(x, crow, col, values, bias, activation, plan, *, tile=None):
-        run = launcher(x, crow, values, bias, activation, plan, tile=tile)
-        return run(x, crow, col, values, bias, plan, (x.shape[0], 64))
-
     monkeypatch.setattr(hopper, "launcher", launcher)
-    monkeypatch.setattr(cuda, "_hopper", hopper)
+    monkeypatch.setattr(cuda, "_load_hopper", lambda: hopper)
     monkeypatch.setattr(cuda, "HOPPER_TOKENS", 1)
-    kernel = functools.partial(forward, tile="a tile")
+    kernel = functools.partial(hopper.forward, tile="a tile")
     monkeypatch.setattr(cuda, "hopper_kernel", lambda *arguments: kernel)
 
     def general(*args):

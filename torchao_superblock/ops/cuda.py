@@ -627,7 +627,7 @@ class _DenseGradient:
 
 # Prepared launches by what the choice of tile rests on.
 _launches: dict[tuple, Any] = {}
-# What the last plain forward did: addresses of x and y, the launch, and what to bind it to.
+# What the last forward did: addresses of x and y, the size of y, and how to do it again at once.
 _latest: tuple[int, int, int, Callable[[Tensor, Tensor, Tensor], direct.Run | None]] | None = None
 # A program that keeps making new shapes must not grow these for ever; rebuilding an entry is cheap, because Triton
 # keeps the compiled kernels.
@@ -974,11 +974,13 @@ def forward(
     if x.shape[0] >= HOPPER_TOKENS:
         kernel = hopper_kernel(x, crow, col, values, bias, activation, plan, index)
         if kernel is not None:
-            y = kernel(x, crow, col, values, bias, activation, plan)
             hopper = _load_hopper()
             assert hopper is not None
+            # What the kernel does first, kept for the next call like this one.
             tile = getattr(kernel, "keywords", {})
             run = hopper.launcher(x, crow, values, bias, activation, plan, **tile)
+            N = (crow.shape[0] - 1) * values.shape[1]
+            y = run(x, crow, col, values, bias, plan, (x.shape[0], N))
             bind = partial(_bind_strips, run, index=index)
             _latest = (x.data_ptr(), y.data_ptr(), y.numel(), bind)
             return y

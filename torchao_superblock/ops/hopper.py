@@ -115,6 +115,7 @@ COPIED_16 = Strips(256, 128, 3, 4, 8, 1, 160, copied=True, grouped=True)
 COPIED_16_LONG = Strips(256, 128, 3, 4, 6, 1, 160, copied=True, grouped=True)
 COPIED_32 = Strips(256, 128, 3, 4, 3, 1, 160, copied=True, grouped=True)
 COPIED_32_DYNAMIC = COPIED_32._replace(dynamic=True)
+# For slow memory and few blocks.
 COPIED_32_SHORT = Strips(128, 128, 3, 5, 3, 1, 160, copied=True, grouped=True)
 PACKED = Strips(256, 128, 3, 4, 3, 1, 160, packed=True)
 PACKED_TWO = Strips(256, 128, 2, 4, 4, 1, 216, packed=True)
@@ -402,31 +403,20 @@ def unavailable_reason(index: int = 0) -> str | None:
     return None
 
 
-def _choose(
-    index: int,
-    M: int,
-    rows: int,
-    columns: int,
-    r: int,
-    c: int,
-    nnz: int,
-    dtype: torch.dtype,
-    activation: str,
-    exact: bool,
-) -> Strips | None:
-    """The rules' choice for a device."""
+def _choose(x: Tensor, crow: Tensor, values: Tensor, activation: str) -> Strips | None:
+    nnz, r, c = values.shape
     return choose(
-        M,
-        rows,
-        columns,
+        x.shape[0],
+        crow.shape[0] - 1,
+        x.shape[1] // c,
         r,
         c,
         nnz,
-        dtype,
-        exact=exact,
+        x.dtype,
+        exact=_exact(x.dtype),
         activation=activation,
-        processors=_processors(index),
-        slow_memory=_slow_memory(index),
+        processors=_processors(x.device.index),
+        slow_memory=_slow_memory(x.device.index),
     )
 
 
@@ -444,11 +434,12 @@ def supports(
         return False
     nnz, r, c = values.shape
     M, K = x.shape
-    index, bytes_ = x.device.index, x.element_size()
+    bytes_ = x.element_size()
     least = _MIN_MICROSECONDS / 2 if r == c == 16 else _MIN_MICROSECONDS
     return (
         M >= _MIN_TOKENS
-        and M * (K + (crow.shape[0] - 1) * r) * bytes_ >= least * 1e3 * _memory_speed(index)
+        and M * (K + (crow.shape[0] - 1) * r) * bytes_
+        >= least * 1e3 * _memory_speed(x.device.index)
         and K >= 64
         and nnz > 0
         and x.stride(1) == 1
@@ -458,19 +449,7 @@ def supports(
         and values.data_ptr() % 16 == 0
         and ((crow.shape[0] - 1) * r) % STRIP == 0
         and max(M, nnz * r) < 2**31 - 512
-        and _choose(
-            index,
-            M,
-            crow.shape[0] - 1,
-            K // c,
-            r,
-            c,
-            nnz,
-            x.dtype,
-            activation,
-            _exact(x.dtype),
-        )
-        is not None
+        and _choose(x, crow, values, activation) is not None
     )
 
 
@@ -563,13 +542,10 @@ def _launcher(
     activation: str,
     has_plan: bool,
     exact: bool,
-    tile: Strips | None,
+    tile: Strips,
 ) -> Callable[..., Tensor]:
     """What :func:`launcher` returns, from all that it depends on."""
     columns, N = K // c, rows * r
-    if tile is None:
-        tile = _choose(index, M, rows, columns, r, c, nnz, dtype, activation, exact)
-        assert tile is not None
     # Drawn, the longest rows of tall blocks come first; dealt out, sorted ones would come to the same programs.
     has_order = (tile.dynamic if r > STRIP else tile.grouped) and has_plan
     bytes_ = dtype.itemsize
@@ -635,6 +611,9 @@ def launcher(
         dimensions, where x lies in memory as the one here does.
     """
     nnz, r, c = values.shape
+    if tile is None:
+        tile = _choose(x, crow, values, activation)
+        assert tile is not None
     return _launcher(
         x.device.index,
         x.dtype,

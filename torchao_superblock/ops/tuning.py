@@ -306,12 +306,7 @@ def _tune_call(arguments: tuple[Any, ...], problem: Problem, index: int) -> Tune
     found = Tuned(problem, best, bool(strips), None, before_us, best_us)
     if strips_us:
         fastest = min(strips_us, key=lambda tile: strips_us[tile])
-        M, K = arguments[0].shape
-        nnz, r, c = arguments[3].shape
-        rows, dtype = arguments[1].shape[0] - 1, arguments[0].dtype
-        grid = (rows, K // c, r, c, nnz)
-        exact = hopper._exact(dtype)
-        rule_strips = hopper._choose(index, M, *grid, dtype, problem.activation, exact)
+        rule_strips = hopper._choose(arguments[0], arguments[1], arguments[3], problem.activation)
         if strips_us[fastest] > WORTHWHILE * strips_us.get(rule_strips, float("inf")):
             fastest = rule_strips
         us = strips_us[fastest]
