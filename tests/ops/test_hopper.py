@@ -16,6 +16,7 @@ import torch
 
 from tests.reference import block_mask, random_bsr, relative_error
 from torchao_superblock.ops import build_plan, hopper
+from torchao_superblock.ops.plan import mixes_rows
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 gluon = pytest.importorskip("triton.experimental.gluon", reason="this Triton has no Gluon")
@@ -41,6 +42,7 @@ def _compile(
     activation="none",
     bias=True,
     turn=1,
+    mixed=False,
 ):
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -51,7 +53,7 @@ def _compile(
     name = NAMES[dtype]
     constants = hopper.constants(tile, rows, columns, r, c, bytes_, exact, order, bias, activation)
     signature = {}
-    boxes = hopper.boxes(tile, r, c, bytes_)
+    boxes = hopper.boxes(tile, r, c, bytes_, mixed)
     for argument, box in zip(("x_desc", "w_desc", "y_desc"), boxes, strict=True):
         layout = hopper._layout(box[1] * bytes_, 8 * bytes_)
         signature[argument] = f"tensordesc<{name}{box},{layout!r}>"
@@ -97,7 +99,7 @@ RULES = {
     "THREE_STRIPS": (_problem(50432, 3072, 768, 64, 64, 0.3), {}, 0),
     "THREE_STRIPS_DYNAMIC": (_problem(8192, 14336, 4096, 64, 64, 0.1), {}, 0),
     "THREE_STRIPS_HALVES": (_problem(8192, 4096, 14336, 64, 64, 0.1), {}, 0),
-    "TWO_STRIPS": (_problem(50432, 768, 3072, 128, 128, 0.1), {}, 0),
+    "TWO_STRIPS": (_problem(50432, 768, 3072, 128, 128, 0.3), {}, 0),
     "TWO_STRIPS_DYNAMIC": (_problem(8192, 14336, 14336, 128, 128, 0.1), {}, 0),
     "TWO_PROGRAMS": (
         _problem(50432, 3072, 768, 64, 64, 0.1, activation="gelu"),
@@ -172,6 +174,36 @@ def test_tiles_dealt_out_in_longer_turns_compile(name, tmp_path):
     kernel = _compile(*problem, **settings, turn=None)
     assert "wgmma.mma_async" in kernel.asm["ptx"]
     assert _spilled(kernel, tmp_path) <= 96
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("name", "c", "activation"),
+    [
+        ("COPIED_32", 32, "none"),
+        ("COPIED_32", 32, "gelu"),
+        ("STACKED", 16, "none"),
+        ("THREE_STRIPS", 64, "none"),
+        ("TF32_THREE", 32, "none"),
+        ("EXACT", 32, "gelu"),
+    ],
+)
+def test_strips_of_block_rows_that_lie_apart_compile(name, c, activation, tmp_path):
+    dtype = torch.float32 if name in ("TF32_THREE", "EXACT") else torch.bfloat16
+    kernel = _compile(
+        getattr(hopper, name),
+        *(96, 768 // c, 32, c),
+        dtype=dtype,
+        exact=name == "EXACT",
+        activation=activation,
+        mixed=True,
+    )
+    ptx = kernel.asm["ptx"]
+    assert "wgmma.mma_async" in ptx
+    assert ("stmatrix.sync.aligned.m8n8.x4.trans" in ptx) == (dtype == torch.bfloat16)
+    limit = PROGRAM_PAIR_LIMIT if name == "EXACT" else SHARED_LIMIT
+    assert kernel.metadata.shared <= limit
+    assert _spilled(kernel, tmp_path) <= 16
 
 
 @needs_compiler
@@ -301,22 +333,38 @@ def test_what_the_rules_choose_fits_and_is_among_what_tuning_tries(
 
 
 @pytest.mark.parametrize(
-    ("M", "N", "K", "share", "expected"),
+    ("M", "N", "K", "share", "slow", "fast"),
     [
-        (50432, 3072, 768, 0.2, "TWO_SHORT_DYNAMIC"),
-        (50432, 3072, 768, 0.3, "TWO_STRIPS_DYNAMIC"),
-        (50432, 3072, 768, 0.6, "TWO_STRIPS"),
-        (50432, 768, 3072, 0.1, "TWO_SHORT"),
-        (50432, 768, 3072, 0.3, "TWO_SHORT_DYNAMIC"),
-        (12608, 768, 3072, 0.2, "TWO_SHORT"),  # too few rounds to draw tiles
-        (16384, 2048, 2048, 0.2, "TWO_SHORT"),
-        (16384, 2048, 2048, 0.3, "TWO_STRIPS"),
+        (50432, 3072, 768, 0.1, "TWO_SHORT_DYNAMIC", "TWO_SHORT_DYNAMIC"),
+        (50432, 3072, 768, 0.2, "TWO_SHORT_DYNAMIC", "TWO_STRIPS_DYNAMIC"),
+        (50432, 3072, 768, 0.3, "TWO_STRIPS_DYNAMIC", "TWO_STRIPS_DYNAMIC"),
+        (50432, 3072, 768, 0.6, "TWO_STRIPS", "TWO_STRIPS"),
+        (50432, 768, 3072, 0.1, "TWO_SHORT", "TWO_SHORT"),
+        (50432, 768, 3072, 0.3, "TWO_SHORT_DYNAMIC", "TWO_STRIPS"),
+        (12608, 768, 3072, 0.2, "TWO_SHORT", "TWO_STRIPS"),  # too few rounds to draw tiles
+        (16384, 2048, 2048, 0.2, "TWO_SHORT", "TWO_STRIPS"),
+        (16384, 2048, 2048, 0.3, "TWO_STRIPS", "TWO_STRIPS"),
+        (25216, 1024, 4096, 0.1, "TWO_STRIPS_DYNAMIC", "TWO_SHORT"),
+        (25216, 1024, 4096, 0.4, "TWO_STRIPS_DYNAMIC", "TWO_STRIPS"),
+        (8192, 4096, 14336, 0.1, "TWO_STRIPS_DYNAMIC", "TWO_STRIPS_DYNAMIC"),
     ],
 )
-def test_tall_blocks_and_slow_memory(M, N, K, share, expected):
-    tile, *_ = _problem(M, N, K, 128, 128, share, slow_memory=True)
-    assert tile == getattr(hopper, expected)
-    assert _problem(M, N, K, 128, 128, share)[0] in (hopper.TWO_STRIPS, hopper.SHORT_TILES)
+def test_tiles_for_tall_blocks(M, N, K, share, slow, fast):
+    assert _problem(M, N, K, 128, 128, share, slow_memory=True)[0] == getattr(hopper, slow)
+    assert _problem(M, N, K, 128, 128, share)[0] == getattr(hopper, fast)
+
+
+@pytest.mark.parametrize(
+    ("r", "share", "expected"),
+    [
+        (64, 0.1, "SHORT_TILES"),
+        (32, 0.05, "SHORT_TILES"),
+        (32, 0.1, "THREE_STRIPS"),
+        (16, 0.05, "THREE_STRIPS"),
+    ],
+)
+def test_low_blocks_need_fewer_of_them_for_short_tiles(r, share, expected):
+    assert _problem(50432, 3072, 768, r, 64, share)[0] == getattr(hopper, expected)
 
 
 def _variants():
@@ -745,12 +793,25 @@ def test_slow_memory_is_an_h100_s():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("blocksize", [64, 32])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "relu"])
 @pytest.mark.parametrize(("precision", "bound"), [("ieee", 3e-7), ("tf32", 2e-3)])
-def test_float32_activations_match_float64(set_precision, activation, precision, bound):
+def test_float32_activations_match_float64(set_precision, activation, precision, bound, blocksize):
     _hopper_or_skip()
     set_precision(precision)
-    _check(9000, 832, 768, 64, torch.float32, bound, activation=activation)
+    _check(9000, 832, 768, blocksize, torch.float32, bound, activation=activation)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", ["COPIED_32", "COPIED_32_DYNAMIC", "COPIED_32_SHORT", "STACKED"])
+@pytest.mark.parametrize(("sparsity", "mixed"), [(0.5, True), (0.95, False)])
+@pytest.mark.parametrize("N", [768, 320])
+def test_strips_of_neighbours_and_of_rows_that_lie_apart_match_float64(N, sparsity, mixed, tile):
+    _hopper_or_skip()
+    mask = block_mask(N // 32, 24, sparsity)
+    assert mixes_rows(N // 32, int(mask.sum()), (32, 32)) is mixed
+    tile = getattr(hopper, tile)
+    _check(3001, N, 768, 32, torch.bfloat16, 4e-3, tile=tile, mask=mask, activation="relu")
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ import torch
 import torchao_superblock.ops.plan as plan_module
 from tests.reference import block_mask, random_bsr
 from torchao_superblock.ops import build_plan, split_plan
-from torchao_superblock.ops.plan import GROUP, plan_length
+from torchao_superblock.ops.plan import GROUP, mixes_rows, plan_length
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,42 @@ def test_row_groups_are_whole_strips_that_share_more_slices_than_neighbours_do(R
     assert full == sorted(full, reverse=True), "groups that need most first"
 
 
+def _needs(mask, order, blocksize):
+    """The slices that each group needs and the block columns that each strip needs."""
+    stack, width = (64 // side for side in blocksize)
+    blocks = mask[order]
+    slices = torch.nn.functional.pad(blocks, (0, -mask.shape[1] % width))
+    slices = slices.unflatten(1, (-1, width)).any(2)
+    of_groups = [int(group.any(0).sum()) for group in slices.split(GROUP * stack)]
+    return of_groups, [int(strip.any(0).sum()) for strip in blocks.split(stack)]
+
+
+@pytest.mark.parametrize(("c", "R", "C"), [(32, 96, 24), (16, 48, 48), (64, 48, 24), (32, 10, 24)])
+def test_two_block_rows_of_32_make_a_strip_where_they_need_the_same(c, R, C):
+    mask = block_mask(R, C, 0.8)
+    assert mixes_rows(R, int(mask.sum()), (32, c))
+    order = _row_groups(mask, (32, c))
+    assert sorted(order.tolist()) == list(range(R))
+    slices, columns = _needs(mask, order, (32, c))
+    natural_slices, natural_columns = _needs(mask, torch.arange(R), (32, c))
+    assert sum(slices) <= sum(natural_slices) and sum(columns) < sum(natural_columns)
+    full = slices[: R // (2 * GROUP)]
+    assert full == sorted(full, reverse=True), "groups that need most first"
+
+
+def test_block_rows_of_one_pattern_make_strips():
+    mask = torch.eye(8, dtype=torch.bool).repeat(6, 1).repeat_interleave(4, 1)  # rows i, i + 8, ...
+    groups = _row_groups(mask, (32, 32)).split(6)
+    assert [len({row % 8 for row in group.tolist()}) for group in groups] == [1] * 8
+
+
+def test_block_rows_stay_neighbours_where_writing_apart_costs_more():
+    assert mixes_rows(96, 384, (32, 32)) and not mixes_rows(96, 383, (32, 32))
+    assert not mixes_rows(96, 2000, (16, 16)) and not mixes_rows(96, 2000, (64, 64))
+    order = _row_groups(block_mask(96, 24, 0.9), (32, 32)).view(-1, 2)
+    assert (order[:, 0] % 2 == 0).all() and (order.diff(dim=1) == 1).all()
+
+
 def _unevenness(mask, order):
     """What swaps lower: the sum of squares of the slices that groups need (blocks of 64 x 64)."""
     return sum(int(group.any(0).sum()) ** 2 for group in mask[order].split(GROUP))
@@ -91,7 +127,7 @@ def test_no_swap_of_two_rows_makes_the_groups_smaller_or_more_alike(R, C, sparsi
 def test_rows_too_many_to_compare_with_each_other_are_grouped_without_swaps(monkeypatch):
     mask = block_mask(96, 48, 0.9)
     swapped = _row_groups(mask, (64, 64))
-    monkeypatch.setattr(plan_module, "_SWAPPED_STRIPS", 95)
+    monkeypatch.setattr(plan_module, "_SWAPPED", 95)
     greedy = _row_groups(mask, (64, 64))
     assert sorted(greedy.tolist()) == list(range(96))
     natural = torch.arange(96)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchao_superblock.ops.plan import STRIP, split_plan
+from torchao_superblock.ops.plan import STRIP, mixes_rows, split_plan
 from torchao_superblock.ops.precision import allows_tf32
 
 __all__ = [
@@ -214,7 +214,7 @@ def shared_bytes(tile: Strips, rows: int, columns: int, r: int, c: int, bytes_: 
     # Only float32 accuracy has single strips; it keeps a second half of x beside each slice.
     elements = (2 if tile.group == 1 else 1) * tile.x_slots * tile.tokens * x_box[1]
     elements += tile.group * tile.w_slots * max(1, STRIP // r) * w_box[0] * w_box[1]
-    elements += tile.group * tile.y_slots * y_box[0] * y_box[1]
+    elements += tile.group * tile.y_slots * y_box[0] * STRIP
     # Three for each slot of x, two for each slot of blocks, 12 for drawn tiles. The compiler adds up to 300 bytes.
     barriers = 8 * (3 * tile.x_slots + 2 * tile.group * tile.w_slots + 12)
     return elements * bytes_ + 8 * _table_size(rows, columns) + barriers + 320
@@ -328,6 +328,12 @@ def choose(
         if entries > 1024:
             return TWO_STRIPS
         return TWO_PROGRAMS_DYNAMIC if slow_memory and N >= 2 * K else TWO_PROGRAMS
+    if not slow_memory and r > STRIP and entries <= 1024:
+        # Drawing pays where the output is most of the traffic, or where there is much work.
+        if N >= 2 * K and K <= 1024 and share <= 0.5:
+            return TWO_SHORT_DYNAMIC if share <= 0.12 else TWO_STRIPS_DYNAMIC
+        if N <= 2048:
+            return TWO_SHORT if share <= 0.15 else TWO_STRIPS
     if slow_memory and r > STRIP and K < 4096 and entries <= 1024:
         # Rows of a few tall blocks differ the most. What drawing gains in a few rounds, zeroing the counter takes.
         if N >= 2 * K and share <= 0.5:
@@ -343,7 +349,8 @@ def choose(
             return TWO_SHORT if K <= 1024 else SHORT_TILES
         if min(N, K) <= 1024:
             return TWO_SHORT
-    if K <= 1024 and share <= 0.15 and entries <= 1024:
+    # Stacked, rows of low blocks need as many slices of x as with more blocks of 64 rows.
+    if K <= 1024 and share * STRIP <= 0.15 * min(r, STRIP) and entries <= 1024:
         return SHORT_TILES
     # Long tiles that differ in length: with few blocks in a row they do so by much; with more of them, drawing needs
     # more work to pay. In a few rounds what is dealt out stays in step, in many it drifts apart.
@@ -453,8 +460,13 @@ def supports(
     )
 
 
-def boxes(tile: Strips, r: int, c: int, bytes_: int) -> tuple[list[int], list[int], list[int]]:
-    """Shapes of the TMA boxes of x, of the values and of y, in elements of ``bytes_`` bytes."""
+def boxes(
+    tile: Strips, r: int, c: int, bytes_: int, mixed: bool = False
+) -> tuple[list[int], list[int], list[int]]:
+    """Shapes of the TMA boxes of x, of the values and of y, in elements of ``bytes_`` bytes.
+
+    ``mixed`` says that the block rows of a strip need not be neighbours.
+    """
     chunk = min(c, 128 // bytes_)
     # Rows of 128 bytes are what TMA copies fastest: narrow blocks share a slice of x.
     x_width = 64 if bytes_ == 2 else chunk
@@ -463,7 +475,8 @@ def boxes(tile: Strips, r: int, c: int, bytes_: int) -> tuple[list[int], list[in
         block = min(r, STRIP) * c
         width = 64 if block >= 512 else 32  # a box has at least 8 rows
         w_box = [block // width, width]
-    return [tile.part if tile.halves else tile.tokens, x_width], w_box, [tile.part, STRIP]
+    x_tokens = tile.part if tile.halves else tile.tokens
+    return [x_tokens, x_width], w_box, [tile.part, r if mixed else STRIP]
 
 
 def constants(
@@ -549,10 +562,13 @@ def _launcher(
     # Drawn, the longest rows of tall blocks come first; dealt out, sorted ones would come to the same programs.
     has_order = (tile.dynamic if r > STRIP else tile.grouped) and has_plan
     bytes_ = dtype.itemsize
-    x_box, w_box, y_box = boxes(tile, r, c, bytes_)
+    mixed = has_order and mixes_rows(rows, nnz, (r, c))
+    x_box, w_box, y_box = boxes(tile, r, c, bytes_, mixed)
     w_width = w_box[1] if tile.packed else c
     w_shape = [nnz * r * c // w_width, w_width]
-    layout, w_layout = _layout(128, 8 * bytes_), _layout(w_box[1] * bytes_, 8 * bytes_)
+    layout, w_layout, y_layout = (
+        _layout(box[1] * bytes_, 8 * bytes_) for box in (x_box, w_box, y_box)
+    )
     processors = _processors(index)
     tiles, halves = _split_last(_tiles(M, N, tile), tile, processors)
     groups = -(-N // (STRIP * tile.group))
@@ -586,7 +602,7 @@ def _launcher(
             descriptors=(
                 TensorDescriptor(x, [M, K], [stride, 1], x_box, layout),
                 TensorDescriptor(values, w_shape, [w_width, 1], w_box, w_layout),
-                TensorDescriptor(y, [M, N], [N, 1], y_box, layout),
+                TensorDescriptor(y, [M, N], [N, 1], y_box, y_layout),
             ),
         )
         return y

@@ -602,10 +602,11 @@ def _activate_in_place(y_s, ACTIVATION: gl.constexpr):
     several times as long as their arithmetic takes. The few of a loop run again and again.
     """
     ROWS: gl.constexpr = 64
-    PARTS: gl.constexpr = y_s.shape[0] * 64 // (ROWS * 32)
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
-    # 128 bytes are what a row of the layout is wide: the left halves of all tokens, then the right.
-    parts = _reinterpreted(y_s, gl.float32, [PARTS, ROWS, 32])
+    # 128 bytes are what a row of the layout is wide at most: the left halves of all tokens, then the right.
+    WIDTH: gl.constexpr = min(y_s.shape[1], 32)
+    PARTS: gl.constexpr = y_s.shape[0] * y_s.shape[1] // (ROWS * WIDTH)
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // WIDTH, WIDTH // 4], [4, 1], [1, 0])
+    parts = _reinterpreted(y_s, gl.float32, [PARTS, ROWS, WIDTH])
     _barrier()
     for i in range(PARTS):
         part = parts.index(i)
@@ -615,20 +616,32 @@ def _activate_in_place(y_s, ACTIVATION: gl.constexpr):
 
 
 @gluon.jit
-def _store(acc, bias, y_desc, y_s, row, column, PENDING: gl.constexpr, ACTIVATION: gl.constexpr):
-    """Send act(acc + bias) to y by way of y_s, once no more than PENDING stores read the buffers."""
+def _store(acc, bias, y_desc, y_s, row, features, BUFFERS: gl.constexpr, ACTIVATION: gl.constexpr):
+    """Send act(acc + bias) to y by way of y_s, once BUFFERS - 1 others at most are being read.
+
+    They go to y as one piece of 64 outputs, or as two of 32 that lie apart.
+    """
     FLOAT32: gl.constexpr = y_desc.dtype.primitive_bitwidth == 32
+    BN: gl.constexpr = acc.shape[1]
+    WIDTH: gl.constexpr = y_s.shape[1]
+    PIECES: gl.constexpr = 64 // WIDTH
+    gl.static_assert(PIECES <= 2)
     LATER: gl.constexpr = FLOAT32 and ACTIVATION != "none" and ACTIVATION != "relu"
     out = acc + bias[:, None]
     if not LATER:
         out = _activate(out, FLOAT32, ACTIVATION).to(y_desc.dtype)
-    tma.store_wait(PENDING)
-    y_s.permute((1, 0)).store(out)
+    tma.store_wait((BUFFERS - 1) * PIECES)
+    if PIECES == 1:
+        y_s.permute((1, 0)).store(out)
+    else:
+        y_s.store(out.reshape([PIECES, WIDTH, BN]).permute((0, 2, 1)).reshape([PIECES * BN, WIDTH]))
     if LATER:
         _activate_in_place(y_s, ACTIVATION)
     else:
         fence_async_shared()
-    _tma_store(y_desc, [row, column], y_s)
+    _tma_store(y_desc, [row, features[0]], y_s.slice(0, BN, dim=0))
+    if PIECES == 2:
+        _tma_store(y_desc, [row, features[1]], y_s.slice(BN, BN, dim=0))
 
 
 @gluon.jit
@@ -722,24 +735,29 @@ def _features(
     bias_ptr,
     order_ptr,
     rows,
-    strips,
     lanes: gl.constexpr,
     STACK: gl.constexpr,
     SPLIT: gl.constexpr,
+    PIECES: gl.constexpr,
     HAS_ORDER: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):
-    """The first output of a strip, and the bias of its 64."""
-    feature = strip * 64
-    if HAS_ORDER:
-        row = _row_at(order_ptr, _block_row(strip, 0, STACK, SPLIT), rows, HAS_ORDER)
-        feature = row * (64 * SPLIT // STACK) + strip % SPLIT * 64
+    """Where the one or two pieces of a strip start among the outputs, and the bias of its 64 outputs."""
+    place = _block_row(strip, 0, STACK, SPLIT)
+    HEIGHT: gl.constexpr = 64 * SPLIT // STACK  # of a block
+    first = _row_at(order_ptr, place, rows, HAS_ORDER) * HEIGHT + strip % SPLIT * 64
+    second = first
+    if PIECES == 2:
+        second = _row_at(order_ptr, place + 1, rows, HAS_ORDER) * HEIGHT
     bias = gl.zeros([64], gl.float32, lanes)
     if HAS_BIAS:
         i = gl.arange(0, 64, layout=lanes)
-        bias = gl.load(bias_ptr + feature + i, mask=i < strips * 64 - feature, other=0)
+        feature = first + i
+        if PIECES == 2:
+            feature = gl.where(i < 32, feature, second - 32 + i)
+        bias = gl.load(bias_ptr + feature, mask=feature < rows * HEIGHT, other=0)
         bias = bias.to(gl.float32)
-    return feature, bias
+    return (first, second), bias
 
 
 @gluon.jit
@@ -772,9 +790,10 @@ def _consume_exact(
     X_SLOTS: gl.constexpr = x_s.shape[0]
     W_SLOTS: gl.constexpr = w_s.shape[0]
     BM: gl.constexpr = x_s.shape[1]
-    BN: gl.constexpr = y_s.shape[1]  # tokens of one accumulator
+    BN: gl.constexpr = BM // 2  # tokens of one accumulator
+    PIECES: gl.constexpr = 64 // y_s.shape[2]
     BUFFERS: gl.constexpr = y_s.shape[0]
-    gl.static_assert(BM == 2 * BN)
+    gl.static_assert(BN * 64 == y_s.shape[1] * y_s.shape[2])
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 8])
     lanes: gl.constexpr = gl.SliceLayout(1, layout)
     w_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 1)
@@ -787,8 +806,8 @@ def _consume_exact(
     t_phase = 0
     while t < tiles:
         m, strip, _half = _tile(t, tiles, halves, strips, turn, BM, DYNAMIC, False)
-        feature, bias = _features(
-            strip, bias_ptr, order_ptr, rows, strips, lanes, STACK, SPLIT, HAS_ORDER, HAS_BIAS
+        features, bias = _features(
+            strip, bias_ptr, order_ptr, rows, lanes, STACK, SPLIT, PIECES, HAS_ORDER, HAS_BIAS
         )
         count = 0
         for window in range(windows):
@@ -826,7 +845,7 @@ def _consume_exact(
         for half in range(2):
             acc = gl.where(half == 0, acc0, acc1)
             y = y_s.index(half % BUFFERS)
-            _store(acc, bias, y_desc, y, m + half * BN, feature, BUFFERS - 1, ACTIVATION)
+            _store(acc, bias, y_desc, y, m + half * BN, features, BUFFERS, ACTIVATION)
         t = _take(schedule, t, t_slot, t_phase, DYNAMIC)
         t_slot, t_phase = _next(t_slot, t_phase, T_SLOTS)
     tma.store_wait(0)
@@ -863,8 +882,9 @@ def _consume(
     BM: gl.constexpr = x_s.shape[1]
     W_SLOTS: gl.constexpr = w_s.shape[0] // GROUP
     BK: gl.constexpr = x_s.shape[2] // WIDE
-    BN: gl.constexpr = y_s.shape[1]  # tokens of one accumulator
+    BN: gl.constexpr = y_s.shape[1] * y_s.shape[2] // 64  # tokens of one accumulator
     PARTS: gl.constexpr = BM // BN
+    PIECES: gl.constexpr = 64 // y_s.shape[2]
     BUFFERS: gl.constexpr = y_s.shape[0] // GROUP
     STEP: gl.constexpr = 256 // x_s.dtype.primitive_bitwidth
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, STEP])
@@ -883,8 +903,8 @@ def _consume(
         m, group, half = _tile(t, tiles, halves, groups, turn, BM, DYNAMIC, HALVES)
         strip = group * GROUP + g
         active = strip < strips
-        feature, bias = _features(
-            strip, bias_ptr, order_ptr, rows, strips, lanes, STACK, SPLIT, HAS_ORDER, HAS_BIAS
+        features, bias = _features(
+            strip, bias_ptr, order_ptr, rows, lanes, STACK, SPLIT, PIECES, HAS_ORDER, HAS_BIAS
         )
         acc0 = gl.zeros([64, BN], gl.float32, layout)
         acc1 = acc0
@@ -945,12 +965,20 @@ def _consume(
                     x_slot, x_phase = _next(x_slot, x_phase, X_SLOTS)
         # A strip past the end leaves the buffers alone: it sends nothing that the next wait could count.
         if active:
-            y0 = y_s.index(g * BUFFERS)
-            _store(acc0, bias, y_desc, y0, m, feature, BUFFERS - 1, ACTIVATION)
-            if PARTS == 2:
-                if not half:
-                    y1 = y_s.index(g * BUFFERS + BUFFERS - 1)
-                    _store(acc1, bias, y_desc, y1, m + BN, feature, BUFFERS - 1, ACTIVATION)
+            if STACK == 4 and PARTS == 2 and not HALVES:
+                # One copy of the code for both parts: there is so much of it that unrolled, instructions arrive slower
+                # than they run. For other blocks, choosing the part takes longer.
+                for part in range(2):
+                    acc = gl.where(part == 0, acc0, acc1)
+                    y = y_s.index(g * BUFFERS + part % BUFFERS)
+                    _store(acc, bias, y_desc, y, m + part * BN, features, BUFFERS, ACTIVATION)
+            else:
+                y0 = y_s.index(g * BUFFERS)
+                _store(acc0, bias, y_desc, y0, m, features, BUFFERS, ACTIVATION)
+                if PARTS == 2:
+                    if not half:
+                        y1 = y_s.index(g * BUFFERS + BUFFERS - 1)
+                        _store(acc1, bias, y_desc, y1, m + BN, features, BUFFERS, ACTIVATION)
         t = _take(schedule, t, t_slot, t_phase, DYNAMIC)
         t_slot, t_phase = _next(t_slot, t_phase, T_SLOTS)
     tma.store_wait(0)
@@ -1004,7 +1032,8 @@ def bsr_linear_strips(
     """y = act(x @ W.T + bias) for strips of 64 outputs; see the module's docstring.
 
     x_desc [BM, WIDE * BK] boxes of x (M, K); w_desc [64 / STACK, BK] boxes of the values as an
-    (nnz * r, c) matrix; y_desc [tokens of one accumulator, 64] boxes of y (M, N); w_ptr the values.
+    (nnz * r, c) matrix; y_desc [tokens of one accumulator, 64] boxes of y (M, N), or 32 outputs
+    wide where the block rows of a strip lie apart; w_ptr the values.
     """
     BM: gl.constexpr = x_desc.block_type.shape[0] * (2 if HALVES else 1)
     XK: gl.constexpr = x_desc.block_type.shape[1]
@@ -1015,7 +1044,10 @@ def bsr_linear_strips(
         [GROUP * W_SLOTS, STACK * w_desc.block_type.shape[0], w_desc.block_type.shape[1]],
         w_desc.layout,
     )
-    y_s = gl.allocate_shared_memory(y_desc.dtype, [GROUP * Y_SLOTS, BN, 64], y_desc.layout)
+    WIDTH: gl.constexpr = y_desc.block_type.shape[1]
+    y_s = gl.allocate_shared_memory(
+        y_desc.dtype, [GROUP * Y_SLOTS, 64 // WIDTH * BN, WIDTH], y_desc.layout
+    )
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     table = gl.allocate_shared_memory(gl.int64, [TABLE, 1], bar)
     x_full = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], bar)

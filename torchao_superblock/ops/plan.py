@@ -25,8 +25,8 @@ class Plan(NamedTuple):
         row_t: ``(nnz,)`` block row of each stored block, block column after block column.
         perm_t: ``(nnz,)`` position in ``values`` of each stored block, block column after block column.
         row_groups: ``(R,)`` block rows, strip after strip of STRIP outputs, each GROUP consecutive strips chosen to
-            share slices of x, groups that need most of them first; in the natural order if the plan was built without
-            groups.
+            share slices of x, groups that need most first; in the natural order if the plan was built without groups.
+            The block rows of a strip are neighbours, or (:func:`mixes_rows`) chosen to share columns.
     """
 
     row_order: Tensor
@@ -42,9 +42,28 @@ class Plan(NamedTuple):
 # is as wide as a strip is high.
 GROUP = 3
 STRIP = 64
-# Swaps that improve the groups: so many at most, of so many strips at most (all pairs of them are looked at).
+# So many inputs a block row needs on average before any two of 32 rows make a strip.
+_MIXED_INPUTS = 128
+# What a block column that a strip needs costs, compared with a slice that a group needs: a product and its blocks,
+# compared with a copy of the slice.
+_COLUMN_COST = 0.25
+# Swaps that improve the groups: so many at most, of so many strips or block rows (all pairs of them are looked at).
 _SWAPS = 32
-_SWAPPED_STRIPS = 1024
+_SWAPPED = 1024
+
+
+class _Level(NamedTuple):
+    """What strips, or block rows, may need together.
+
+    Attributes:
+        needs: one row for each of them, with ones for what it needs.
+        size: how many of them share that, one after the other in their order.
+        cost: of one need.
+    """
+
+    needs: Tensor
+    size: int
+    cost: float
 
 
 def plan_length(n_block_rows: int, n_block_cols: int, nnz: int) -> int:
@@ -52,69 +71,92 @@ def plan_length(n_block_rows: int, n_block_cols: int, nnz: int) -> int:
     return 2 * n_block_rows + 2 * n_block_cols + 1 + 3 * nnz
 
 
+def mixes_rows(n_block_rows: int, nnz: int, blocksize: tuple[int, int]) -> bool:
+    """Whether a plan with groups may make a strip of block rows that are no neighbours.
+
+    They then need fewer slices and columns (a tenth of the time of 14336 x 4096, 90 % pruned), but y is written in
+    pieces of a block's height. Of 32 outputs these cost more than that saves where a block row has few blocks
+    (3072 x 768, 90 %: 138 us became 147), and of 16 outputs always.
+    """
+    r, c = blocksize
+    return 2 * r == STRIP and nnz * c >= _MIXED_INPUTS * n_block_rows
+
+
 def _group_rows(
     row_indices: Tensor, col_indices: Tensor, shape: tuple[int, int], blocksize: tuple[int, int]
 ) -> Tensor:
-    """Put strips of STRIP outputs together that need the same slices of STRIP inputs.
+    """Put strips together that need the same slices of STRIP inputs, and in strips block rows of the same columns.
 
-    Greedily at first: a group starts with the strip that needs most of those left and takes, one after the other, the
-    strip that adds the fewest slices to it, the one that needs most of equals. Then up to _SWAPS pairs of strips change
-    places where that makes groups smaller or more alike. Groups that need most come first. For a random mask of
-    224 x 64 blocks of 64 x 64, 90 % pruned, threes then need 13.4 slices instead of 17.2; for a mask with structure,
-    less.
+    Greedily at first: a group starts with the one that needs most of those left and takes, one after the other, the
+    one that adds least to what it needs, of equals the one that needs most. Then up to _SWAPS pairs change places where
+    that makes groups smaller or more alike. Groups that need most come first. For random masks, 90 % pruned, a group
+    then needs 13.4 slices instead of 17.2 (224 x 64 blocks of 64 x 64), or 34 instead of 48, and its strips 22 columns
+    instead of 24 (448 x 128 blocks of 32 x 32, of which any two make a strip); for a mask with structure, less.
     """
     n_rows, n_cols = shape
     stack, width = (max(1, STRIP // side) for side in blocksize)
-    n_strips, n_slices = n_rows // stack, -(-n_cols // width)
     device = row_indices.device
-    needs = torch.zeros(n_strips, n_slices, device=device, dtype=torch.float32)
+    n_slices = -(-n_cols // width)
+    blocks = torch.zeros(n_rows, n_slices * width, device=device, dtype=torch.float32)
     # Clamped: a bad index may give a bad order, but no assertion on the device.
-    rows, cols = row_indices.clamp(0, n_rows - 1), col_indices.clamp(0, n_cols - 1)
-    needs[rows // stack, cols // width] = 1
-    n_needed = needs.sum(1)
-    taken = torch.zeros_like(n_needed)  # infinity for a strip that has its place
+    blocks[row_indices.clamp(0, n_rows - 1), col_indices.clamp(0, n_cols - 1)] = 1
+    mixed = mixes_rows(n_rows, row_indices.numel(), blocksize)
+    height = 1 if mixed else stack  # block rows that stay together
+    slices = blocks.view(n_rows // height, height, n_slices, width).amax((1, 3))
+    levels = [_Level(slices, GROUP * stack // height, 1)]
+    if mixed:
+        levels.append(_Level(blocks, stack, _COLUMN_COST))
+    tie = levels[-1].needs.sum(1) / (4 * levels[-1].needs.shape[1])
+    taken = torch.zeros_like(tie)  # infinity for one that has its place
+    shared = [torch.zeros_like(level.needs[0]) for level in levels]
     order = []
-    for place in range(n_strips):
-        if place % GROUP == 0:
-            score, slices = taken - n_needed, torch.zeros_like(needs[0])
-        else:
-            score = taken + (n_needed - needs @ slices) - n_needed / (4 * n_slices)
+    for place in range(len(slices)):
+        score = taken - tie
+        for number, level in enumerate(levels):
+            if place % level.size == 0:
+                shared[number] = torch.zeros_like(shared[number])
+            if place % levels[0].size != 0:
+                score = score + level.cost * (level.needs @ (1 - shared[number]))
         # One element, not none: indexing with a number would ask the device for it.
-        strip = torch.argmin(score, dim=0, keepdim=True)
-        order.append(strip)
-        taken.index_fill_(0, strip, torch.inf)
-        slices = torch.maximum(slices, needs.index_select(0, strip)[0])
+        chosen = torch.argmin(score, dim=0, keepdim=True)
+        order.append(chosen)
+        taken.index_fill_(0, chosen, torch.inf)
+        for number, level in enumerate(levels):
+            shared[number] = torch.maximum(shared[number], level.needs.index_select(0, chosen)[0])
     groups = torch.cat(order)
-    if n_strips <= _SWAPPED_STRIPS:
-        groups = _swap_strips(needs, groups)
+    if groups.numel() <= _SWAPPED:
+        groups = _swap(levels, groups)
     # A last one that is not full stays the last.
-    full = groups[: n_strips // GROUP * GROUP].view(-1, GROUP)
-    n_needed = needs[full].amax(1).sum(1)
+    size = levels[0].size
+    full = groups[: groups.numel() // size * size].view(-1, size)
+    n_needed = slices[full].amax(1).sum(1)
     longest_first = full[torch.argsort(n_needed, descending=True, stable=True)].flatten()
     groups = torch.cat([longest_first, groups[full.numel() :]])
-    return (groups[:, None] * stack + torch.arange(stack, device=device)).flatten()
+    return (groups[:, None] * height + torch.arange(height, device=device)).flatten()
 
 
-def _swap_strips(needs: Tensor, order: Tensor) -> Tensor:
-    """``order`` after swaps of two strips, each the one that most lowers the sum of squares of what groups need.
+def _swap(levels: list[_Level], order: Tensor) -> Tensor:
+    """``order`` after swaps of two, each the swap that most lowers the sums of squares of what is needed together.
 
     Squares, because slices cost time, and so do groups that need more than others.
     """
-    n_strips = order.numel()
-    place = torch.arange(n_strips, device=order.device)
-    group = place // GROUP
-    together = (group[:, None] == group).to(needs.dtype)
-    for _ in range(min(_SWAPS, n_strips)):
-        needed = needs[order]
-        # What the other strips of a strip's group need, and what the group needs with strip j in place of strip i.
-        others = (together @ needed - needed).clamp(max=1)
-        cost = (others.sum(1, keepdim=True) + needed.sum(1) - others @ needed.T).square()
-        now = cost.diagonal()
-        gain = ((now[:, None] + now - cost - cost.T) * (1 - together)).flatten()
-        # Without asking the device which it is; where nothing is gained, a strip changes places with itself.
-        best = torch.argmax(gain, dim=0, keepdim=True)
-        i = best // n_strips
-        j = torch.where(gain[best] > 0, best % n_strips, i)
+    n = order.numel()
+    place = torch.arange(n, device=order.device)
+    for _ in range(min(_SWAPS, n)):
+        gain = torch.zeros(n, n, device=order.device)
+        for level in levels:
+            needed = level.needs[order]
+            group = place // level.size
+            together = (group[:, None] == group).to(needed.dtype)
+            # What the others of its group need, and what the group needs with j in place of i.
+            others = (together @ needed - needed).clamp(max=1)
+            cost = (others.sum(1, keepdim=True) + needed.sum(1) - others @ needed.T).square()
+            now = cost.diagonal()
+            gain += level.cost * (now[:, None] + now - cost - cost.T) * (1 - together)
+        # Without asking the device which it is; where nothing is gained, one changes places with itself.
+        best = torch.argmax(gain.flatten(), dim=0, keepdim=True)
+        i = best // n
+        j = torch.where(gain.flatten()[best] > 0, best % n, i)
         order = order[torch.where(place == i, j, torch.where(place == j, i, place))]
     return order
 
