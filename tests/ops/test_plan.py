@@ -109,7 +109,7 @@ def test_block_rows_stay_neighbours_where_writing_apart_costs_more():
 
 
 def _unevenness(mask, order):
-    """What swaps lower: the sum of squares of the slices that groups need (blocks of 64 x 64)."""
+    """What exchanges lower: the sum of squares of the slices that groups need (blocks of 64 x 64)."""
     return sum(int(group.any(0).sum()) ** 2 for group in mask[order].split(GROUP))
 
 
@@ -124,10 +124,29 @@ def test_no_swap_of_two_rows_makes_the_groups_smaller_or_more_alike(R, C, sparsi
         assert _unevenness(mask, swapped) >= least, (i, j)
 
 
-def test_rows_too_many_to_compare_with_each_other_are_grouped_without_swaps(monkeypatch):
+def test_no_three_rows_change_places_for_better_groups():
+    mask = block_mask(18, 24, 0.85)
+    order = _row_groups(mask, (64, 64))
+    least = _unevenness(mask, order)
+    apart = [t for t in itertools.permutations(range(18), 3) if len({i // GROUP for i in t}) == 3]
+    for i, j, k in apart:
+        exchanged = order.clone()
+        exchanged[[i, j, k]] = order[[j, k, i]]
+        assert _unevenness(mask, exchanged) >= least, (i, j, k)
+
+
+def test_threes_find_what_pairs_do_not(monkeypatch):
+    mask = block_mask(48, 12, 0.8)
+    monkeypatch.setattr(plan_module, "_EXCHANGED_BY_THREES", 0)
+    of_pairs = _unevenness(mask, _row_groups(mask, (64, 64)))
+    monkeypatch.undo()
+    assert _unevenness(mask, _row_groups(mask, (64, 64))) < of_pairs
+
+
+def test_rows_too_many_to_compare_with_each_other_are_grouped_without_exchanges(monkeypatch):
     mask = block_mask(96, 48, 0.9)
     swapped = _row_groups(mask, (64, 64))
-    monkeypatch.setattr(plan_module, "_SWAPPED", 95)
+    monkeypatch.setattr(plan_module, "_EXCHANGED", 95)
     greedy = _row_groups(mask, (64, 64))
     assert sorted(greedy.tolist()) == list(range(96))
     natural = torch.arange(96)

@@ -119,11 +119,14 @@ def _fill_table(
         first = gl.minimum(gl.maximum(first, 0), nnz)
         count = gl.minimum(gl.maximum(end, first), nnz) - first
         bits = zero
-        for i in range(gl.max(count, axis=0)):
-            column = gl.load(col_ptr + first + i, mask=i < count, other=-1)
-            inside = (column >= base) & (column < base + 64) & (column < columns)
-            shift = gl.where(inside, column - base, 0).to(gl.int64)
-            bits |= gl.where(inside, (zero + 1) << shift, zero)
+        for some in range(0, gl.max(count, axis=0), 8):
+            # Eight loads in flight: every program waits for the table.
+            for u in gl.static_range(8):
+                i = some + u
+                column = gl.load(col_ptr + first + i, mask=i < count, other=-1)
+                inside = (column >= base) & (column < base + 64) & (column < columns)
+                shift = gl.where(inside, column - base, 0).to(gl.int64)
+                bits |= gl.where(inside, (zero + 1) << shift, zero)
         masks.index(start // 128).store(bits)
 
 

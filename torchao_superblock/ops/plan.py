@@ -47,9 +47,11 @@ _MIXED_INPUTS = 128
 # What a block column that a strip needs costs, compared with a slice that a group needs: a product and its blocks,
 # compared with a copy of the slice.
 _COLUMN_COST = 0.25
-# Swaps that improve the groups: so many at most, of so many strips or block rows (all pairs of them are looked at).
-_SWAPS = 32
-_SWAPPED = 1024
+# Exchanges that improve the groups: so many at most, of two of so many strips or block rows, or of three of so many
+# (all pairs and all threes of them are looked at).
+_EXCHANGES = 48
+_EXCHANGED = 1024
+_EXCHANGED_BY_THREES = 64
 
 
 class _Level(NamedTuple):
@@ -88,10 +90,11 @@ def _group_rows(
     """Put strips together that need the same slices of STRIP inputs, and in strips block rows of the same columns.
 
     Greedily at first: a group starts with the one that needs most of those left and takes, one after the other, the
-    one that adds least to what it needs, of equals the one that needs most. Then up to _SWAPS pairs change places where
-    that makes groups smaller or more alike. Groups that need most come first. For random masks, 90 % pruned, a group
-    then needs 13.4 slices instead of 17.2 (224 x 64 blocks of 64 x 64), or 34 instead of 48, and its strips 22 columns
-    instead of 24 (448 x 128 blocks of 32 x 32, of which any two make a strip); for a mask with structure, less.
+    one that adds least to what it needs, of equals the one that needs most. Then up to _EXCHANGES times two or three
+    change places where that makes groups smaller or more alike. Groups that need most come first. For random masks,
+    90 % pruned, a group then needs 13.5 slices instead of 17.5 (224 x 64 blocks of 64 x 64), or 34 instead of 46, and
+    its strips 22.6 columns instead of 24.2 (448 x 128 blocks of 32 x 32, of which any two make a strip); for a mask
+    with structure, less.
     """
     n_rows, n_cols = shape
     stack, width = (max(1, STRIP // side) for side in blocksize)
@@ -124,8 +127,8 @@ def _group_rows(
         for number, level in enumerate(levels):
             shared[number] = torch.maximum(shared[number], level.needs.index_select(0, chosen)[0])
     groups = torch.cat(order)
-    if groups.numel() <= _SWAPPED:
-        groups = _swap(levels, groups)
+    if groups.numel() <= _EXCHANGED:
+        groups = _exchange(levels, groups)
     # A last one that is not full stays the last.
     size = levels[0].size
     full = groups[: groups.numel() // size * size].view(-1, size)
@@ -135,29 +138,46 @@ def _group_rows(
     return (groups[:, None] * height + torch.arange(height, device=device)).flatten()
 
 
-def _swap(levels: list[_Level], order: Tensor) -> Tensor:
-    """``order`` after swaps of two, each the swap that most lowers the sums of squares of what is needed together.
+def _exchange(levels: list[_Level], order: Tensor) -> Tensor:
+    """``order`` after exchanges, each the one that most lowers the sums of squares of what is needed together: of two,
+    and of three where no two are left.
 
     Squares, because slices cost time, and so do groups that need more than others.
     """
     n = order.numel()
     place = torch.arange(n, device=order.device)
-    for _ in range(min(_SWAPS, n)):
-        gain = torch.zeros(n, n, device=order.device)
+    for _ in range(min(_EXCHANGES, n)):
+        rise = torch.zeros(n, n, device=order.device)  # with j in place of i, for the group of i
+        rise_of_two = torch.zeros(n, n, device=order.device)
         for level in levels:
             needed = level.needs[order]
             group = place // level.size
             together = (group[:, None] == group).to(needed.dtype)
-            # What the others of its group need, and what the group needs with j in place of i.
-            others = (together @ needed - needed).clamp(max=1)
+            others = (together @ needed - needed).clamp(max=1)  # what the others of its group need
             cost = (others.sum(1, keepdim=True) + needed.sum(1) - others @ needed.T).square()
-            now = cost.diagonal()
-            gain += level.cost * (now[:, None] + now - cost - cost.T) * (1 - together)
-        # Without asking the device which it is; where nothing is gained, one changes places with itself.
-        best = torch.argmax(gain.flatten(), dim=0, keepdim=True)
-        i = best // n
-        j = torch.where(gain.flatten()[best] > 0, best % n, i)
-        order = order[torch.where(place == i, j, torch.where(place == j, i, place))]
+            change = level.cost * (cost - cost.diagonal()[:, None])
+            rise += change
+            rise_of_two += (change + change.T) * (1 - together)
+        # Without asking the device which it is, so one element instead of a number: i gets j, j gets k, k gets i.
+        best = torch.argmin(rise_of_two.flatten(), dim=0, keepdim=True)
+        least = rise_of_two.flatten()[best]
+        i, j = best // n, best % n
+        k = i
+        if n <= _EXCHANGED_BY_THREES:
+            group = place // levels[0].size
+            rise = rise.masked_fill(group[:, None] == group, torch.inf)
+            rise_of_three = (rise[:, :, None] + rise + rise.T[:, None, :]).flatten()
+            best = torch.argmin(rise_of_three, dim=0, keepdim=True)
+            better = (least >= 0) & (rise_of_three[best] < 0)
+            least = torch.where(better, rise_of_three[best], least)
+            i = torch.where(better, best // n**2, i)
+            j = torch.where(better, best // n % n, j)
+            k = torch.where(better, best % n, k)
+        # Where nothing is gained, one changes places with itself.
+        j, k = torch.where(least < 0, j, i), torch.where(least < 0, k, i)
+        source = torch.where(place == k, i, place)
+        source = torch.where(place == j, k, source)
+        order = order[torch.where(place == i, j, source)]
     return order
 
 
@@ -176,9 +196,9 @@ def build_plan(
         col_indices: ``(nnz,)`` int32.
         n_block_cols: C, the number of block columns.
         blocksize: ``(r, c)`` of the blocks that the index is of, to work out as well which block rows a kernel had
-            better take together, where that is of use: a few small operations for each strip of STRIP outputs, and
-            up to 32 times a comparison of all strips with each other (3 ms on a CPU for 3072 x 768, 20 ms for 14336 x
-            4096, up to a second for 65536 outputs). None leaves that out.
+            better take together, where that is of use: a few small operations for each strip of STRIP outputs or each
+            block row of 32, and up to 48 times a comparison of all of them with each other (20 ms on a CPU for 3072 x
+            768, up to 0.15 s for 14336 x 4096, up to a second for 65536 outputs). None leaves that out.
 
     Returns:
         int32 tensor of ``plan_length(R, C, nnz)`` entries; see :class:`Plan` for its parts.
