@@ -355,16 +355,18 @@ def test_tiles_for_tall_blocks(M, N, K, share, slow, fast):
 
 
 @pytest.mark.parametrize(
-    ("r", "share", "expected"),
+    ("r", "share", "slow", "fast"),
     [
-        (64, 0.1, "SHORT_TILES"),
-        (32, 0.05, "SHORT_TILES"),
-        (32, 0.1, "THREE_STRIPS"),
-        (16, 0.05, "THREE_STRIPS"),
+        (64, 0.1, "TWO_SHORT_DYNAMIC", "SHORT_TILES"),
+        (32, 0.05, "SHORT_TILES", "SHORT_TILES"),
+        (32, 0.1, "SHORT_TILES", "THREE_STRIPS"),
+        (32, 0.2, "THREE_STRIPS", "THREE_STRIPS"),
+        (16, 0.05, "SHORT_TILES", "THREE_STRIPS"),
     ],
 )
-def test_low_blocks_need_fewer_of_them_for_short_tiles(r, share, expected):
-    assert _problem(50432, 3072, 768, r, 64, share)[0] == getattr(hopper, expected)
+def test_low_blocks_get_short_tiles_where_there_are_few_or_memory_is_slow(r, share, slow, fast):
+    assert _problem(50432, 3072, 768, r, 64, share, slow_memory=True)[0] == getattr(hopper, slow)
+    assert _problem(50432, 3072, 768, r, 64, share)[0] == getattr(hopper, fast)
 
 
 def _variants():

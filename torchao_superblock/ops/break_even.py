@@ -15,7 +15,7 @@ CAUTIOUS = 0.9
 
 # {smallest side of the block: break-even sparsity} by dtype; a block between two entries takes the one of the smaller
 # block, a block below the first entry CAUTIOUS. 0.1 is the lowest sparsity that was tried, where not noted otherwise.
-_HOPPER_HALF = {16: 0.7, 32: 0.3, 64: 0.1}
+_HOPPER_HALF = {16: 0.65, 32: 0.2, 64: 0.1}
 _HOPPER = {
     torch.bfloat16: _HOPPER_HALF,
     torch.float16: _HOPPER_HALF,

@@ -349,8 +349,9 @@ def choose(
             return TWO_SHORT if K <= 1024 else SHORT_TILES
         if min(N, K) <= 1024:
             return TWO_SHORT
-    # Stacked, rows of low blocks need as many slices of x as with more blocks of 64 rows.
-    if K <= 1024 and share * STRIP <= 0.15 * min(r, STRIP) and entries <= 1024:
+    # A strip of low blocks needs slices of x like one with more blocks of 64 rows. Slow memory hides that.
+    most = 0.15 if slow_memory else 0.15 * min(r, STRIP) / STRIP
+    if K <= 1024 and share <= most and entries <= 1024:
         return SHORT_TILES
     # Long tiles that differ in length: with few blocks in a row they do so by much; with more of them, drawing needs
     # more work to pay. In a few rounds what is dealt out stays in step, in many it drifts apart.
