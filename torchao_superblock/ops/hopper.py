@@ -534,9 +534,14 @@ def _kernel(
     has_order: bool,
     has_bias: bool,
     activation: str,
+    mixed: bool,
     turns: bool,
 ) -> "Kernel":
-    """The kernel for launches that Triton compiles alike. It makes a constant of ``turn`` where that is 1."""
+    """The kernel for launches that Triton compiles alike.
+
+    Boxes are a part of what it compiles, and those of y depend on ``mixed``. It makes a constant of ``turn`` where that
+    is 1.
+    """
     settings = (rows, columns, r, c, dtype.itemsize, exact, has_order, has_bias, activation)
     return Kernel(kernels.bsr_linear_strips, constants(tile, *settings), **options(tile))
 
@@ -576,7 +581,7 @@ def _launcher(
     programs = min(tiles, tile.programs * processors)
     turn = _turn(tile, programs, groups, K * bytes_)
     settings = (rows, columns, r, c, exact, has_order, has_bias, activation)
-    kernel = _kernel(index, dtype, tile, *settings, turn > 1)
+    kernel = _kernel(index, dtype, tile, *settings, mixed, turn > 1)
     numbers = (tiles, halves if tile.halves else 1, groups, turn, rows, columns, nnz)
 
     def run(
