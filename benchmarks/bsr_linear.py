@@ -101,6 +101,8 @@ CUDA_FLOAT32_GOALS: dict[tuple[str, int, tuple[int, int]], float] = {
 CUDA_BREAK_EVEN_GOALS = {16: 0.85, 32: 0.60, 64: 0.40}
 CUDA_FLOOR_GOAL = 1.25  # time over floor at 0.9, block 64
 IEEE_ERROR_GOAL = 3e-7
+# A relative error above this is no rounding, in any dtype: the time of a wrong result says nothing.
+LARGEST_ERROR = 1e-2
 HOST_GOAL_US = 20.0  # above F.linear
 CPU_GOALS: dict[tuple[int, int, float], float] = {
     (m, block, sparsity): goal
@@ -984,7 +986,7 @@ def draw_bars(rows: Sequence[Row], title: str) -> Any:
             bars = axis.bar(
                 places, heights, width * 0.92, color=BLOCK_COLORS[block], label=f"block {block}"
             )
-            axis.bar_label(bars, [f"{h:.1f}" for h in heights], fontsize=7, padding=1)
+            axis.bar_label(bars, [f"{h:.1f}" if h else "" for h in heights], fontsize=7, padding=1)
         axis.axhline(1, color="#c1121f", linewidth=1)
         axis.set_xticks(range(len(wanted)), [f"{s:.0%}" for s in wanted])
         axis.set_xlabel("blocks that are zero")
@@ -1040,7 +1042,11 @@ def draw_curves(rows: Sequence[Row], title: str) -> Any:
 
 def draw(report: Report, device: torch.device) -> None:
     """Both pictures, from the sweep's rows."""
-    rows = [r for r in report.records if r["section"] == "sweep" and r["ours x"] is not None]
+    rows = [
+        record
+        for record in report.records
+        if record["section"] == "sweep" and record["ours x"] is not None and not is_wrong(record)
+    ]
     if not rows:
         return
     where = report.facts["device"].split(" (")[0]
@@ -1049,15 +1055,27 @@ def draw(report: Report, device: torch.device) -> None:
     report.figure(draw_curves(rows, what), "break_even", f"Where it pays, {what}")
 
 
-def summarise(report: Report) -> None:
-    """Counts the goals met and lists those missed."""
+def is_wrong(record: Row) -> bool:
+    """Whether any error in a record is too large to be rounding, or no number."""
+    errors = [value for key, value in record.items() if key.split(" ")[0] == "error"]
+    return any(isinstance(e, float) and not e <= LARGEST_ERROR for e in errors)
+
+
+def summarise(report: Report) -> int:
+    """Counts the goals met and lists those missed, and results that are wrong.
+
+    Returns:
+        How many results are wrong.
+    """
     met = missed = 0
+    wrong = [record for record in report.records if is_wrong(record)]
     misses = []
     for record in report.records:
         for key, value in record.items():
             if key.endswith("met") and value in ("pass", "miss"):
-                met += value == "pass"
-                if value == "miss":
+                right = value == "pass" and not is_wrong(record)
+                met += right
+                if not right:
                     missed += 1
                     misses.append(
                         {
@@ -1072,6 +1090,9 @@ def summarise(report: Report) -> None:
         report.text(f"**{met} of {met + missed} goals met.**")
     if misses:
         report.table("Goals missed", misses)
+    if wrong:
+        report.table("Wrong results", wrong, note="Their times say nothing.")
+    return len(wrong)
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -1115,13 +1136,15 @@ def main(argv: Sequence[str] | None = None) -> Path:
             report.text(f"**Section {name} failed:** {type(error).__name__}: {error}")
             broken.append(name)
     context.failures.report(report)
-    summarise(report)
+    n_wrong = summarise(report)
     if not arguments.no_pictures:
         draw(report, device)
     path = report.write()
     print(f"\nwritten: {path}")
     if broken:
         raise SystemExit(f"failed sections: {', '.join(broken)}")
+    if n_wrong:
+        raise SystemExit(f"{n_wrong} wrong results, listed in {path}")
     return path
 
 

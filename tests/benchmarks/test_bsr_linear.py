@@ -1,5 +1,7 @@
 """The layer benchmark covers every goal, checks its numbers, and writes what it found."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -162,6 +164,26 @@ SWEEP = [
     for shape in ("64 x 32", "32 x 64")
     for s in (0.2, 0.5, 0.9)
 ]  # fmt: skip
+
+
+def test_a_wrong_result_is_a_miss_and_fails_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "cpu_cells", lambda quick: [replace(TINY, goal=1e-9)])
+    arguments = ["--device", "cpu", "--quick", "--sections", "forward", "--no-pictures"]
+    arguments += ["--output-dir", str(tmp_path)]
+    text = bench.main(arguments).read_text()
+    assert "Wrong results" not in text and "**0 of " not in text
+    monkeypatch.setattr(bench, "forward_error", lambda operands: 0.6)
+    with pytest.raises(SystemExit, match="1 wrong result"):
+        bench.main(arguments)
+    (path,) = tmp_path.glob("*.md")
+    text = path.read_text()
+    assert "Wrong results" in text and "**0 of " in text
+
+
+@pytest.mark.parametrize(("error", "wrong"), [(1e-3, False), (0.1, True), (float("nan"), True)])
+def test_what_counts_as_wrong(error, wrong):
+    assert bench.is_wrong({"error x": error, "error met": "pass", "ours x": 3.0}) is wrong
+    assert not bench.is_wrong({"error": None, "ours x": 3.0})
 
 
 def test_a_section_of_the_other_device_is_refused(capsys):
