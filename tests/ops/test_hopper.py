@@ -16,7 +16,7 @@ import torch
 
 from tests.reference import block_mask, random_bsr, relative_error
 from torchao_superblock.ops import build_plan, hopper
-from torchao_superblock.ops.plan import mixes_rows
+from torchao_superblock.ops.plan import is_mixed
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 gluon = pytest.importorskip("triton.experimental.gluon", reason="this Triton has no Gluon")
@@ -180,6 +180,7 @@ def test_tiles_dealt_out_in_longer_turns_compile(name, tmp_path):
 @pytest.mark.parametrize(
     ("name", "c", "activation"),
     [
+        ("THREE_STRIPS_HALVES", 64, "none"),
         ("COPIED_32", 32, "none"),
         ("COPIED_32", 32, "gelu"),
         ("STACKED", 16, "none"),
@@ -190,15 +191,20 @@ def test_tiles_dealt_out_in_longer_turns_compile(name, tmp_path):
 )
 def test_strips_of_block_rows_that_lie_apart_compile(name, c, activation, tmp_path):
     dtype = torch.float32 if name in ("TF32_THREE", "EXACT") else torch.bfloat16
-    kernel = _compile(
-        getattr(hopper, name),
-        *(96, 768 // c, 32, c),
-        dtype=dtype,
-        exact=name == "EXACT",
-        activation=activation,
-        mixed=True,
+    kernel, whole = (
+        _compile(
+            getattr(hopper, name),
+            *(96, 768 // c, 32, c),
+            dtype=dtype,
+            exact=name == "EXACT",
+            activation=activation,
+            mixed=mixed,
+        )
+        for mixed in (True, False)
     )
     ptx = kernel.asm["ptx"]
+    store = "cp.async.bulk.commit_group"
+    assert ptx.count(store) == 2 * whole.asm["ptx"].count(store) > 0
     assert "wgmma.mma_async" in ptx
     assert ("stmatrix.sync.aligned.m8n8.x4.trans" in ptx) == (dtype == torch.bfloat16)
     limit = PROGRAM_PAIR_LIMIT if name == "EXACT" else SHARED_LIMIT
@@ -836,15 +842,17 @@ def test_float32_activations_match_float64(set_precision, activation, precision,
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tile", ["COPIED_32", "COPIED_32_DYNAMIC", "COPIED_32_SHORT", "STACKED"])
-@pytest.mark.parametrize("N", [768, 320])
-def test_strips_of_neighbours_and_of_rows_that_lie_apart_match_float64(N, tile):
+@pytest.mark.parametrize(("M", "N"), [(3001, 768), (50432, 320)])
+def test_strips_of_neighbours_and_of_rows_that_lie_apart_match_float64(M, N, tile):
     """By turns, because what is compiled for the one is wrong for the other."""
     _hopper_or_skip()
     tile = getattr(hopper, tile)
     for sparsity, mixed in ((0.5, True), (0.95, False), (0.6, True)):
         mask = block_mask(N // 32, 24, sparsity)
-        assert mixes_rows(N // 32, int(mask.sum()), (32, 32)) is mixed
-        _check(3001, N, 768, 32, torch.bfloat16, 4e-3, tile=tile, mask=mask, activation="relu")
+        _dense, crow, col, _values = random_bsr(N, 768, 32, mask=mask)
+        plan = build_plan(crow, col, 24, (32, 32))
+        assert is_mixed(plan, *mask.shape, col.numel()) is mixed
+        _check(M, N, 768, 32, torch.bfloat16, 4e-3, tile=tile, mask=mask, activation="relu")
 
 
 @pytest.mark.gpu
@@ -859,28 +867,29 @@ def test_strips_past_the_end_leave_the_output_of_the_others_alone(name, N):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("name", "blocksize"), [("THREE_STRIPS", 64), ("TWO_STRIPS", 128)])
+@pytest.mark.parametrize(
+    ("name", "r", "c"),
+    [("THREE_STRIPS", 64, 64), ("TWO_STRIPS", 128, 128), ("THREE_STRIPS", 32, 64)],
+)
 @pytest.mark.parametrize("M", [2048, 8000])
 @pytest.mark.parametrize(
     "change", [{"dynamic": True}, {"halves": True}, {"dynamic": True, "halves": True}]
 )
-def test_every_schedule_gives_the_same_bits(name, blocksize, M, change):
+def test_every_schedule_gives_the_same_bits(name, r, c, M, change):
     """Rows of very different lengths, empty ones among them; fewer tiles than programs, and many more."""
     _hopper_or_skip()
-    R, C = 4096 // blocksize, 2048 // blocksize
+    R, C = 4096 // r, 2048 // c
     mask = torch.rand(R, C) < torch.linspace(0, 1, R)[torch.randperm(R), None] ** 2
     mask[:2] = False
     tile = getattr(hopper, name)
     changed = tile._replace(**change)
     for N in (4096, 128):
         for _ in range(3):
-            some = mask[-(N // blocksize) :]
-            _check(M, N, 2048, blocksize, torch.bfloat16, 4e-3, mask=some, tile=changed)
-    _dense, crow, col, values = random_bsr(
-        4096, 2048, blocksize, 0, torch.bfloat16, "cuda", mask=mask
-    )
+            some = mask[-(N // r) :]
+            _check(M, N, 2048, (r, c), torch.bfloat16, 4e-3, mask=some, tile=changed)
+    _dense, crow, col, values = random_bsr(4096, 2048, (r, c), 0, torch.bfloat16, "cuda", mask=mask)
     x = torch.randn(M, 2048, device="cuda").bfloat16()
-    plan = build_plan(crow, col, C, (blocksize, blocksize))
+    plan = build_plan(crow, col, C, (r, c))
     arguments = (x, crow, col, values, None, "none", plan)
     dealt = hopper.forward(*arguments, tile=tile)
     assert torch.equal(dealt, hopper.forward(*arguments, tile=changed))

@@ -6,7 +6,7 @@ import torch
 import torchao_superblock.ops.plan as plan_module
 from tests.reference import block_mask, random_bsr
 from torchao_superblock.ops import build_plan, split_plan
-from torchao_superblock.ops.plan import GROUP, mixes_rows, plan_length
+from torchao_superblock.ops.plan import GROUP, is_mixed, plan_fits, plan_length
 
 
 @pytest.mark.parametrize(
@@ -42,11 +42,17 @@ def test_plan_of_a_weight_without_blocks():
     assert plan.row_groups.tolist() == [0, 1, 2]
 
 
-def _row_groups(mask, blocksize):
-    row, column = mask.nonzero(as_tuple=True)
+def _plan(mask, blocksize):
     crow = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).int()
-    (R, C), nnz = mask.shape, row.numel()
-    return split_plan(build_plan(crow, column.int(), C, blocksize), R, C, nnz).row_groups.long()
+    return build_plan(crow, mask.nonzero()[:, 1].int(), mask.shape[1], blocksize)
+
+
+def _row_groups(mask, blocksize):
+    return split_plan(_plan(mask, blocksize), *mask.shape, int(mask.sum())).row_groups.long()
+
+
+def _is_mixed(mask, blocksize):
+    return is_mixed(_plan(mask, blocksize), *mask.shape, int(mask.sum()))
 
 
 @pytest.mark.parametrize("blocksize", [(64, 64), (32, 32), (16, 16), (64, 16), (16, 128)])
@@ -74,7 +80,7 @@ def test_row_groups_are_whole_strips_that_share_more_slices_than_neighbours_do(R
 
 def _needs(mask, order, blocksize):
     """The slices that each group needs and the block columns that each strip needs."""
-    stack, width = (64 // side for side in blocksize)
+    stack, width = (max(1, 64 // side) for side in blocksize)
     blocks = mask[order]
     slices = torch.nn.functional.pad(blocks, (0, -mask.shape[1] % width))
     slices = slices.unflatten(1, (-1, width)).any(2)
@@ -85,7 +91,7 @@ def _needs(mask, order, blocksize):
 @pytest.mark.parametrize(("c", "R", "C"), [(32, 96, 24), (16, 48, 48), (64, 48, 24), (32, 10, 24)])
 def test_two_block_rows_of_32_make_a_strip_where_they_need_the_same(c, R, C):
     mask = block_mask(R, C, 0.8)
-    assert mixes_rows(R, int(mask.sum()), (32, c))
+    assert _is_mixed(mask, (32, c))
     order = _row_groups(mask, (32, c))
     assert sorted(order.tolist()) == list(range(R))
     slices, columns = _needs(mask, order, (32, c))
@@ -102,10 +108,64 @@ def test_block_rows_of_one_pattern_make_strips():
 
 
 def test_block_rows_stay_neighbours_where_writing_apart_costs_more():
-    assert mixes_rows(96, 384, (32, 32)) and not mixes_rows(96, 383, (32, 32))
-    assert not mixes_rows(96, 2000, (16, 16)) and not mixes_rows(96, 2000, (64, 64))
+    mask = torch.zeros(96, 24, dtype=torch.bool)
+    mask[:, :4] = True
+    assert _is_mixed(mask, (32, 32)) and not _is_mixed(mask, None)
+    assert not _is_mixed(mask, (16, 32)) and not _is_mixed(mask, (64, 32))
+    mask[0, 0] = False
+    assert not _is_mixed(mask, (32, 32))
     order = _row_groups(block_mask(96, 24, 0.9), (32, 32)).view(-1, 2)
     assert (order[:, 0] % 2 == 0).all() and (order.diff(dim=1) == 1).all()
+
+
+def test_a_mixed_plan_says_so_by_its_length():
+    mask = block_mask(96, 24, 0.5)
+    shape = (*mask.shape, int(mask.sum()))
+    plan, natural = _plan(mask, (32, 32)), _plan(mask, None)
+    assert plan.numel() == natural.numel() + 1 == plan_length(*shape) + 1
+    assert [plan_fits(plan.numel() + more, *shape) for more in (-2, -1, 0, 1)] == [0, 1, 1, 0]
+    for part, same in zip(split_plan(plan, *shape)[:-1], split_plan(natural, *shape), strict=False):
+        assert torch.equal(part, same)
+
+
+def _band(R, C, sparsity):
+    """Blocks near the diagonal."""
+    distance = (torch.arange(R)[:, None] / R - torch.arange(C) / C).abs()
+    return distance < distance.flatten().kthvalue(round(R * C * (1 - sparsity))).values
+
+
+def _equal_neighbours(R, C, sparsity):
+    return block_mask(R // 2, C, sparsity).repeat_interleave(2, 0)
+
+
+@pytest.mark.parametrize("blocksize", [(64, 64), (32, 32), (16, 16)])
+@pytest.mark.parametrize(("R", "C"), [(96, 24), (48, 120)])
+@pytest.mark.parametrize("mask", [_band, _equal_neighbours])
+def test_masks_with_structure_never_need_more_than_in_the_natural_order(mask, R, C, blocksize):
+    mask = mask(R, C, 0.6)
+
+    def cost(order):
+        slices, columns = _needs(mask, order, blocksize)
+        columns = sum(n**2 for n in columns) / 4 if _is_mixed(mask, blocksize) else 0
+        return sum(n**2 for n in slices) + columns
+
+    assert cost(_row_groups(mask, blocksize)) <= cost(torch.arange(R))
+
+
+def test_no_exchange_of_two_block_rows_lowers_what_groups_and_strips_need():
+    mask = block_mask(24, 24, 0.7)
+    assert _is_mixed(mask, (32, 32))
+    order = _row_groups(mask, (32, 32))
+
+    def cost(order):
+        slices, columns = _needs(mask, order, (32, 32))
+        return sum(n**2 for n in slices) + sum(n**2 for n in columns) / 4
+
+    least = cost(order)
+    for i, j in itertools.combinations(range(24), 2):
+        exchanged = order.clone()
+        exchanged[[i, j]] = order[[j, i]]
+        assert cost(exchanged) >= least - 1e-3, (i, j)
 
 
 def _unevenness(mask, order):
@@ -165,19 +225,23 @@ def test_rows_that_make_no_whole_strips_keep_their_order(R, blocksize):
     assert _row_groups(block_mask(R, 8, 0.5), blocksize).tolist() == list(range(R))
 
 
-@pytest.mark.parametrize("blocksize", [None, (64, 64)])
+@pytest.mark.parametrize("blocksize", [None, (64, 64), (32, 128)])
 def test_building_a_plan_asks_nothing_of_the_device(blocksize):
     """A meta tensor has no answer to give, so whatever would wait for a GPU fails here."""
     crow, col = torch.empty(13, dtype=torch.int32), torch.empty(20, dtype=torch.int32)
     plan = build_plan(crow.to("meta"), col.to("meta"), 8, blocksize)
-    assert plan.shape == (plan_length(12, 8, 20),)
+    assert plan.numel() == plan_length(12, 8, 20) + (blocksize == (32, 128))
 
 
 def test_a_bad_index_makes_a_bad_plan_and_no_error():
-    _, crow, col, _ = random_bsr(128, 128, 32)
-    for bad in (-3, 2**20):
-        order = split_plan(build_plan(crow, col * 0 + bad, 4, (32, 32)), 4, 4, len(col)).row_groups
-        assert sorted(order.tolist()) == [0, 1, 2, 3]
+    for sparsity, mixed in ((0.8, False), (0, True)):
+        _, crow, col, _ = random_bsr(128, 128, 32, sparsity)
+        for bad in (-3, 2**20):
+            for rows in (crow, crow + bad, crow * 0 + bad):
+                plan = build_plan(rows.int(), col * 0 + bad, 4, (32, 32))
+                assert is_mixed(plan, 4, 4, len(col)) is mixed
+                order = split_plan(plan, 4, 4, len(col)).row_groups
+                assert sorted(order.tolist()) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("R", "C"), [(0, 4), (4, 0)])

@@ -22,7 +22,7 @@ from torch import Tensor
 from torchao_superblock.ops import direct
 from torchao_superblock.ops.activations import ACTIVATIONS
 from torchao_superblock.ops.aot import register_decomposition
-from torchao_superblock.ops.plan import build_plan, plan_length
+from torchao_superblock.ops.plan import build_plan, plan_fits, plan_length
 
 NAMESPACE = "torchao_superblock"
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -144,10 +144,10 @@ def _check_index(
     if plan is not None and (
         plan.dtype != torch.int32
         or plan.dim() != 1
-        or plan.shape[0] != plan_length(crow_indices.shape[0] - 1, C, nnz)
+        or not plan_fits(plan.shape[0], crow_indices.shape[0] - 1, C, nnz)
     ):
         raise ValueError(
-            f"bsr_linear: plan must be int32 of shape ({plan_length(crow_indices.shape[0] - 1, C, nnz)},), "
+            f"bsr_linear: plan must be int32 of shape ({plan_length(crow_indices.shape[0] - 1, C, nnz)},) or one more, "
             f"got {plan.dtype} of shape {tuple(plan.shape)}; make it with build_plan, or pass None"
         )
 

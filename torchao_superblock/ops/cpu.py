@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, get_num_threads
 
 from torchao_superblock.ops import gather_gemm
-from torchao_superblock.ops.plan import plan_length, split_plan
+from torchao_superblock.ops.plan import plan_fits, split_plan
 from torchao_superblock.ops.source_hash import source_hash
 
 __all__ = ["backend_info", "call", "forward", "grad_values", "grad_x"]
@@ -264,7 +264,7 @@ def call(
 
 
 def _fits(plan: Tensor, R: int, C: int, nnz: int) -> bool:
-    return plan.dtype is torch.int32 and plan.is_cpu and plan.shape == (plan_length(R, C, nnz),)
+    return plan.dtype is torch.int32 and plan.is_cpu and plan_fits(plan.numel(), R, C, nnz)
 
 
 def grad_x(

@@ -605,11 +605,10 @@ def _activate_in_place(y_s, ACTIVATION: gl.constexpr):
     several times as long as their arithmetic takes. The few of a loop run again and again.
     """
     ROWS: gl.constexpr = 64
-    # 128 bytes are what a row of the layout is wide at most: the left halves of all tokens, then the right.
-    WIDTH: gl.constexpr = min(y_s.shape[1], 32)
-    PARTS: gl.constexpr = y_s.shape[0] * y_s.shape[1] // (ROWS * WIDTH)
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // WIDTH, WIDTH // 4], [4, 1], [1, 0])
-    parts = _reinterpreted(y_s, gl.float32, [PARTS, ROWS, WIDTH])
+    PARTS: gl.constexpr = y_s.shape[0] * y_s.shape[1] // (ROWS * 32)
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
+    # 128 bytes are what a row of the layout is wide: the left halves of all tokens, then the right.
+    parts = _reinterpreted(y_s, gl.float32, [PARTS, ROWS, 32])
     _barrier()
     for i in range(PARTS):
         part = parts.index(i)
@@ -872,6 +871,7 @@ def _consume(
     CHUNKS: gl.constexpr,
     WIDE: gl.constexpr,
     PACKED: gl.constexpr,
+    COPIED: gl.constexpr,
     HAS_ORDER: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
@@ -889,6 +889,9 @@ def _consume(
     PARTS: gl.constexpr = BM // BN
     PIECES: gl.constexpr = 64 // y_s.shape[2]
     BUFFERS: gl.constexpr = y_s.shape[0] // GROUP
+    gl.static_assert(
+        not HALVES or BUFFERS == 1
+    )  # a half alone would leave the turns of two buffers
     STEP: gl.constexpr = 256 // x_s.dtype.primitive_bitwidth
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, STEP])
     lanes: gl.constexpr = gl.SliceLayout(1, layout)
@@ -968,7 +971,7 @@ def _consume(
                     x_slot, x_phase = _next(x_slot, x_phase, X_SLOTS)
         # A strip past the end leaves the buffers alone: it sends nothing that the next wait could count.
         if active:
-            if STACK == 4 and PARTS == 2 and not HALVES:
+            if COPIED and STACK == 4 and PARTS == 2 and not HALVES:
                 # One copy of the code for both parts: there is so much of it that unrolled, instructions arrive slower
                 # than they run. For other blocks, choosing the part takes longer.
                 for part in range(2):
@@ -1112,9 +1115,9 @@ def bsr_linear_strips(
         gl.warp_specialize(
             [
                 (_consume, (0, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, GROUP, STACK,
-                            SPLIT, CHUNKS, WIDE, PACKED, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC, HALVES)),
+                            SPLIT, CHUNKS, WIDE, PACKED, COPIED, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC, HALVES)),
                 (_consume, (1, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, GROUP, STACK,
-                            SPLIT, CHUNKS, WIDE, PACKED, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC, HALVES)),
+                            SPLIT, CHUNKS, WIDE, PACKED, COPIED, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC, HALVES)),
                 (_stream_x, (x_desc, table, x_ring, sizes, schedule, GROUP, STACK, SPLIT, CHUNKS, WIDE, DYNAMIC,
                              HALVES)),
                 (_stream_blocks, (0, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, schedule, GROUP, STACK,
@@ -1130,11 +1133,11 @@ def bsr_linear_strips(
         gl.warp_specialize(
             [
                 (_consume, (0, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, GROUP, STACK,
-                            SPLIT, CHUNKS, WIDE, PACKED, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC, HALVES)),
+                            SPLIT, CHUNKS, WIDE, PACKED, COPIED, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC, HALVES)),
                 (_consume, (1, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, GROUP, STACK,
-                            SPLIT, CHUNKS, WIDE, PACKED, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC, HALVES)),
+                            SPLIT, CHUNKS, WIDE, PACKED, COPIED, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC, HALVES)),
                 (_consume, (2, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, GROUP, STACK,
-                            SPLIT, CHUNKS, WIDE, PACKED, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC, HALVES)),
+                            SPLIT, CHUNKS, WIDE, PACKED, COPIED, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC, HALVES)),
                 (_stream_x, (x_desc, table, x_ring, sizes, schedule, GROUP, STACK, SPLIT, CHUNKS, WIDE, DYNAMIC,
                              HALVES)),
                 (_stream_blocks, (0, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, schedule, GROUP, STACK,

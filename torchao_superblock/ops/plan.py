@@ -26,7 +26,7 @@ class Plan(NamedTuple):
         perm_t: ``(nnz,)`` position in ``values`` of each stored block, block column after block column.
         row_groups: ``(R,)`` block rows, strip after strip of STRIP outputs, each GROUP consecutive strips chosen to
             share slices of x, groups that need most first; in the natural order if the plan was built without groups.
-            The block rows of a strip are neighbours, or (:func:`mixes_rows`) chosen to share columns.
+            The block rows of a strip are neighbours, or (:func:`is_mixed`) chosen to share columns.
     """
 
     row_order: Tensor
@@ -42,13 +42,13 @@ class Plan(NamedTuple):
 # is as wide as a strip is high.
 GROUP = 3
 STRIP = 64
-# So many inputs a block row needs on average before any two of 32 rows make a strip.
+# So many inputs a block row of 32 outputs needs on average before any two of them make a strip.
 _MIXED_INPUTS = 128
 # What a block column that a strip needs costs, compared with a slice that a group needs: a product and its blocks,
 # compared with a copy of the slice.
 _COLUMN_COST = 0.25
-# Exchanges that improve the groups: so many at most, of two of so many strips or block rows, or of three of so many
-# (all pairs and all threes of them are looked at).
+# Exchanges that improve the groups: so many at most, of two of so many strips or block rows, or of three of so many.
+# All pairs are looked at, and all threes from three groups.
 _EXCHANGES = 48
 _EXCHANGED = 1024
 _EXCHANGED_BY_THREES = 64
@@ -69,12 +69,25 @@ class _Level(NamedTuple):
 
 
 def plan_length(n_block_rows: int, n_block_cols: int, nnz: int) -> int:
-    """Number of int32 entries of a plan."""
+    """Number of int32 entries of a plan; a mixed one (:func:`is_mixed`) has one more."""
     return 2 * n_block_rows + 2 * n_block_cols + 1 + 3 * nnz
 
 
-def mixes_rows(n_block_rows: int, nnz: int, blocksize: tuple[int, int]) -> bool:
-    """Whether a plan with groups may make a strip of block rows that are no neighbours.
+def plan_fits(length: int, n_block_rows: int, n_block_cols: int, nnz: int) -> bool:
+    """Whether a plan of ``length`` entries can be one of such an index."""
+    return length - plan_length(n_block_rows, n_block_cols, nnz) in (0, 1)
+
+
+def is_mixed(plan: Tensor, n_block_rows: int, n_block_cols: int, nnz: int) -> bool:
+    """Whether any two block rows may make a strip in a plan, rather than neighbours.
+
+    A kernel must know it, and it is known without asking the device: by an entry more at the end.
+    """
+    return plan.shape[0] > plan_length(n_block_rows, n_block_cols, nnz)
+
+
+def _mixes_rows(n_block_rows: int, nnz: int, blocksize: tuple[int, int]) -> bool:
+    """Whether a strip may be made of block rows that are no neighbours.
 
     They then need fewer slices and columns (a tenth of the time of 14336 x 4096, 90 % pruned), but y is written in
     pieces of a block's height. Of 32 outputs these cost more than that saves where a block row has few blocks
@@ -89,12 +102,11 @@ def _group_rows(
 ) -> Tensor:
     """Put strips together that need the same slices of STRIP inputs, and in strips block rows of the same columns.
 
-    Greedily at first: a group starts with the one that needs most of those left and takes, one after the other, the
-    one that adds least to what it needs, of equals the one that needs most. Then up to _EXCHANGES times two or three
-    change places where that makes groups smaller or more alike. Groups that need most come first. For random masks,
-    90 % pruned, a group then needs 13.5 slices instead of 17.5 (224 x 64 blocks of 64 x 64), or 34 instead of 46, and
-    its strips 22.6 columns instead of 24.2 (448 x 128 blocks of 32 x 32, of which any two make a strip); for a mask
-    with structure, less.
+    The best of three orders, improved: the natural one, and greedy ones of strips and, if any two block rows may make a
+    strip, of block rows. Up to _EXCHANGES times two or three change places where that makes groups smaller or more
+    alike. Groups that need most come first. For random masks, 90 % pruned, a group then needs 13.5 slices instead of
+    17.5 (224 x 64 blocks of 64 x 64), or 34 instead of 45, and its strips 22.6 columns instead of 24.4 (448 x 128
+    blocks of 32 x 32, of which any two make a strip).
     """
     n_rows, n_cols = shape
     stack, width = (max(1, STRIP // side) for side in blocksize)
@@ -103,22 +115,60 @@ def _group_rows(
     blocks = torch.zeros(n_rows, n_slices * width, device=device, dtype=torch.float32)
     # Clamped: a bad index may give a bad order, but no assertion on the device.
     blocks[row_indices.clamp(0, n_rows - 1), col_indices.clamp(0, n_cols - 1)] = 1
-    mixed = mixes_rows(n_rows, row_indices.numel(), blocksize)
-    height = 1 if mixed else stack  # block rows that stay together
-    slices = blocks.view(n_rows // height, height, n_slices, width).amax((1, 3))
-    levels = [_Level(slices, GROUP * stack // height, 1)]
-    if mixed:
-        levels.append(_Level(blocks, stack, _COLUMN_COST))
-    tie = levels[-1].needs.sum(1) / (4 * levels[-1].needs.shape[1])
+    slices = blocks.view(n_rows, n_slices, width).amax(2)
+    of_strips = [_Level(slices.view(-1, stack, n_slices).amax(1), GROUP, 1)]
+    inside = torch.arange(stack, device=device)
+    if _mixes_rows(n_rows, row_indices.numel(), blocksize):
+        levels = [_Level(slices, GROUP * stack, 1), _Level(blocks, stack, _COLUMN_COST)]
+        of_rows = (_greedy(of_strips)[:, None] * stack + inside).flatten()
+        starts = [torch.arange(n_rows, device=device), of_rows, _greedy(levels)]
+        height = 1  # block rows that stay together
+    else:
+        levels, height = of_strips, stack
+        starts = [torch.arange(n_rows // stack, device=device), _greedy(of_strips)]
+    groups = starts[0]
+    for start in starts[1:]:
+        groups = torch.where(_cost(levels, start) < _cost(levels, groups), start, groups)
+    if groups.numel() <= _EXCHANGED:
+        groups = _exchange(levels, groups)
+    # A last one that is not full stays the last.
+    size = levels[0].size
+    full = groups[: groups.numel() // size * size].view(-1, size)
+    n_needed = levels[0].needs[full].amax(1).sum(1)
+    longest_first = full[torch.argsort(n_needed, descending=True, stable=True)].flatten()
+    groups = torch.cat([longest_first, groups[full.numel() :]])
+    return (groups[:, None] * height + inside[:height]).flatten()
+
+
+def _cost(levels: list[_Level], order: Tensor) -> Tensor:
+    """The sums of squares of what is needed together.
+
+    Squares, because slices cost time, and so do groups that need more than others.
+    """
+    cost = torch.zeros((), device=order.device, dtype=torch.float32)
+    for level in levels:
+        needed = level.needs[order]
+        padded = torch.nn.functional.pad(needed, (0, 0, 0, -len(needed) % level.size))
+        together = padded.view(-1, level.size, needed.shape[1]).amax(1)
+        cost = cost + level.cost * together.sum(1).square().sum()
+    return cost
+
+
+def _greedy(levels: list[_Level]) -> Tensor:
+    """An order in which a group starts with the one that needs most of those left and takes, one after the other, the
+    one that adds least to what is needed together, of equals the one that needs most.
+    """
+    needs = levels[-1].needs
+    tie = needs.sum(1) / (4 * needs.shape[1])
     taken = torch.zeros_like(tie)  # infinity for one that has its place
     shared = [torch.zeros_like(level.needs[0]) for level in levels]
     order = []
-    for place in range(len(slices)):
+    for place in range(len(needs)):
         score = taken - tie
         for number, level in enumerate(levels):
             if place % level.size == 0:
                 shared[number] = torch.zeros_like(shared[number])
-            if place % levels[0].size != 0:
+            else:
                 score = score + level.cost * (level.needs @ (1 - shared[number]))
         # One element, not none: indexing with a number would ask the device for it.
         chosen = torch.argmin(score, dim=0, keepdim=True)
@@ -126,29 +176,18 @@ def _group_rows(
         taken.index_fill_(0, chosen, torch.inf)
         for number, level in enumerate(levels):
             shared[number] = torch.maximum(shared[number], level.needs.index_select(0, chosen)[0])
-    groups = torch.cat(order)
-    if groups.numel() <= _EXCHANGED:
-        groups = _exchange(levels, groups)
-    # A last one that is not full stays the last.
-    size = levels[0].size
-    full = groups[: groups.numel() // size * size].view(-1, size)
-    n_needed = slices[full].amax(1).sum(1)
-    longest_first = full[torch.argsort(n_needed, descending=True, stable=True)].flatten()
-    groups = torch.cat([longest_first, groups[full.numel() :]])
-    return (groups[:, None] * height + torch.arange(height, device=device)).flatten()
+    return torch.cat(order)
 
 
 def _exchange(levels: list[_Level], order: Tensor) -> Tensor:
-    """``order`` after exchanges, each the one that most lowers the sums of squares of what is needed together: of two,
-    and of three where no two are left.
-
-    Squares, because slices cost time, and so do groups that need more than others.
-    """
+    """``order`` after exchanges of two, or three where no two are left: each the one that lowers its cost most."""
     n = order.numel()
     place = torch.arange(n, device=order.device)
     for _ in range(min(_EXCHANGES, n)):
-        rise = torch.zeros(n, n, device=order.device)  # with j in place of i, for the group of i
-        rise_of_two = torch.zeros(n, n, device=order.device)
+        rise = torch.zeros(
+            n, n, device=order.device, dtype=torch.float32
+        )  # of i's group, with j in place of i
+        rise_of_two = torch.zeros_like(rise)
         for level in levels:
             needed = level.needs[order]
             group = place // level.size
@@ -197,11 +236,11 @@ def build_plan(
         n_block_cols: C, the number of block columns.
         blocksize: ``(r, c)`` of the blocks that the index is of, to work out as well which block rows a kernel had
             better take together, where that is of use: a few small operations for each strip of STRIP outputs or each
-            block row of 32, and up to 48 times a comparison of all of them with each other (20 ms on a CPU for 3072 x
-            768, up to 0.15 s for 14336 x 4096, up to a second for 65536 outputs). None leaves that out.
+            block row of 32, and, where these are at most 1024, up to 48 times a comparison of all of them with each
+            other (20 ms on a CPU for 3072 x 768, 0.15 s for 14336 x 4096, about a second at most). None leaves it out.
 
     Returns:
-        int32 tensor of ``plan_length(R, C, nnz)`` entries; see :class:`Plan` for its parts.
+        int32 tensor of ``plan_length(R, C, nnz)`` entries, or one more; see :class:`Plan` for its parts.
 
     Example:
         >>> crow, col = torch.tensor([0, 1, 3]).int(), torch.tensor([1, 0, 1]).int()
@@ -228,13 +267,17 @@ def build_plan(
         and n_block_rows * blocksize[0] % STRIP == 0
     ):
         row_groups = _group_rows(row_indices, col_indices, (n_block_rows, n_block_cols), blocksize)
+        if _mixes_rows(n_block_rows, nnz, blocksize):
+            row_groups = torch.nn.functional.pad(row_groups, (0, 1))
     parts = (row_order, col_order, row_indices, crow_t, row_t, perm_t, row_groups)
     plan = torch.cat([part.to(torch.int32) for part in parts])
-    assert plan.numel() == plan_length(n_block_rows, n_block_cols, nnz)
+    assert plan_fits(plan.numel(), n_block_rows, n_block_cols, nnz)
     return plan
 
 
 def split_plan(plan: Tensor, n_block_rows: int, n_block_cols: int, nnz: int) -> Plan:
     """Name the parts of a packed plan (views, no copy)."""
-    sizes = (n_block_rows, n_block_cols, nnz, n_block_cols + 1, nnz, nnz, n_block_rows)
-    return Plan(*plan.split(sizes))
+    sizes = [n_block_rows, n_block_cols, nnz, n_block_cols + 1, nnz, nnz, n_block_rows]
+    if is_mixed(plan, n_block_rows, n_block_cols, nnz):
+        sizes.append(1)
+    return Plan(*plan.split(sizes)[: len(Plan._fields)])
