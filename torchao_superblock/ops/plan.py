@@ -184,9 +184,8 @@ def _exchange(levels: list[_Level], order: Tensor) -> Tensor:
     n = order.numel()
     place = torch.arange(n, device=order.device)
     for _ in range(min(_EXCHANGES, n)):
-        rise = torch.zeros(
-            n, n, device=order.device, dtype=torch.float32
-        )  # of i's group, with j in place of i
+        # Of what i's group costs, with j in place of i; and of two changing places.
+        rise = torch.zeros(n, n, device=order.device, dtype=torch.float32)
         rise_of_two = torch.zeros_like(rise)
         for level in levels:
             needed = level.needs[order]
