@@ -889,9 +889,8 @@ def _consume(
     PARTS: gl.constexpr = BM // BN
     PIECES: gl.constexpr = 64 // y_s.shape[2]
     BUFFERS: gl.constexpr = y_s.shape[0] // GROUP
-    gl.static_assert(
-        not HALVES or BUFFERS == 1
-    )  # a half alone would leave the turns of two buffers
+    # A half tile fills one buffer alone: two would get out of turn.
+    gl.static_assert(not HALVES or BUFFERS == 1)
     STEP: gl.constexpr = 256 // x_s.dtype.primitive_bitwidth
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, STEP])
     lanes: gl.constexpr = gl.SliceLayout(1, layout)

@@ -98,7 +98,11 @@ def _mixes_rows(n_block_rows: int, nnz: int, blocksize: tuple[int, int]) -> bool
 
 
 def _group_rows(
-    row_indices: Tensor, col_indices: Tensor, shape: tuple[int, int], blocksize: tuple[int, int]
+    row_indices: Tensor,
+    col_indices: Tensor,
+    shape: tuple[int, int],
+    blocksize: tuple[int, int],
+    mixed: bool,
 ) -> Tensor:
     """Put strips together that need the same slices of STRIP inputs, and in strips block rows of the same columns.
 
@@ -118,7 +122,7 @@ def _group_rows(
     slices = blocks.view(n_rows, n_slices, width).amax(2)
     of_strips = [_Level(slices.view(-1, stack, n_slices).amax(1), GROUP, 1)]
     inside = torch.arange(stack, device=device)
-    if _mixes_rows(n_rows, row_indices.numel(), blocksize):
+    if mixed:
         levels = [_Level(slices, GROUP * stack, 1), _Level(blocks, stack, _COLUMN_COST)]
         of_rows = (_greedy(of_strips)[:, None] * stack + inside).flatten()
         starts = [torch.arange(n_rows, device=device), of_rows, _greedy(levels)]
@@ -265,8 +269,10 @@ def build_plan(
         and STRIP % blocksize[0] == 0
         and n_block_rows * blocksize[0] % STRIP == 0
     ):
-        row_groups = _group_rows(row_indices, col_indices, (n_block_rows, n_block_cols), blocksize)
-        if _mixes_rows(n_block_rows, nnz, blocksize):
+        mixed = _mixes_rows(n_block_rows, nnz, blocksize)
+        shape = (n_block_rows, n_block_cols)
+        row_groups = _group_rows(row_indices, col_indices, shape, blocksize, mixed)
+        if mixed:
             row_groups = torch.nn.functional.pad(row_groups, (0, 1))
     parts = (row_order, col_order, row_indices, crow_t, row_t, perm_t, row_groups)
     plan = torch.cat([part.to(torch.int32) for part in parts])
