@@ -77,6 +77,27 @@ def test_token_counts_share_few_buckets() -> None:
     assert len({cuda.m_bucket(M) for M in range(1, 200_000)}) == 13
 
 
+@pytest.mark.parametrize(
+    ("M", "R", "C", "block", "even"),
+    [
+        (16, 224, 64, 64, True),  # 224 programs
+        (128, 224, 64, 64, True),
+        (256, 224, 64, 64, False),  # 448: those that leave first make room for more
+        (512, 64, 224, 64, True),  # 256
+        (512, 32, 112, 128, True),  # 256 of 64 tokens
+        (512, 12, 48, 64, False),  # 48: one a processor
+        (16, 64, 224, 64, False),  # split
+    ],
+)
+def test_one_or_two_programs_a_processor_are_evened_out(
+    M: int, R: int, C: int, block: int, even: bool
+) -> None:
+    for itemsize in (2, 4):
+        nnz = R * C // 10
+        problem = cuda.Problem("forward", M, R, C, block, block, nnz, itemsize, 0, 90, 132)
+        assert cuda.matmul_tile(problem).even is (even and itemsize == 2)
+
+
 def test_the_gradient_of_small_blocks_is_chosen_by_how_many_there_are() -> None:
     def tile(
         blocksize: tuple[int, int], density: float, M: int = 65536, itemsize: int = 2
@@ -301,6 +322,60 @@ def test_capturable_in_a_cuda_graph(M: int) -> None:
     graph.replay()
     assert relative_error(y, x.double() @ dense.double().T) < 2e-3
     assert not torch.equal(y, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M", [1, 16, 64, 300, 2048])
+def test_calls_wait_for_what_they_read(M: int) -> None:
+    """Each in a chain reads what the one before it wrote, whether the GPU runs them one by one or may overlap them."""
+    if not launch.overlaps(torch.cuda.current_device()):
+        pytest.skip("launches overlap from Hopper on")
+    wide, narrow = (
+        random_bsr(*shape, 64, 0.9, torch.float16, "cuda")[1:]
+        for shape in ((8192, 1024), (1024, 8192))
+    )
+    calls = [
+        functools.partial(bsr_linear, crow_indices=crow, col_indices=col, values=values, plan=plan)
+        for crow, col, values in (wide, narrow)
+        for plan in [build_plan(crow, col, 16 if values is wide[2] else 128)]
+    ]
+    start = torch.randn(M, 1024, dtype=torch.float16, device="cuda")
+    x, side = torch.empty_like(start), torch.cuda.Stream()
+
+    def chain(after_each=lambda: None) -> torch.Tensor:
+        x.copy_(start)  # a copy of memory, no kernel
+        y = x
+        for i in range(20):
+            y = calls[i % 2](y)
+            after_each()
+            if i % 2:
+                y = y.mul_(16 / y.float().norm(dim=1, keepdim=True).clamp(min=1e-3))
+                after_each()
+        # What comes after two streams.
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            z = calls[0](y)
+        z2 = calls[0](x)
+        torch.cuda.current_stream().wait_stream(side)
+        return calls[1](z.add_(z2))
+
+    expected = chain(torch.cuda.synchronize)
+    torch.cuda.synchronize()
+    assert expected.isfinite().all() and expected.any()
+    assert all(torch.equal(chain(), expected) for _ in range(3))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain()
+    for _ in range(5):
+        y.zero_()
+        graph.replay()
+        assert torch.equal(y, expected)
+    # Nothing before it.
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = calls[0](start)
+    graph.replay()
+    assert torch.equal(y, calls[0](start))
 
 
 @pytest.mark.gpu

@@ -1064,3 +1064,35 @@ def test_a_call_can_be_captured_in_a_cuda_graph():
     x.copy_(torch.randn_like(x))
     graph.replay()
     assert relative_error(y, x.double() @ dense.double().t()) <= 4e-3
+
+
+@pytest.mark.gpu
+def test_drawn_tiles_follow_what_was_launched_before():
+    """The kernel may start while its counter is still being zeroed: neither that nor its x is read too early."""
+    _hopper_or_skip()
+    dense, crow, col, values = random_bsr(1024, 1024, 64, 0.9, torch.bfloat16, "cuda")
+    plan = build_plan(crow, col, 16, (64, 64))
+    start = torch.randn(4096, 1024, device="cuda", dtype=torch.bfloat16)
+
+    def chain(after_each=lambda: None):
+        y = start
+        for _ in range(10):
+            y = hopper.forward(
+                y, crow, col, values, None, "none", plan, tile=hopper.THREE_STRIPS_DYNAMIC
+            )
+            after_each()
+        return y
+
+    expected = chain(torch.cuda.synchronize)
+    assert all(torch.equal(chain(), expected) for _ in range(3))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain()
+    for _ in range(5):
+        y.zero_()
+        graph.replay()
+        assert torch.equal(y, expected)
+    first = hopper.forward(
+        start, crow, col, values, None, "none", plan, tile=hopper.THREE_STRIPS_DYNAMIC
+    )
+    assert relative_error(first, start.double() @ dense.double().t()) <= 4e-3

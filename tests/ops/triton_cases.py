@@ -210,6 +210,12 @@ def check_tiles() -> None:
                 check(blocksize, torch.float32, 50, R=2, C=3, activation="silu")
         with replaced(cuda, "grad_values_tile", lambda problem: grad_tile):
             check(blocksize, torch.float32, 300, R=2, C=2)
+    # Rounds of five programs, of which every second one is turned round: ends that are full, cut short or empty.
+    with replaced(cuda, "_device", lambda index: cuda._Device(90, 5)):
+        for R, splits in ((1, 1), (5, 1), (7, 1), (10, 1), (13, 1), (4, 3), (9, 2)):
+            tile = cuda.Tile(16, 16, 16, 1, 4, 2, splits, even=True)
+            with replaced(cuda, "matmul_tile", lambda problem, tile=tile: tile):
+                check((16, 16), torch.float32, 16 if splits > 1 else 30, R=R, C=3, sparsity=0.6)
 
 
 def check_gradients_of_small_blocks() -> None:

@@ -34,7 +34,7 @@ try:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from torchao_superblock.ops import hopper_kernels as kernels
-    from torchao_superblock.ops.launch import Kernel
+    from torchao_superblock.ops.launch import OVERLAP, Kernel, overlaps
 
     _import_error: str | None = None
 except Exception as error:  # an experimental module may fail in any way
@@ -517,9 +517,10 @@ def constants(
     }
 
 
-def options(tile: Strips) -> dict[str, Any]:
-    """The kernel's compiler options."""
-    return {"num_warps": 4} if tile.programs == 1 else {"num_warps": 4, "maxnreg": 80}
+def options(tile: Strips, overlap: bool = False) -> dict[str, Any]:
+    """The kernel's compiler options; ``overlap`` says whether its launch may overlap the zeroing of the counter."""
+    registers = {} if tile.programs == 1 else {"maxnreg": 80}
+    return {"num_warps": 4} | registers | (OVERLAP if tile.dynamic and overlap else {})
 
 
 @lru_cache(maxsize=4096)
@@ -544,7 +545,9 @@ def _kernel(
     is 1.
     """
     settings = (rows, columns, r, c, dtype.itemsize, exact, has_order, has_bias, activation)
-    return Kernel(kernels.bsr_linear_strips, constants(tile, *settings), **options(tile))
+    return Kernel(
+        kernels.bsr_linear_strips, constants(tile, *settings), **options(tile, overlaps(index))
+    )
 
 
 @lru_cache(maxsize=4096)  # one for each number of tokens
@@ -601,6 +604,7 @@ def _launcher(
             parts = split_plan(plan, rows, columns, nnz)
             order = parts.row_groups if r <= STRIP else parts.row_order
         if tile.dynamic:
+            # Nothing may come between this and the kernel, which waits for nothing else (see _draw).
             counter = torch.zeros(1, dtype=torch.int32, device=x.device)
         kernel(
             (programs, 1, 1),

@@ -235,7 +235,11 @@ def _tile(
 
 @gluon.jit
 def _draw(schedule, DYNAMIC: gl.constexpr):
-    """Draw the number of this program's next tile. For a warp alone: lane 0 gets it, and nobody waits for it yet."""
+    """Draw the number of this program's next tile. For a warp alone: lane 0 gets it, and nobody waits for it yet.
+
+    The kernel before this one sets the counter to zero, and it alone may still run (hopper.py): waiting for it here,
+    in no time but at the first draw, is enough.
+    """
     number = 0
     if DYNAMIC:
         number = gl.inline_asm_elementwise(
@@ -245,6 +249,7 @@ def _draw(schedule, DYNAMIC: gl.constexpr):
                 mov.u32 lane, %laneid;
                 setp.eq.u32 first, lane, 0;
                 mov.u32 $0, 0;
+                griddepcontrol.wait;
                 @first atom.global.add.u32 $0, [$1], 1;
             }""",
             "=r,l",

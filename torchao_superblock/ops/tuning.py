@@ -132,6 +132,7 @@ def _parse(text: str, index: int) -> dict[Problem, Found]:
             and tile.num_stages in range(1, 9)
             and tile.splits in range(1, 65)
             and isinstance(tile.ordered, bool)
+            and isinstance(tile.even, bool)
             and isinstance(entry["plain"], bool)
         )
         if not in_range:
@@ -225,6 +226,7 @@ def candidates(problem: Problem) -> list[Tile]:
             found.append(
                 Tile(BM, rule.BN, BK, rule.GROUP_M, num_warps, num_stages, splits, rule.ordered)
             )
+    found.append(rule._replace(even=not rule.even))
     if not few_tokens:
         found += [rule._replace(GROUP_M=group) for group in (1, 2, 4, 32)]
         found.append(rule._replace(ordered=not rule.ordered))
