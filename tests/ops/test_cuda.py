@@ -86,10 +86,12 @@ def test_token_counts_share_few_buckets() -> None:
         (512, 64, 224, 64, True),  # 256
         (512, 32, 112, 128, True),  # 256 of 64 tokens
         (512, 12, 48, 64, False),  # 48: one a processor
-        (16, 64, 224, 64, False),  # split
+        (16, 64, 224, 64, True),  # five for a row
+        (16, 64, 64, 64, False),  # 128 of 32 outputs
+        (64, 64, 224, 64, False),  # split
     ],
 )
-def test_one_or_two_programs_a_processor_are_evened_out(
+def test_few_programs_a_processor_are_evened_out(
     M: int, R: int, C: int, block: int, even: bool
 ) -> None:
     for itemsize in (2, 4):

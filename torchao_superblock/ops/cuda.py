@@ -106,7 +106,7 @@ class Tile(NamedTuple):
     ordered: bool = (
         True  # longest block rows first: worth a load per program where programs are few
     )
-    even: bool = False  # two programs a processor at most: one with a long block row, then one with a short one
+    even: bool = False  # processors start with a long block row each, then get a short one, and so on by turns
 
 
 class GradTile(NamedTuple):
@@ -177,6 +177,15 @@ def matmul_tile(problem: Problem) -> Tile:
                 BK, num_stages = 128, 3
             if r % 64 == 0 and problem.R * (r // 64) >= 1.5 * problem.n_processors:
                 return _even(Tile(16, 64, BK, 1, 4, num_stages), problem)
+            if (
+                r % 64 == 0
+                and c % 64 == 0
+                and BK == 64
+                and row_length >= 800
+                and 5 * problem.R * (r // 64) >= problem.n_processors
+            ):
+                # Measured with weights of 2048 x 8192 to 8192 x 28672: 2 to 14 % faster than what follows.
+                return Tile(16, 64, 64, 1, 2, 4, 5, even=True)
         BN = min(BN, 32 if half and few else 64)
         programs = problem.R * -(-r // BN)
         per_processor = 3 if half and few else 2

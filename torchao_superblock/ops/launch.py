@@ -5,6 +5,7 @@ compiled kernel up by it. Where the caller knows that all of that is as at the f
 the driver.
 """
 
+import ctypes
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -17,6 +18,16 @@ from torch import Tensor
 DIRECT_LAUNCH = tuple(map(int, triton.__version__.split(".")[:2])) in ((3, 6), (3, 7), (3, 8))
 
 
+def _driver_version() -> int:
+    """12030 for CUDA 12.3; 0 if the driver cannot be asked."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value
+
+
 @cache
 def overlaps(index: int) -> bool:
     """Whether kernels on a CUDA device can be launched with :data:`OVERLAP`: on Hopper and later.
@@ -25,10 +36,7 @@ def overlaps(index: int) -> bool:
     that it wrote can be seen. What is gained is the time a launch takes: 0.2 to 0.6 us. In CUDA graphs, drivers can do
     that from 12.3 on.
     """
-    return (
-        torch.cuda.get_device_capability(index)[0] >= 9
-        and torch._C._cuda_getDriverVersion() >= 12030
-    )
+    return torch.cuda.get_device_capability(index)[0] >= 9 and _driver_version() >= 12030
 
 
 OVERLAP = {"launch_pdl": True}  # the compiler's option
