@@ -156,6 +156,49 @@ class Launcher:
         self.launches.append((function, (X, Y, Z), arguments))
 
 
+@pytest.mark.parametrize("name", ["bsr_matmul_kernel", "sum_splits_kernel"])
+def test_kernels_whose_launch_overlaps_wait_before_they_touch_memory(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setitem(cuda._devices, -1, cuda._Device(90, 132, True))
+    monkeypatch.setattr(cuda, "_tuned_devices", {-1})
+    kernel = getattr(cuda.kernels, name)
+    product = cuda._Product(
+        cuda.Problem("forward", 16, 64, 224, 64, 64, 1434, 2, cuda.NATIVE, 90, 132),
+        -1,
+        transposed=False,
+        has_perm=False,
+        has_order=True,
+        has_bias=True,
+        has_low=False,
+        activation="none",
+        wide=False,
+    )
+    assert product.splits > 1 and product.tile.even
+    launched = product.kernel if kernel is product.kernel.function else product.reduce
+    assert launched.constants_by_name["OVERLAPS"] and launched.options["launch_pdl"]
+    for overlaps in (False, True):
+        constants = launched.constants_by_name | {"OVERLAPS": overlaps}
+        signature = {
+            argument: "constexpr"
+            if argument in constants
+            else ("*i32" if argument[:-4] in ("start", "block", "perm", "order") else "*bf16")
+            if argument.endswith("_ptr")
+            else "i32"
+            for argument in kernel.arg_names
+        }
+        ptx = triton.compile(
+            ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32)
+        ).asm["ptx"]
+        waits = [i for i in range(len(ptx)) if ptx.startswith("griddepcontrol.wait", i)]
+        assert len(waits) == overlaps
+        touches = re.search(r"\b(ld\.global|st\.global|cp\.async)", ptx)
+        assert touches and (not overlaps or waits[0] < touches.start())
+
+
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """CUDA's way of calling, on CPU tensors and with kernels that only record their launch once they are compiled."""

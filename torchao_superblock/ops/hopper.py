@@ -518,9 +518,9 @@ def constants(
 
 
 def options(tile: Strips, overlap: bool = False) -> dict[str, Any]:
-    """The kernel's compiler options; ``overlap`` says whether its launch may overlap the zeroing of the counter."""
+    """The kernel's compiler options; ``overlap`` says whether its launch overlaps the zeroing of the counter."""
     registers = {} if tile.programs == 1 else {"maxnreg": 80}
-    return {"num_warps": 4} | registers | (OVERLAP if tile.dynamic and overlap else {})
+    return {"num_warps": 4} | registers | (OVERLAP if overlap else {})
 
 
 @lru_cache(maxsize=4096)
@@ -545,9 +545,8 @@ def _kernel(
     is 1.
     """
     settings = (rows, columns, r, c, dtype.itemsize, exact, has_order, has_bias, activation)
-    return Kernel(
-        kernels.bsr_linear_strips, constants(tile, *settings), **options(tile, overlaps(index))
-    )
+    overlap = tile.dynamic and overlaps(index)
+    return Kernel(kernels.bsr_linear_strips, constants(tile, *settings), **options(tile, overlap))
 
 
 @lru_cache(maxsize=4096)  # one for each number of tokens
