@@ -126,8 +126,9 @@ def test_the_gradient_of_small_blocks_is_chosen_by_how_many_there_are() -> None:
 def test_only_ahead_of_time_compilers_see_the_kernels(
     ahead_of_time: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(cuda._devices, 0, cuda._Device(90, 132))
+    monkeypatch.setitem(cuda._devices, 0, cuda._Device(90, 132, True))
     monkeypatch.setattr(cuda, "_tuned_devices", {0})
+    monkeypatch.setattr(cuda, "OVERLAP", None)  # whoever asked for it would fail
 
     class Model(torch.nn.Module):
         def forward(self, x, crow, col, values, bias, plan):
@@ -156,6 +157,23 @@ class Launcher:
         self.launches.append((function, (X, Y, Z), arguments))
 
 
+@pytest.mark.parametrize(
+    ("capability", "driver", "overlap"),
+    [
+        ((8, 0), 13000, False),
+        ((9, 0), 12020, False),
+        ((9, 0), 12030, True),
+        ((10, 0), 13000, False),
+    ],
+)
+def test_launches_overlap_where_that_was_measured(
+    capability: tuple[int, int], driver: int, overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(launch, "_driver_version", lambda: driver)
+    assert launch.can_overlap(0) is overlap
+
+
 @pytest.mark.parametrize("name", ["bsr_matmul_kernel", "sum_splits_kernel"])
 def test_kernels_whose_launch_overlaps_wait_before_they_touch_memory(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -180,6 +198,7 @@ def test_kernels_whose_launch_overlaps_wait_before_they_touch_memory(
     assert product.splits > 1 and product.tile.even
     launched = product.kernel if kernel is product.kernel.function else product.reduce
     assert launched.constants_by_name["OVERLAPS"] and launched.options["launch_pdl"]
+    assert product.kernel.constants_by_name["ROUND"] == 132
     for overlaps in (False, True):
         constants = launched.constants_by_name | {"OVERLAPS": overlaps}
         signature = {
@@ -373,8 +392,8 @@ def test_capturable_in_a_cuda_graph(M: int) -> None:
 @pytest.mark.parametrize("M", [1, 16, 64, 300, 2048])
 def test_calls_wait_for_what_they_read(M: int) -> None:
     """Each in a chain reads what the one before it wrote, whether the GPU runs them one by one or may overlap them."""
-    if not launch.overlaps(torch.cuda.current_device()):
-        pytest.skip("launches overlap from Hopper on")
+    if not launch.can_overlap(torch.cuda.current_device()):
+        pytest.skip("launches overlap on Hopper only")
     wide, narrow = (
         random_bsr(*shape, 64, 0.9, torch.float16, "cuda")[1:]
         for shape in ((8192, 1024), (1024, 8192))

@@ -157,6 +157,9 @@ def test_every_tile_of_the_rules_compiles_for_hopper(name, tmp_path):
     ptx = kernel.asm["ptx"]
     assert "wgmma.mma_async" in ptx
     assert "cp.async.bulk.tensor.2d.shared" in ptx and "cp.async.bulk.tensor.2d.global" in ptx
+    # Drawn tiles: the counter is being zeroed until the wait is over.
+    assert ptx.count("griddepcontrol.wait") == ptx.count("atom.global.add") == tile.dynamic
+    assert ptx.find("griddepcontrol.wait") <= ptx.find("atom.global.add")
     limit = SHARED_LIMIT if tile.programs == 1 else PROGRAM_PAIR_LIMIT
     assert kernel.metadata.shared <= limit
     estimate = hopper.shared_bytes(tile, *problem[1:], settings.get("dtype", torch.half).itemsize)
@@ -655,6 +658,18 @@ def test_layers_whose_output_is_stored_in_other_pieces_have_other_kernels(monkey
     assert {boxes[2][1] for kernel in made for boxes in kernel.boxes} == {32, 64}
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_only_drawn_tiles_overlap_what_is_before_them(dynamic, monkeypatch):
+    monkeypatch.setattr(hopper, "can_overlap", lambda index: True)
+    monkeypatch.setattr(hopper, "Kernel", lambda function, constants, **options: options)
+    hopper._kernel.cache_clear()
+    tile = hopper.TWO_STRIPS._replace(dynamic=dynamic)
+    settings = (4, 4, 64, 64, False, True, True, "none", False, False)
+    options = hopper._kernel(0, torch.bfloat16, tile, *settings)
+    hopper._kernel.cache_clear()
+    assert options.get("launch_pdl", False) is dynamic
+
+
 def test_exact_float32_follows_torchs_switch(set_precision):
     set_precision("tf32")
     assert not hopper._exact(torch.float32)
@@ -1072,27 +1087,28 @@ def test_drawn_tiles_follow_what_was_launched_before():
     _hopper_or_skip()
     dense, crow, col, values = random_bsr(1024, 1024, 64, 0.9, torch.bfloat16, "cuda")
     plan = build_plan(crow, col, 16, (64, 64))
-    start = torch.randn(4096, 1024, device="cuda", dtype=torch.bfloat16)
+    start = torch.randn(16384, 1024, device="cuda", dtype=torch.bfloat16)  # three tiles a program
+    drawn, dealt = hopper.THREE_STRIPS_DYNAMIC, hopper.THREE_STRIPS
 
-    def chain(after_each=lambda: None):
+    def chain(tile):
+        # The allocator hands these out again: outputs that were never written, and a counter that ends all drawing.
+        for shape, value in ((start.shape, float("nan")), ((1,), 2**30)):
+            dtype = start.dtype if value != value else torch.int32
+            _ = [torch.full(shape, value, device="cuda", dtype=dtype) for _ in range(4)]
+            del _
         y = start
         for _ in range(10):
-            y = hopper.forward(
-                y, crow, col, values, None, "none", plan, tile=hopper.THREE_STRIPS_DYNAMIC
-            )
-            after_each()
+            y = hopper.forward(y, crow, col, values, None, "none", plan, tile=tile)
         return y
 
-    expected = chain(torch.cuda.synchronize)
-    assert all(torch.equal(chain(), expected) for _ in range(3))
+    expected = chain(dealt)
+    assert all(torch.equal(chain(drawn), expected) for _ in range(3))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = chain()
+        y = chain(drawn)
     for _ in range(5):
         y.zero_()
         graph.replay()
         assert torch.equal(y, expected)
-    first = hopper.forward(
-        start, crow, col, values, None, "none", plan, tile=hopper.THREE_STRIPS_DYNAMIC
-    )
+    first = hopper.forward(start, crow, col, values, None, "none", plan, tile=drawn)
     assert relative_error(first, start.double() @ dense.double().t()) <= 4e-3

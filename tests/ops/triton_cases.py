@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 
 from tests.reference import TOLERANCE, random_bsr, relative_error
 from torchao_superblock.ops import cuda
 from torchao_superblock.ops.activations import ACTIVATIONS
 from torchao_superblock.ops.plan import build_plan
-from torchao_superblock.ops.triton_kernels import FMA, TF32
+from torchao_superblock.ops.triton_kernels import FMA, TF32, _alternated
 
 DEVICE = "cpu" if cuda.INTERPRET else "cuda"
 if cuda.INTERPRET and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):
@@ -177,6 +178,20 @@ def check_indices() -> None:
         torch.testing.assert_close(y, torch.zeros_like(y))
         assert cuda.grad_x(grad, crow, bad, values, plan, 4).shape == x.shape
         assert cuda.grad_values(grad, x, crow, bad, plan, 16, 16).shape == values.shape
+    # A bad column spoils its own block row only.
+    plan = build_plan(crow, col, 4)
+    good = plain_forward(x, crow, col, values, None, "none", plan)
+    for column in (-5, 2**31 - 1):
+        bad = col.clone()
+        bad[0] = column
+        y = plain_forward(x, crow, bad, values, None, "none", plan)
+        assert torch.equal(y[:, 16:], good[:, 16:])
+
+
+@triton.jit
+def _order_kernel(out_ptr, total, ROUND: tl.constexpr):
+    number = tl.program_id(0)
+    tl.store(out_ptr + number, _alternated(number, total, ROUND))
 
 
 def check_strides() -> None:
@@ -211,6 +226,14 @@ def check_tiles() -> None:
         with replaced(cuda, "grad_values_tile", lambda problem: grad_tile):
             check(blocksize, torch.float32, 300, R=2, C=2)
     # Rounds of five programs, of which every second one is turned round: ends that are full, cut short or empty.
+    for total, order in (
+        (3, [0, 1, 2]),
+        (8, [0, 1, 2, 3, 4, 7, 6, 5]),
+        (12, [0, 1, 2, 3, 4, 9, 8, 7, 6, 5, 10, 11]),
+    ):
+        out = torch.full((total,), -1, dtype=torch.int32, device=DEVICE)
+        _order_kernel[(total,)](out, total, 5)
+        assert out.tolist() == order
     with replaced(cuda, "_device", lambda index: cuda._Device(90, 5)):
         for R, splits in ((1, 1), (5, 1), (7, 1), (10, 1), (13, 1), (4, 3), (9, 2)):
             tile = cuda.Tile(16, 16, 16, 1, 4, 2, splits, even=True)

@@ -34,7 +34,7 @@ try:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from torchao_superblock.ops import hopper_kernels as kernels
-    from torchao_superblock.ops.launch import OVERLAP, Kernel, overlaps
+    from torchao_superblock.ops.launch import OVERLAP, Kernel, can_overlap
 
     _import_error: str | None = None
 except Exception as error:  # an experimental module may fail in any way
@@ -545,7 +545,7 @@ def _kernel(
     is 1.
     """
     settings = (rows, columns, r, c, dtype.itemsize, exact, has_order, has_bias, activation)
-    overlap = tile.dynamic and overlaps(index)
+    overlap = tile.dynamic and can_overlap(index)
     return Kernel(kernels.bsr_linear_strips, constants(tile, *settings), **options(tile, overlap))
 
 
@@ -603,7 +603,7 @@ def _launcher(
             parts = split_plan(plan, rows, columns, nnz)
             order = parts.row_groups if r <= STRIP else parts.row_order
         if tile.dynamic:
-            # Nothing may come between this and the kernel, which waits for nothing else (see _draw).
+            # An ordinary launch, which all earlier work precedes: the kernel has nothing else to wait for.
             counter = torch.zeros(1, dtype=torch.int32, device=x.device)
         kernel(
             (programs, 1, 1),

@@ -237,8 +237,8 @@ def _tile(
 def _draw(schedule, DYNAMIC: gl.constexpr):
     """Draw the number of this program's next tile. For a warp alone: lane 0 gets it, and nobody waits for it yet.
 
-    The kernel before this one sets the counter to zero, and it alone may still run (hopper.py): waiting for it here,
-    in no time but at the first draw, is enough.
+    The launch may overlap the zeroing of the counter (hopper.py). Every program draws before it reads x, and waits for
+    that first; later waits take no time.
     """
     number = 0
     if DYNAMIC:

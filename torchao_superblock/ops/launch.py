@@ -7,7 +7,6 @@ the driver.
 
 import ctypes
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -28,18 +27,18 @@ def _driver_version() -> int:
     return version.value
 
 
-@cache
-def overlaps(index: int) -> bool:
-    """Whether kernels on a CUDA device can be launched with :data:`OVERLAP`: on Hopper and later.
+# The compiler's option for programmatic dependent launch: a kernel's programs start once those of the kernel before it
+# have left or said so, and wait in the kernel until all that it wrote can be seen. It saves most of the time a launch
+# takes, 0.2 to 0.6 us.
+OVERLAP = {"launch_pdl": True}
 
-    The programs of such a kernel start once those of the kernel before it have left, and wait in the kernel until all
-    that it wrote can be seen. What is gained is the time a launch takes: 0.2 to 0.6 us. In CUDA graphs, drivers can do
-    that from 12.3 on.
+
+def can_overlap(index: int) -> bool:
+    """Whether kernels on a CUDA device can be launched with :data:`OVERLAP`.
+
+    Hopper is where that was measured; in CUDA graphs, drivers can do it from CUDA 12.3 on.
     """
-    return torch.cuda.get_device_capability(index)[0] >= 9 and _driver_version() >= 12030
-
-
-OVERLAP = {"launch_pdl": True}  # the compiler's option
+    return torch.cuda.get_device_capability(index)[0] == 9 and _driver_version() >= 12030
 
 
 def watched() -> bool:
