@@ -16,6 +16,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed here")
 
 import triton
+import triton.language as tl
 from torch._functorch.aot_autograd import aot_export_module
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -440,6 +441,44 @@ def test_calls_wait_for_what_they_read(M: int) -> None:
         y = calls[0](start)
     graph.replay()
     assert torch.equal(y, calls[0](start))
+
+
+@triton.jit
+def _write_late(out_ptr, source_ptr, n, BLOCK: tl.constexpr):
+    """Copy, long after the next kernel was let in."""
+    tl.extra.cuda.gdc_launch_dependents()
+    i = tl.arange(0, BLOCK)
+    waited = 0
+    for _ in range(2000):
+        waited += tl.load(source_ptr, volatile=True).to(tl.int32) & 1
+    value = tl.load(source_ptr + i, mask=i < n)
+    tl.store(out_ptr + i, tl.where(waited < 0, 0.0, value), mask=i < n)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(14336, 4096), (4096, 14336)])  # in one part; in five, summed up
+def test_a_call_waits_for_a_kernel_that_lets_it_in_early(shape: tuple[int, int]) -> None:
+    if not launch.can_overlap(torch.cuda.current_device()):
+        pytest.skip("launches overlap on Hopper only")
+    _, crow, col, values = random_bsr(*shape, 64, 0.9, torch.float16, "cuda")
+    plan = build_plan(crow, col, shape[1] // 64)
+    source = torch.randn(1, shape[1], dtype=torch.float16, device="cuda")
+    expected = bsr_linear(source, crow, col, values, plan=plan)
+    x = torch.empty_like(source)
+
+    def late() -> torch.Tensor:
+        x.zero_()
+        _write_late[(1,)](x, source, x.numel(), BLOCK=16384)
+        return bsr_linear(x, crow, col, values, plan=plan)
+
+    assert all(torch.equal(late(), expected) for _ in range(5))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = late()
+    for _ in range(5):
+        y.zero_()
+        graph.replay()
+        assert torch.equal(y, expected)
 
 
 @pytest.mark.gpu
