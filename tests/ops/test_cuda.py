@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -389,6 +390,17 @@ def test_capturable_in_a_cuda_graph(M: int) -> None:
     assert not torch.equal(y, expected)
 
 
+def assert_replays(function: Callable[[], torch.Tensor], expected: torch.Tensor) -> None:
+    """In a CUDA graph ``function`` returns the same, each time."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = function()
+    for _ in range(5):
+        y.zero_()
+        graph.replay()
+        assert torch.equal(y, expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("M", [1, 16, 64, 300, 2048])
 def test_calls_wait_for_what_they_read(M: int) -> None:
@@ -428,19 +440,8 @@ def test_calls_wait_for_what_they_read(M: int) -> None:
     torch.cuda.synchronize()
     assert expected.isfinite().all() and expected.any()
     assert all(torch.equal(chain(), expected) for _ in range(3))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = chain()
-    for _ in range(5):
-        y.zero_()
-        graph.replay()
-        assert torch.equal(y, expected)
-    # Nothing before it.
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = calls[0](start)
-    graph.replay()
-    assert torch.equal(y, calls[0](start))
+    assert_replays(chain, expected)
+    assert_replays(lambda: calls[0](start), calls[0](start))  # nothing before it
 
 
 @triton.jit
@@ -472,13 +473,7 @@ def test_a_call_waits_for_a_kernel_that_lets_it_in_early(shape: tuple[int, int])
         return bsr_linear(x, crow, col, values, plan=plan)
 
     assert all(torch.equal(late(), expected) for _ in range(5))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = late()
-    for _ in range(5):
-        y.zero_()
-        graph.replay()
-        assert torch.equal(y, expected)
+    assert_replays(late, expected)
 
 
 @pytest.mark.gpu
