@@ -3,6 +3,8 @@
 Legend: N out features, K in features, R x C the block grid, r x c the block size.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -67,3 +69,14 @@ TOLERANCE = {
     torch.float16: 2e-3,
     torch.bfloat16: 1e-2,
 }
+
+
+def assert_replays(function: Callable[[], Tensor], expected: Tensor) -> None:
+    """Captured in a CUDA graph, ``function`` returns ``expected`` at every replay."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = function()
+    for _ in range(5):
+        y.zero_()
+        graph.replay()
+        assert torch.equal(y, expected)

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +22,7 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.ops import triton_cases
-from tests.reference import TOLERANCE, random_bsr, relative_error
+from tests.reference import TOLERANCE, assert_replays, random_bsr, relative_error
 from torchao_superblock.ops import build_plan, cuda, launch
 
 ROOT = Path(__file__).parents[2]
@@ -201,23 +200,17 @@ def test_kernels_whose_launch_overlaps_wait_before_they_touch_memory(
     launched = product.kernel if kernel is product.kernel.function else product.reduce
     assert launched.constants_by_name["OVERLAPS"] and launched.options["launch_pdl"]
     assert product.kernel.constants_by_name["ROUND"] == 132
+    types = dict.fromkeys(kernel.arg_names, "i32")
+    types |= {argument: "*bf16" for argument in types if argument.endswith("_ptr")}
+    types |= {argument: "*i32" for argument in types if argument in cuda.kernels._INDICES[:-1]}
+    types |= dict.fromkeys(launched.constants_by_name, "constexpr")
     for overlaps in (False, True):
         constants = launched.constants_by_name | {"OVERLAPS": overlaps}
-        signature = {
-            argument: "constexpr"
-            if argument in constants
-            else ("*i32" if argument[:-4] in ("start", "block", "perm", "order") else "*bf16")
-            if argument.endswith("_ptr")
-            else "i32"
-            for argument in kernel.arg_names
-        }
-        ptx = triton.compile(
-            ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32)
-        ).asm["ptx"]
-        waits = [i for i in range(len(ptx)) if ptx.startswith("griddepcontrol.wait", i)]
-        assert len(waits) == overlaps
+        source = ASTSource(kernel, types, constants)
+        ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+        assert ptx.count("griddepcontrol.wait") == overlaps
         touches = re.search(r"\b(ld\.global|st\.global|cp\.async)", ptx)
-        assert touches and (not overlaps or waits[0] < touches.start())
+        assert touches and ptx.find("griddepcontrol.wait") < touches.start()
 
 
 @pytest.fixture
@@ -390,32 +383,15 @@ def test_capturable_in_a_cuda_graph(M: int) -> None:
     assert not torch.equal(y, expected)
 
 
-def assert_replays(function: Callable[[], torch.Tensor], expected: torch.Tensor) -> None:
-    """In a CUDA graph ``function`` returns the same, each time."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = function()
-    for _ in range(5):
-        y.zero_()
-        graph.replay()
-        assert torch.equal(y, expected)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("M", [1, 16, 64, 300, 2048])
 def test_calls_wait_for_what_they_read(M: int) -> None:
     """Each in a chain reads what the one before it wrote, whether the GPU runs them one by one or may overlap them."""
-    if not launch.can_overlap(torch.cuda.current_device()):
-        pytest.skip("launches overlap on Hopper only")
-    wide, narrow = (
-        random_bsr(*shape, 64, 0.9, torch.float16, "cuda")[1:]
-        for shape in ((8192, 1024), (1024, 8192))
-    )
-    calls = [
-        functools.partial(bsr_linear, crow_indices=crow, col_indices=col, values=values, plan=plan)
-        for crow, col, values in (wide, narrow)
-        for plan in [build_plan(crow, col, 16 if values is wide[2] else 128)]
-    ]
+    calls = []
+    for N, K in ((8192, 1024), (1024, 8192)):
+        _, crow, col, values = random_bsr(N, K, 64, 0.9, torch.float16, "cuda")
+        arguments = (crow, col, values, None, None, "none", build_plan(crow, col, K // 64))
+        calls.append(lambda x, arguments=arguments: bsr_linear(x, *arguments))
     start = torch.randn(M, 1024, dtype=torch.float16, device="cuda")
     x, side = torch.empty_like(start), torch.cuda.Stream()
 
