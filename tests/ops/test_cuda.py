@@ -213,6 +213,84 @@ def test_kernels_whose_launch_overlaps_wait_before_they_touch_memory(
         assert touches and ptx.find("griddepcontrol.wait") < touches.start()
 
 
+TRITON_TYPES = {
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+}
+
+
+@pytest.mark.parametrize("capability", [75, 80, 90])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_triton_understands_every_kernel_without_a_gpu(
+    dtype: torch.dtype, capability: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its interpreter runs as Python does and lets pass what the compiler does not, like a variable of two types."""
+    from triton._C.libtriton import ir
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+
+    target = GPUTarget("cuda", capability, 32)
+    backend = make_backend(target)
+    modules = backend.get_module_map()
+    seen: set[tuple] = set()
+
+    def compile_only(kernel, grid, index, tensors, *numbers):
+        names = iter(kernel.function.arg_names)
+        types = {name: TRITON_TYPES[t.dtype] for t, name in zip(tensors, names, strict=False)}
+        types |= {name: "i32" for _, name in zip(numbers, names, strict=False)}
+        types |= dict.fromkeys(names, "constexpr")
+        kind = (kernel.function.__name__, *types.values(), *kernel.constants)
+        if kind in seen:
+            return
+        seen.add(kind)
+        options = backend.parse_options(dict(kernel.options))
+        generators = backend.get_codegen_implementation(options)
+        context = ir.context()
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        source = ASTSource(kernel.function, types, kernel.constants_by_name)
+        source.make_ir(target, options, generators, modules, context)
+
+    rules = cuda.matmul_tile
+    device = cuda._Device(capability, 132, capability == 90)
+    monkeypatch.setattr(launch.Kernel, "__call__", compile_only)
+    monkeypatch.setattr(cuda, "hopper_kernel", lambda *_, **__: lambda *_: None)
+    monkeypatch.setattr(cuda, "_index", lambda x: -1)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
+    monkeypatch.setitem(cuda._devices, -1, device)
+    monkeypatch.setattr(cuda, "_tuned_devices", {-1})
+    for r, c in ((16, 16), (64, 64), (3, 5), (40, 80)):
+        _, crow, col, values = random_bsr(4 * r, 24 * c, (r, c), 0.5, dtype)
+        bias, plan = torch.zeros(4 * r, dtype=dtype), build_plan(crow, col, 24)
+        for M, tf32 in ((1, False), (300, False), (5000, False), (300, True)):
+            x = torch.zeros(M, 24 * c, dtype=dtype)
+            grad = torch.zeros(M, 4 * r, dtype=dtype)
+            monkeypatch.setattr(cuda, "allows_tf32", lambda tf32=tf32: tf32)
+            for splits, even in ((1, False), (3, True)):
+                change = {"splits": splits, "even": even}
+                monkeypatch.setattr(
+                    cuda,
+                    "matmul_tile",
+                    lambda problem, change=change: rules(problem)._replace(**change),
+                )
+                cuda.forget_launches()
+                cuda._plain_forward(x, crow, col, values, bias, "gelu", plan, -1)
+                cuda._plain_forward(x, crow, col, values, None, "none", None, -1)
+            cuda.grad_x(grad, crow, col, values, plan, 24)
+            cuda.grad_values(grad, x, crow, col, plan, r, c)
+    cuda.forget_launches()
+    expected = {"bsr_matmul_kernel", "sum_splits_kernel", "grad_values_kernel"}
+    if dtype.itemsize == 2:
+        expected.add("grad_values_lines_kernel")
+    if capability == 90 or (dtype == torch.float32 and capability == 80):
+        expected.add("pack_blocks_kernel")
+    assert {name for name, *_ in seen} == expected
+
+
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """CUDA's way of calling, on CPU tensors and with kernels that only record their launch once they are compiled."""

@@ -174,10 +174,10 @@ def bsr_matmul_kernel(
         # Where the row starts and its columns are read next, one after the other. Meanwhile every program fetches a
         # line of both into L2, which is all there is of them, or most: worth 1 to 6 % of a call with few tokens.
         line = (split.to(tl.int64) * tl.num_programs(0) + pid) * 32
-        start = tl.load(start_ptr + line, mask=line < n_block_rows, other=0)
-        block = tl.load(block_ptr + line, mask=line < nnz, other=0)
+        any_start = tl.load(start_ptr + line, mask=line < n_block_rows, other=0)
+        any_column = tl.load(block_ptr + line, mask=line < nnz, other=0)
         # Adds 0, for no index is that; but the loads are needed.
-        row += ((start == -(2**31)) | (block == -(2**31))).to(tl.int32)
+        row += ((any_start == -(2**31)) | (any_column == -(2**31))).to(tl.int32)
         # Clamped: a bad index may give wrong numbers, never a wild access.
         row = tl.minimum(tl.maximum(row, 0), n_block_rows - 1)
 
