@@ -54,8 +54,8 @@ def _compile(
     constants = hopper.constants(tile, rows, columns, r, c, bytes_, exact, order, bias, activation)
     signature = {}
     boxes = hopper.boxes(tile, r, c, bytes_, mixed)
-    for argument, box in zip(("x_desc", "w_desc", "y_desc"), boxes, strict=True):
-        layout = hopper._layout(box[1] * bytes_, 8 * bytes_)
+    layouts = hopper.layouts(tile, r, c, bytes_, mixed)
+    for argument, box, layout in zip(("x_desc", "w_desc", "y_desc"), boxes, layouts, strict=True):
         signature[argument] = f"tensordesc<{name}{box},{layout!r}>"
     pointers = {"w_ptr": f"*{name}", "bias_ptr": f"*{name}", "crow_ptr": "*i32", "col_ptr": "*i32"}
     pointers |= {"order_ptr": "*i32", "counter_ptr": "*i32"}
@@ -101,6 +101,7 @@ RULES = {
     "THREE_STRIPS_HALVES": (_problem(8192, 4096, 14336, 64, 64, 0.1), {}, 0),
     "TWO_STRIPS": (_problem(50432, 768, 3072, 128, 128, 0.3), {}, 0),
     "TWO_STRIPS_DYNAMIC": (_problem(8192, 14336, 14336, 128, 128, 0.1), {}, 0),
+    "TWO_DRAWN": (_problem(8192, 5120, 13824, 64, 64, 0.1), {}, 0),
     "TWO_PROGRAMS": (
         _problem(50432, 3072, 768, 64, 64, 0.1, activation="gelu"),
         {"activation": "gelu"},
@@ -122,10 +123,16 @@ RULES = {
     "COPIED_32_SHORT": (_problem(50432, 3072, 768, 32, 32, 0.05, slow_memory=True), {}, 64),
     "PACKED": (_problem(50432, 3072, 768, 64, 16, 0.1), {}, 64),
     "PACKED_TWO": (_problem(50432, 8192, 4096, 16, 16, 0.1), {}, 128),
+    "PACKED_TWO_DRAWN": (_problem(8192, 5120, 13824, 32, 32, 0.1), {}, 128),
     "PACKED_SHORT": (_problem(50432, 3072, 768, 128, 32, 0.1, slow_memory=True), {}, 64),
     "TF32": (_problem(50432, 3072, 768, 64, 64, 0.1, torch.float32), {"dtype": torch.float32}, 0),
     "TF32_DYNAMIC": (
         _problem(50432, 3072, 768, 64, 64, 0.1, torch.float32, slow_memory=True),
+        {"dtype": torch.float32},
+        0,
+    ),
+    "TF32_DRAWN": (
+        _problem(8192, 5120, 13824, 64, 64, 0.1, torch.float32),
         {"dtype": torch.float32},
         0,
     ),
@@ -147,6 +154,14 @@ RULES = {
 }
 
 
+PAIRED = {
+    "PAIRS": (_problem(8192, 8192, 28672, 64, 64, 0.1, pairs=True), {}, 0),
+    "PAIRS_TALL": (_problem(8192, 4096, 14336, 128, 128, 0.1, pairs=True), {}, 0),
+}
+if hopper._import_error is None and hopper.kernels.CLUSTERS:
+    RULES |= PAIRED
+
+
 @needs_compiler
 @pytest.mark.parametrize("name", RULES)
 def test_every_tile_of_the_rules_compiles_for_hopper(name, tmp_path):
@@ -166,6 +181,69 @@ def test_every_tile_of_the_rules_compiles_for_hopper(name, tmp_path):
     assert kernel.metadata.shared <= estimate <= kernel.metadata.shared + 1024
     assert kernel.metadata.global_scratch_size == 0, "a call would allocate a workspace"
     assert _spilled(kernel, tmp_path) <= spill_bound
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("r", "tile", "spill_bound"),
+    [
+        (64, "THREE_STRIPS_HALVES", 0),
+        (64, "THREE_STRIPS_DYNAMIC", 0),
+        (64, "TWO_DRAWN", 0),
+        (64, "PAIRS", 0),
+        (128, "TWO_STRIPS_DYNAMIC", 0),
+        (128, "PAIRS_TALL", 0),
+    ],
+)
+def test_activations_of_long_rows_fit_in_registers(r, tile, spill_bound, tmp_path):
+    tile = getattr(hopper, tile)
+    if tile.pair and not hopper.kernels.CLUSTERS:
+        pytest.skip(f"Triton {triton.__version__} cannot copy to both programs of a cluster")
+    kernel = _compile(tile, 4096 // r, 14336 // r, r, r, activation="gelu")
+    assert _spilled(kernel, tmp_path) <= spill_bound
+
+
+@needs_compiler
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("name", PAIRED)
+def test_pairs_copy_blocks_once_for_both(name, dynamic):
+    if not hopper.kernels.CLUSTERS:
+        pytest.skip(f"Triton {triton.__version__} cannot copy to both programs of a cluster")
+    tile, *grid = PAIRED[name][0]
+    ptx = _compile(tile._replace(dynamic=dynamic), *grid).asm["ptx"]
+    assert ".reqnctapercluster 2" in ptx
+    chunks = grid[3] // 64
+    copies = re.findall(r"cp\.async\.bulk\.tensor\.2d\.shared\S*", ptx)
+    assert sum("multicast::cluster" in copy for copy in copies) == tile.group * chunks
+    assert sum("multicast::cluster" not in copy for copy in copies) in (1, chunks)  # of x
+    # The other program arrives at barriers of the first, which must outlive that.
+    assert "mbarrier.arrive.shared::cluster" in ptx
+    assert ptx.rfind("mbarrier.arrive") < ptx.rfind("barrier.cluster.wait")
+
+
+@pytest.mark.parametrize("slow_memory", [False, True])
+@pytest.mark.parametrize(
+    ("M", "N", "K", "r", "share", "tile"),
+    [
+        (8192, 4096, 14336, 128, 0.1, "PAIRS_TALL"),
+        (2048, 8192, 28672, 128, 0.2, "PAIRS_TALL"),
+        (8192, 2048, 8192, 128, 0.1, "PAIRS_TALL"),
+        (2048, 2048, 8192, 128, 0.1, None),  # two rounds
+        (8192, 4096, 14336, 128, 0.4, None),
+        (8192, 14336, 4096, 128, 0.1, None),
+        (8192, 8192, 28672, 64, 0.4, "PAIRS"),
+        (4096, 5120, 13824, 64, 0.1, "PAIRS"),
+        (8192, 28672, 8192, 64, 0.2, "PAIRS"),
+        (8192, 4096, 14336, 64, 0.1, None),
+    ],
+)
+def test_programs_are_paired_where_x_is_too_much_for_l2(M, N, K, r, share, tile, slow_memory):
+    single, chosen = (
+        _problem(M, N, K, r, r, share, slow_memory=slow_memory, pairs=pairs)[0]
+        for pairs in (False, True)
+    )
+    assert not single.pair
+    assert chosen == (single if tile is None else getattr(hopper, tile))
 
 
 @needs_compiler
@@ -248,7 +326,11 @@ def test_plain_triton_serves_float32_only_with_few_narrow_blocks_in_long_rows(
 @needs_compiler
 @pytest.mark.parametrize(
     ("name", "rows", "limit"),
-    [("EXACT", 1024, PROGRAM_PAIR_LIMIT), ("TF32_THREE", 256, SHARED_LIMIT)],
+    [
+        ("EXACT", 1024, PROGRAM_PAIR_LIMIT),
+        ("TF32_THREE", 256, SHARED_LIMIT),
+        ("TF32_DRAWN", 2048, SHARED_LIMIT),
+    ],
 )
 def test_the_largest_table_for_float32_fits(name, rows, limit):
     kernel = _compile(
@@ -280,11 +362,14 @@ def test_copied_blocks_travel_16_bytes_a_thread(name):
         ("THREE_STRIPS_HALVES", 64, 256),
         ("TWO_STRIPS", 64, 2048),
         ("TWO_STRIPS_DYNAMIC", 64, 2048),
+        ("TWO_DRAWN", 64, 2048),
         ("TWO_PROGRAMS", 64, 1024),
         ("TWO_PROGRAMS_DYNAMIC", 64, 1024),
         ("SHORT_TILES", 64, 1024),
         ("TWO_SHORT", 64, 1024),
         ("TWO_SHORT_DYNAMIC", 64, 1024),
+        ("PAIRS", 64, 1024),
+        ("PAIRS_TALL", 128, 1024),
         ("STACKED", 32, 1024),
         ("COPIED_16", 16, 256),
         ("COPIED_16_LONG", 16, 1024),
@@ -292,6 +377,7 @@ def test_copied_blocks_travel_16_bytes_a_thread(name):
         ("COPIED_32_SHORT", 32, 1024),
         ("PACKED", 32, 1024),
         ("PACKED_TWO", 32, 2048),
+        ("PACKED_TWO_DRAWN", 32, 2048),
         ("PACKED_SHORT", 32, 256),
     ],
 )
@@ -335,6 +421,7 @@ def test_what_the_rules_choose_fits_and_is_among_what_tuning_tries(
                 exact=exact,
                 activation=activation,
                 slow_memory=slow_memory,
+                pairs=hopper.kernels.CLUSTERS,
             )
             assert tile is None or tile in tiles
             chosen.add(tile)
@@ -361,6 +448,30 @@ def test_what_the_rules_choose_fits_and_is_among_what_tuning_tries(
 def test_tiles_for_tall_blocks(M, N, K, share, slow, fast):
     assert _problem(M, N, K, 128, 128, share, slow_memory=True)[0] == getattr(hopper, slow)
     assert _problem(M, N, K, 128, 128, share)[0] == getattr(hopper, fast)
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K", "r", "share", "small"),
+    [
+        (50432, 3072, 768, 64, 0.1, True),
+        (50432, 768, 3072, 128, 0.2, True),
+        (8192, 1024, 4096, 64, 0.2, True),
+        (8192, 4096, 14336, 64, 0.1, False),
+        (8192, 14336, 4096, 64, 0.1, False),
+        (2048, 14336, 4096, 64, 0.1, True),
+        (2048, 14336, 4096, 64, 0.2, False),
+        (8192, 4096, 14336, 128, 0.1, False),
+        (8192, 14336, 4096, 128, 0.1, True),
+        (8192, 14336, 4096, 128, 0.2, False),
+        (2048, 14336, 4096, 128, 0.2, True),
+        (8192, 2048, 8192, 128, 0.1, True),
+        (8192, 4096, 14336, 32, 0.1, True),
+    ],
+)
+def test_two_programs_hide_activations_in_short_rows(M, N, K, r, share, small):
+    tile = _problem(M, N, K, r, max(r, 64), share, activation="gelu")[0]
+    plain = _problem(M, N, K, r, max(r, 64), share)[0]
+    assert tile == hopper.TWO_PROGRAMS if small else tile == plain != hopper.TWO_PROGRAMS
 
 
 @pytest.mark.parametrize(
@@ -856,7 +967,9 @@ def test_float32_activations_match_float64(set_precision, activation, precision,
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", ["COPIED_32", "COPIED_32_DYNAMIC", "COPIED_32_SHORT", "STACKED"])
+@pytest.mark.parametrize(
+    "tile", ["COPIED_32", "COPIED_32_DYNAMIC", "COPIED_32_SHORT", "STACKED", "PACKED_TWO_DRAWN"]
+)
 @pytest.mark.parametrize(("M", "N"), [(3001, 768), (50432, 320)])
 def test_strips_of_neighbours_and_of_rows_that_lie_apart_match_float64(M, N, tile):
     """By turns, because what is compiled for the one is wrong for the other."""
@@ -879,6 +992,35 @@ def test_strips_past_the_end_leave_the_output_of_the_others_alone(name, N):
     for _ in range(3):
         tile = getattr(hopper, name)
         _check(50432, N, 1024, 64, torch.bfloat16, 4e-3, sparsity=0.9, tile=tile)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize(("r", "c"), [(64, 64), (128, 128), (128, 64), (64, 128), (256, 64)])
+@pytest.mark.parametrize("M", [2048, 8111])
+def test_pairs_of_programs_give_the_bits_of_single_ones(M, r, c, dynamic):
+    """Rows of very different lengths, most of them empty in places; fewer tiles than pairs, and many more."""
+    _hopper_or_skip()
+    if not hopper.kernels.CLUSTERS:
+        pytest.skip(f"Triton {triton.__version__} cannot copy to both programs of a cluster")
+    R, C = 4096 // r, 2048 // c
+    for power in (2, 20):  # hardly any blocks: numbers are drawn faster than anything is copied
+        mask = torch.rand(R, C) < torch.linspace(0, 1, R)[torch.randperm(R), None] ** power
+        mask[:2] = False
+        dense, crow, col, values = random_bsr(
+            4096, 2048, (r, c), dtype=torch.float16, device="cuda", mask=mask
+        )
+        plan = build_plan(crow, col, C, (r, c))
+        x = torch.randn(M, 2048, device="cuda").half()
+        bias = torch.randn(4096, device="cuda").half()
+        call = (x, crow, col, values, bias, "gelu", plan)
+        expected = hopper.forward(*call, tile=hopper.TWO_STRIPS)
+        z = torch.nn.functional.gelu(x.double() @ dense.double().t() + bias.double())
+        assert relative_error(expected, z) <= 5e-4
+        for tile in (hopper.PAIRS, hopper.PAIRS_TALL):
+            for _ in range(5):
+                y = hopper.forward(*call, tile=tile._replace(dynamic=dynamic))
+                assert torch.equal(y, expected)
 
 
 @pytest.mark.gpu

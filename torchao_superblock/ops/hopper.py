@@ -71,6 +71,9 @@ class Strips(NamedTuple):
         halves: whether the tiles of a last round that would leave half of the programs idle or more are cut in halves
             (where ``part`` is half of ``tokens``; not for float32 accuracy). Dealt out, groups that need most then take
             turns with those that need least.
+        pair: whether two programs, each with ``tokens`` of its own, share a cluster and copy the blocks once for both
+            (where ``part`` is ``tokens`` and the plan does not mix block rows; 16-bit numbers, blocks at least 64 wide
+            and high).
     """
 
     tokens: int
@@ -86,6 +89,7 @@ class Strips(NamedTuple):
     grouped: bool = False
     dynamic: bool = False
     halves: bool = False
+    pair: bool = False
 
 
 # The rules, from runs on an H200 and, for slow memory, on an H100. "Three strips" use a slice of x for the most outputs
@@ -98,6 +102,7 @@ TWO_PROGRAMS = Strips(128, 64, 2, 3, 2, 1, 104, programs=2)
 # more, which zeroes the counter.
 THREE_STRIPS_DYNAMIC = THREE_STRIPS._replace(dynamic=True)
 TWO_STRIPS_DYNAMIC = Strips(256, 128, 2, 3, 3, 2, 216, dynamic=True)
+TWO_DRAWN = TWO_STRIPS._replace(grouped=True, dynamic=True)
 # For a few rounds of such tiles: programs that are dealt theirs stay in step and find x in the L2 cache. Where the last
 # round is for half of them or less, its tiles are cut; half a tile takes 0.6 of its time.
 THREE_STRIPS_HALVES = THREE_STRIPS._replace(halves=True)
@@ -108,6 +113,10 @@ SHORT_TILES = Strips(128, 64, 3, 5, 2, 2, 160)
 TWO_SHORT = Strips(128, 128, 2, 6, 3, 1, 216)
 TWO_SHORT_DYNAMIC = TWO_SHORT._replace(dynamic=True)
 TWO_PROGRAMS_DYNAMIC = TWO_PROGRAMS._replace(dynamic=True)
+# For x that L2 does not hold, as long rows make it. With tiles of half the tokens, programs work on half as much of x
+# at a time, and pairs of them still read a block once for 256 tokens. From runs on an H100.
+PAIRS = Strips(128, 128, 3, 6, 3, 1, 160, grouped=True, dynamic=True, pair=True)
+PAIRS_TALL = Strips(128, 128, 2, 7, 4, 1, 216, dynamic=True, pair=True)
 STACKED = Strips(256, 128, 3, 4, 3, 1, 160, grouped=True)
 # TMA takes as long for a row of 32 bytes as for one of 128, and an absent block still is a box: for 16 x 16 blocks, the
 # boxes of a stack take longer than its products. Masks of long rows leave room for fewer slots.
@@ -119,9 +128,11 @@ COPIED_32_DYNAMIC = COPIED_32._replace(dynamic=True)
 COPIED_32_SHORT = Strips(128, 128, 3, 5, 3, 1, 160, copied=True, grouped=True)
 PACKED = Strips(256, 128, 3, 4, 3, 1, 160, packed=True)
 PACKED_TWO = Strips(256, 128, 2, 4, 4, 1, 216, packed=True)
+PACKED_TWO_DRAWN = PACKED_TWO._replace(grouped=True, dynamic=True)
 PACKED_SHORT = Strips(128, 64, 3, 5, 3, 2, 160, packed=True)
 TF32 = Strips(128, 128, 2, 5, 3, 1, 216)
 TF32_DYNAMIC = TF32._replace(dynamic=True)
+TF32_DRAWN = TF32._replace(grouped=True, dynamic=True)
 # With many products, or long rows, three strips again use a slice of x for more of them.
 TF32_THREE = Strips(128, 128, 3, 5, 2, 1, 160, grouped=True)
 TF32_THREE_DYNAMIC = TF32_THREE._replace(dynamic=True)
@@ -137,6 +148,7 @@ _WIDE = (
     THREE_STRIPS_HALVES,
     TWO_STRIPS,
     TWO_STRIPS_DYNAMIC,
+    TWO_DRAWN,
     TWO_PROGRAMS,
     TWO_PROGRAMS_DYNAMIC,
     SHORT_TILES,
@@ -145,8 +157,9 @@ _WIDE = (
     TWO_SHORT_DYNAMIC,
     Strips(128, 128, 3, 5, 2, 1, 160),
 )
-_PACKED = (PACKED, PACKED_TWO, PACKED_SHORT)
-_TF32 = (TF32, TF32_DYNAMIC, TF32_THREE, TF32_THREE_DYNAMIC)
+_PAIRS = (PAIRS, PAIRS_TALL)
+_PACKED = (PACKED, PACKED_TWO, PACKED_TWO_DRAWN, PACKED_SHORT)
+_TF32 = (TF32, TF32_DYNAMIC, TF32_DRAWN, TF32_THREE, TF32_THREE_DYNAMIC)
 _EXACT = (EXACT, EXACT._replace(dynamic=False), EXACT._replace(grouped=False))
 
 # Bytes of shared memory that a multiprocessor gives its programs, and what it keeps of them for each.
@@ -155,6 +168,8 @@ _SHARED_RESERVED = 1024
 # Drawn last, and together: so many tokens, and of them no more (but for one tile) than about half of the L2 cache.
 _LAST_TOKENS = 1024
 _LAST_BYTES = 30e6
+# Of x, what single programs work on at a time; from here on pairs are faster.
+_HELD_BYTES = 20e6
 # Gigabytes a second below which memory counts as slow: an H100 has 3350, an H200 4800.
 _SLOW_MEMORY = 4100
 
@@ -164,8 +179,13 @@ def _table_size(rows: int, columns: int) -> int:
     return max(128, 1 << (rows * -(-columns // 64) - 1).bit_length())
 
 
+def _programs(tile: Strips) -> int:
+    """Programs that work on a tile together."""
+    return 2 if tile.pair else 1
+
+
 def _tiles(M: int, N: int, tile: Strips) -> int:
-    return -(-M // tile.tokens) * -(-N // (STRIP * tile.group))
+    return -(-M // (_programs(tile) * tile.tokens)) * -(-N // (STRIP * tile.group))
 
 
 def _split_last(tiles: int, tile: Strips, processors: int) -> tuple[int, int]:
@@ -185,7 +205,8 @@ def _turn(tile: Strips, programs: int, groups: int, token_bytes: int) -> int:
     Drawn: so many come last, and together, because what they read of x fits in the L2 cache.
     """
     if tile.dynamic:
-        return max(1, int(min(_LAST_TOKENS, _LAST_BYTES / token_bytes)) // tile.tokens)
+        tokens = _programs(tile) * tile.tokens
+        return max(1, int(min(_LAST_TOKENS, _LAST_BYTES / token_bytes)) // tokens)
     return programs // groups if programs % groups == 0 else 1
 
 
@@ -193,6 +214,20 @@ def _busy(M: int, N: int, tile: Strips, processors: int) -> float:
     """Share of the multiprocessors that have work, averaged over the run."""
     waves = _tiles(M, N, tile) / processors
     return waves / -(-waves // 1)
+
+
+def _small_tiles_pay(N: int, K: int, r: int, share: float, much: bool) -> bool:
+    """Whether two programs gain more by overlapping an activation with products than their small tiles cost.
+
+    Not in long rows, where the activation is little of a tile. From runs on an H100.
+    """
+    if r < STRIP or K < 4096 or N < 2048:
+        return True
+    if r == STRIP:
+        return N >= 2 * K and not (much or share > 0.15)
+    if N >= 2 * K:
+        return not (much and share > 0.15)
+    return N < 4096 and share <= 0.15
 
 
 def _serves(rows: int, columns: int, r: int, c: int, dtype: torch.dtype) -> bool:
@@ -210,13 +245,15 @@ def _serves(rows: int, columns: int, r: int, c: int, dtype: torch.dtype) -> bool
 
 def shared_bytes(tile: Strips, rows: int, columns: int, r: int, c: int, bytes_: int) -> int:
     """Shared memory of a program at most: slots of both rings, output buffers, table of masks, barriers."""
-    x_box, w_box, y_box = boxes(tile, r, c, bytes_)
+    x_box, w_box, _ = boxes(tile, r, c, bytes_)
     # Only float32 accuracy has single strips; it keeps a second half of x beside each slice.
     elements = (2 if tile.group == 1 else 1) * tile.x_slots * tile.tokens * x_box[1]
     elements += tile.group * tile.w_slots * max(1, STRIP // r) * w_box[0] * w_box[1]
-    elements += tile.group * tile.y_slots * y_box[0] * STRIP
-    # Three for each slot of x, two for each slot of blocks, 12 for drawn tiles. The compiler adds up to 300 bytes.
-    barriers = 8 * (3 * tile.x_slots + 2 * tile.group * tile.w_slots + 12)
+    elements += tile.group * tile.y_slots * tile.part * STRIP
+    # Three for each slot of x, two for each slot of blocks, 12 for drawn tiles, and what a pair shares. The compiler
+    # adds up to 300 bytes.
+    more = _programs(tile) - 1
+    barriers = 8 * (3 * tile.x_slots + (2 + more) * tile.group * tile.w_slots + 12 + 4 * more)
     return elements * bytes_ + 8 * _table_size(rows, columns) + barriers + 320
 
 
@@ -242,6 +279,8 @@ def candidates(
         tiles = _EXACT if exact else _TF32
     elif c % 64 == 0:
         tiles = _WIDE
+        if r >= STRIP and kernels.CLUSTERS:
+            tiles += _PAIRS
     elif r >= STRIP:
         tiles = _PACKED
     else:
@@ -272,6 +311,7 @@ def choose(
     activation: str = "none",
     processors: int = 132,
     slow_memory: bool = False,
+    pairs: bool = False,
 ) -> Strips | None:
     """The tile for a problem, or None where the kernel does not serve it.
 
@@ -287,6 +327,7 @@ def choose(
         activation: name of the fused activation.
         processors: multiprocessors of the device.
         slow_memory: whether the device's memory is an H100's rather than an H200's.
+        pairs: whether programs can be paired, which takes a Triton that has :data:`hopper_kernels.CLUSTERS`.
 
     Returns:
         The tile or None.
@@ -304,9 +345,13 @@ def choose(
             return EXACT if entries <= 1024 else None
         if slow_memory and share <= 0.25 and (K <= 1024 or (c >= 64 and K < 4096)):
             return TF32_DYNAMIC
+        if entries > 256 and r == STRIP and c >= 64 and K >= 4096 and rounds(TF32) >= 4:
+            return TF32_DRAWN
         if entries > 256 or not (c < 64 or K >= 4096 or share > 0.25):
             return TF32
         drawn = K >= 4096 and rounds(TF32_THREE) >= 4
+        if slow_memory and r > STRIP and K > N:
+            drawn = False
         return TF32_THREE_DYNAMIC if drawn else TF32_THREE
     if c % 64:
         if r >= STRIP:
@@ -321,13 +366,24 @@ def choose(
                 return COPIED_32_SHORT
             drawn = K >= 4096 and rounds(COPIED_32) >= 4
             return COPIED_32_DYNAMIC if drawn else COPIED_32
+        if entries > 1024 and r == c == 32 and K >= 4096:
+            return PACKED_TWO_DRAWN
         if entries > 1024 or (r == 16 and columns > 64):
             return PACKED_TWO
         return STACKED
-    if activation in ("gelu", "gelu_tanh", "silu"):
+    # Long tiles that differ in length: with few blocks in a row they do so by much; with more of them, drawing needs
+    # more work to pay. In a few rounds what is dealt out stays in step, in many it drifts apart.
+    much = nnz * r * c * M >= 2**35
+    uneven = K >= 4096 and (much or share <= 0.15)
+    if activation in ("gelu", "gelu_tanh", "silu") and _small_tiles_pay(N, K, r, share, much):
         if entries > 1024:
             return TWO_STRIPS
         return TWO_PROGRAMS_DYNAMIC if slow_memory and N >= 2 * K else TWO_PROGRAMS
+    if pairs and K >= 8192 and r > STRIP and share <= 0.32 and entries <= 1024:
+        # What programs work on at a time must be too much for L2, and the rounds enough.
+        tokens = processors * TWO_STRIPS_DYNAMIC.tokens * STRIP * TWO_STRIPS_DYNAMIC.group / N
+        if tokens * K * dtype.itemsize >= _HELD_BYTES and 2 * rounds(PAIRS_TALL) >= 3:
+            return PAIRS_TALL
     if not slow_memory and r > STRIP and entries <= 1024:
         # Drawing pays where the output is most of the traffic. Of few groups of outputs each program meets all anyway
         # (measured with 8192 to 50432 tokens).
@@ -354,13 +410,13 @@ def choose(
     most = 0.15 if slow_memory else 0.15 * min(r, STRIP) / STRIP
     if K <= 1024 and share <= most and entries <= 1024:
         return SHORT_TILES
-    # Long tiles that differ in length: with few blocks in a row they do so by much; with more of them, drawing needs
-    # more work to pay. In a few rounds what is dealt out stays in step, in many it drifts apart.
-    much = nnz * r * c * M >= 2**35
-    uneven = K >= 4096 and (much or share <= 0.15)
     if r > STRIP:
         drawn = uneven and (much or rounds(TWO_STRIPS) >= 4)
         return TWO_STRIPS_DYNAMIC if drawn else TWO_STRIPS
+    if r == STRIP and uneven and share <= 0.5 and entries > 256:
+        # Besides so large a table, three strips fit only in pairs. What is dealt out drifts apart, the farther the more
+        # tiles there are, until L2 holds hardly any x: drawn tiles take down to half the time.
+        return PAIRS if pairs and entries <= 1024 and 2 * rounds(PAIRS) >= 3 else TWO_DRAWN
     if entries > 256 or 1.1 * _busy(M, N, THREE_STRIPS, processors) < _busy(
         M, N, TWO_STRIPS, processors
     ):
@@ -374,9 +430,13 @@ def choose(
 
 
 @cache
-def _layout(row_bytes: int, element_bits: int) -> Any:
+def _layout(row_bytes: int, element_bits: int, programs: int, shared: bool) -> Any:
+    """``shared`` says that each program of a pair has half of the rows; otherwise both have all."""
     return gl.NVMMASharedLayout(
-        swizzle_byte_width=min(128, row_bytes), element_bitwidth=element_bits, rank=2
+        swizzle_byte_width=min(128, row_bytes),
+        element_bitwidth=element_bits,
+        rank=2,
+        cga_layout=[[int(shared), 0]] * (programs - 1),
     )
 
 
@@ -426,6 +486,7 @@ def _choose(x: Tensor, crow: Tensor, values: Tensor, activation: str) -> Strips 
         activation=activation,
         processors=_processors(x.device.index),
         slow_memory=_slow_memory(x.device.index),
+        pairs=kernels.CLUSTERS,
     )
 
 
@@ -467,7 +528,8 @@ def boxes(
 ) -> tuple[list[int], list[int], list[int]]:
     """Shapes of the TMA boxes of x, of the values and of y, in elements of ``bytes_`` bytes.
 
-    ``mixed`` says that the block rows of a strip need not be neighbours.
+    Those of x and y hold the tokens of both programs of a pair. ``mixed`` says that the block rows of a strip need not
+    be neighbours.
     """
     chunk = min(c, 128 // bytes_)
     # Rows of 128 bytes are what TMA copies fastest: narrow blocks share a slice of x.
@@ -477,8 +539,17 @@ def boxes(
         block = min(r, STRIP) * c
         width = 64 if block >= 512 else 32  # a box has at least 8 rows
         w_box = [block // width, width]
-    x_tokens = tile.part if tile.halves else tile.tokens
-    return [x_tokens, x_width], w_box, [tile.part, r if mixed else STRIP]
+    x_tokens = _programs(tile) * (tile.part if tile.halves else tile.tokens)
+    return [x_tokens, x_width], w_box, [_programs(tile) * tile.part, r if mixed else STRIP]
+
+
+def layouts(tile: Strips, r: int, c: int, bytes_: int, mixed: bool = False) -> tuple[Any, Any, Any]:
+    """Gluon's layouts of :func:`boxes` in shared memory."""
+    tokens_shared = (True, False, True)
+    return tuple(
+        _layout(box[1] * bytes_, 8 * bytes_, _programs(tile), shared)
+        for box, shared in zip(boxes(tile, r, c, bytes_, mixed), tokens_shared, strict=True)
+    )
 
 
 def constants(
@@ -520,7 +591,7 @@ def constants(
 def options(tile: Strips, overlap: bool = False) -> dict[str, Any]:
     """The kernel's compiler options; ``overlap`` says whether its launch overlaps the zeroing of the counter."""
     registers = {} if tile.programs == 1 else {"maxnreg": 80}
-    return {"num_warps": 4} | registers | (OVERLAP if overlap else {})
+    return {"num_warps": 4, "num_ctas": _programs(tile)} | registers | (OVERLAP if overlap else {})
 
 
 @lru_cache(maxsize=4096)
@@ -576,13 +647,14 @@ def _launcher(
     x_box, w_box, y_box = boxes(tile, r, c, bytes_, mixed)
     w_width = w_box[1] if tile.packed else c
     w_shape = [nnz * r * c // w_width, w_width]
-    layout, w_layout, y_layout = (
-        _layout(box[1] * bytes_, 8 * bytes_) for box in (x_box, w_box, y_box)
-    )
+    layout, w_layout, y_layout = layouts(tile, r, c, bytes_, mixed)
     processors = _processors(index)
     tiles, halves = _split_last(_tiles(M, N, tile), tile, processors)
     groups = -(-N // (STRIP * tile.group))
-    programs = min(tiles, tile.programs * processors)
+    # Or pairs of them, which Triton takes for one.
+    programs = min(tiles, tile.programs * processors // _programs(tile))
+    # Each pair keeps what it drew where both find it.
+    counters = kernels.PAIR_NUMBERS.value * (1 + programs) if tile.pair else 1
     turn = _turn(tile, programs, groups, K * bytes_)
     settings = (rows, columns, r, c, exact, has_order, has_bias, activation)
     kernel = _kernel(index, dtype, tile, *settings, mixed, turn > 1)
@@ -604,7 +676,7 @@ def _launcher(
             order = parts.row_groups if r <= STRIP else parts.row_order
         if tile.dynamic:
             # An ordinary launch, which all earlier work precedes: the kernel has nothing else to wait for.
-            counter = torch.zeros(1, dtype=torch.int32, device=x.device)
+            counter = torch.zeros(counters, dtype=torch.int32, device=x.device)
         kernel(
             (programs, 1, 1),
             index,

@@ -22,6 +22,9 @@ and shared-memory bandwidth for the operands of wgmma. The kernel deals with the
   always 128 bytes wide, whatever the block. Narrow blocks would be many short rows: they travel as
   contiguous memory ("packed", through registers), or the strip's warp copies them itself, 16 bytes a
   thread, with cp.async ("copied").
+* Where x is more than the L2 cache holds, two programs form a cluster: each has tokens of its own,
+  and the first copies every block into the shared memory of both (multicast). To Triton a pair is one
+  program, whose x, accumulators and y both halves of the cluster share out.
 * float32 is three TF32 products: x as the tensor cores read it (they ignore the lower bits), what
   they ignore of it, which one more warpgroup writes beside it, and a block split in registers.
 
@@ -32,8 +35,11 @@ address: row pointers are clamped to the stored blocks, columns outside the grid
 TMA clips whatever is left.
 """
 
+import inspect
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
@@ -43,7 +49,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-__all__ = ["bsr_linear_strips"]
+__all__ = ["CLUSTERS", "bsr_linear_strips"]
 
 # Names that changed on the way from Triton 3.6 to 3.9.
 _tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -54,11 +60,36 @@ _async_load = (
 )
 _tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+# Whether two programs can share what they copy: since Triton 3.8.
+CLUSTERS = hasattr(hopper, "cluster") and "multicast" in inspect.signature(_tma_load).parameters
+_cluster_barrier = hopper.cluster.barrier if CLUSTERS else _barrier
 _REINTERPRET_IS_PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
 # Drawn tiles that warps may be apart.
 T_SLOTS = gl.constexpr(4)
+# Where a pair's numbers are in the counter's memory: eight for each pair, after the counter and what shares its sector.
+PAIR_NUMBERS = gl.constexpr(8)
+
+
+@gluon.constexpr_function
+def _line_layout(warps, programs):
+    """Of a vector, one element a thread. Each program of a pair has all of it."""
+    return gl.BlockedLayout([1], [32], [warps], [0], cga_layout=[[0]] * (programs - 1))
+
+
+@gluon.constexpr_function
+def _product_layout(tokens, step, programs):
+    """Of an accumulator: 64 outputs of ``tokens`` tokens, of which each program of a pair has half."""
+    shares = [[0, 1]] * (programs - 1)
+    shape = [16, tokens // programs, step]
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], shape, cga_layout=shares)
+
+
+@gluon.constexpr_function
+def _barrier_layout(programs, shared):
+    """Of barriers: one for each program of a pair, or one that both arrive at and the first waits for."""
+    return mbarrier.MBarrierLayout([[int(not shared)]] * (programs - 1))
 
 
 @gluon.jit
@@ -106,7 +137,7 @@ def _fill_table(
     Entry place * windows + w has bit j set when the block row in that place of the order has a block
     in block column 64 w + j. One thread makes one mask.
     """
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    layout: gl.constexpr = _line_layout(4, gl.num_ctas())
     masks = _reinterpreted(table, gl.int64, [table.shape[0] // 128, 128])
     zero = gl.full([128], 0, gl.int64, layout)
     for start in range(0, rows * windows, 128):
@@ -133,7 +164,7 @@ def _fill_table(
 @gluon.jit
 def _number(entry):
     """The number in one entry of shared memory."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    layout: gl.constexpr = _line_layout(gl.num_warps(), gl.num_ctas())
     return gl.sum(entry.load(layout), axis=0)
 
 
@@ -234,14 +265,16 @@ def _tile(
 
 
 @gluon.jit
-def _draw(schedule, DYNAMIC: gl.constexpr):
+def _draw(schedule, n, DYNAMIC: gl.constexpr):
     """Draw the number of this program's next tile. For a warp alone: lane 0 gets it, and nobody waits for it yet.
 
     The launch may overlap the zeroing of the counter (hopper.py). Every program draws before it reads x, and waits for
     that first; later waits take no time.
+
+    For a pair the first program draws, and leaves its ``n``-th number + 1 where both find it.
     """
     number = 0
-    if DYNAMIC:
+    if DYNAMIC and gl.num_ctas() == 1:
         number = gl.inline_asm_elementwise(
             """{
                 .reg .pred first;
@@ -258,29 +291,82 @@ def _draw(schedule, DYNAMIC: gl.constexpr):
             is_pure=False,
             pack=1,
         )
-    return number
-
-
-@gluon.jit
-def _hand_out(schedule, t, number, slot, phase, DYNAMIC: gl.constexpr):
-    """The program's tile after t: the one that was drawn, told to the other warps, or a fixed one."""
-    following = t + gl.num_programs(0)
-    if DYNAMIC:
-        _counter_ptr, t_s, t_full, t_empty = schedule
-        layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    elif DYNAMIC:
         number = gl.inline_asm_elementwise(
-            "shfl.sync.idx.b32 $0, $1, 0, 31, -1;",
-            "=r,r",
-            [number],
+            """{
+                .reg .pred first;
+                .reg .u32 lane, rank;
+                mov.u32 lane, %laneid;
+                mov.u32 rank, %cluster_ctarank;
+                or.b32 lane, lane, rank;
+                setp.eq.u32 first, lane, 0;
+                mov.u32 $0, 0;
+                griddepcontrol.wait;
+                @first atom.global.add.u32 $0, [$1], 1;
+                add.u32 $0, $0, 1;
+                @first st.relaxed.gpu.global.u32 [$2], $0;
+            }""",
+            "=&r,l,l",
+            [schedule[0], _numbers_of_pair(schedule, n)],
             dtype=gl.int32,
             is_pure=False,
             pack=1,
         )
+    return number
+
+
+@gluon.jit
+def _numbers_of_pair(schedule, n):
+    """Where the first program of a pair leaves its n-th number.
+
+    Before it draws one it has handed out the one before, for which both programs must have taken the one T_SLOTS
+    earlier. So the other program may still have to read T_SLOTS numbers, and the next one goes elsewhere.
+    """
+    gl.static_assert(PAIR_NUMBERS > T_SLOTS)
+    return schedule[0] + PAIR_NUMBERS * (1 + gl.program_id(0)) + n % PAIR_NUMBERS
+
+
+@gluon.jit
+def _hand_out(schedule, t, number, last, n, slot, phase, DYNAMIC: gl.constexpr):
+    """The program's tile after t: the one that was drawn, told to the other warps, or a fixed one.
+
+    Returns it and, for a pair, what ``last`` is next time: the number it left, higher than all before.
+    """
+    following = t + gl.num_programs(0)
+    if DYNAMIC:
+        _counter_ptr, t_s, t_full, t_empty, t_pair = schedule
+        layout: gl.constexpr = _line_layout(gl.num_warps(), gl.num_ctas())
+        if gl.num_ctas() == 1:
+            number = gl.inline_asm_elementwise(
+                "shfl.sync.idx.b32 $0, $1, 0, 31, -1;",
+                "=r,r",
+                [number],
+                dtype=gl.int32,
+                is_pure=False,
+                pack=1,
+            )
+        else:
+            last = gl.inline_asm_elementwise(
+                """{
+                    .reg .pred more;
+                    again:
+                    ld.relaxed.gpu.global.u32 $0, [$1];
+                    setp.le.s32 more, $0, $2;
+                    @more bra again;
+                }""",
+                "=&r,l,r",
+                [_numbers_of_pair(schedule, n), last],
+                dtype=gl.int32,
+                is_pure=False,
+                pack=1,
+            )
+            number = last - 1
+            mbarrier.wait(t_pair.index(slot), phase ^ 1)
         following = gl.num_programs(0) + number
         mbarrier.wait(t_empty.index(slot), phase ^ 1)
         t_s.index(slot).store(gl.full([1], 0, gl.int64, layout) + following)
         mbarrier.arrive(t_full.index(slot), count=1)
-    return following
+    return following, last
 
 
 @gluon.jit
@@ -288,10 +374,12 @@ def _take(schedule, t, slot, phase, DYNAMIC: gl.constexpr):
     """The tile after t, as _hand_out told."""
     following = t + gl.num_programs(0)
     if DYNAMIC:
-        _counter_ptr, t_s, t_full, t_empty = schedule
+        _counter_ptr, t_s, t_full, t_empty, t_pair = schedule
         mbarrier.wait(t_full.index(slot), phase)
         following = _number(t_s.index(slot)).to(gl.int32)
         mbarrier.arrive(t_empty.index(slot), count=1)
+        if gl.num_ctas() == 2:
+            mbarrier.arrive(t_pair.index(slot), count=1)
     return following
 
 
@@ -320,9 +408,11 @@ def _stream_x(
     t = gl.program_id(0)
     t_slot = 0
     t_phase = 0
+    n = 0
+    last = 0
     while t < tiles:
         m, group, half = _tile(t, tiles, halves, groups, turn, BM, DYNAMIC, HALVES)
-        number = _draw(schedule, DYNAMIC)
+        number = _draw(schedule, n, DYNAMIC)
         for window in range(windows):
             slices = _group_slices(table, group, rows, window, windows, GROUP, STACK, SPLIT, WIDE)
             for h in range(CHUNKS):
@@ -344,11 +434,12 @@ def _stream_x(
                         x = x_s.index(slot).slice(0, BM // 2, dim=0)
                         _tma_load(x_desc, [m, k], full, x)
                     else:
-                        mbarrier.expect(full, x_desc.block_type.nbytes)
+                        mbarrier.expect(full, x_desc.block_type.nbytes // gl.num_ctas())
                         _tma_load(x_desc, [m, k], full, x_s.index(slot))
                     slot, phase = _next(slot, phase, SLOTS)
-        t = _hand_out(schedule, t, number, t_slot, t_phase, DYNAMIC)
+        t, last = _hand_out(schedule, t, number, last, n, t_slot, t_phase, DYNAMIC)
         t_slot, t_phase = _next(t_slot, t_phase, T_SLOTS)
+        n += 1
 
 
 @gluon.jit
@@ -389,7 +480,11 @@ def _copy_block(
         # An absent block is a box past the end of the values: TMA writes zeros.
         position = gl.where(present, position, nnz)
         mbarrier.expect(full, w_desc.block_type.nbytes)
-        _tma_load(w_desc, [(position * SPLIT + part) * BOX, h * BK], full, dst)
+        if gl.num_ctas() == 2:
+            # The first program copies for both; each has said what it expects.
+            _tma_load(w_desc, [(position * SPLIT + part) * BOX, h * BK], full, dst, multicast=True)
+        else:
+            _tma_load(w_desc, [(position * SPLIT + part) * BOX, h * BK], full, dst)
 
 
 @gluon.jit
@@ -413,7 +508,7 @@ def _stream_blocks(
     DYNAMIC: gl.constexpr,
     HALVES: gl.constexpr,
 ):
-    w_s, w_full, w_empty = w_ring
+    w_s, w_full, w_empty, w_pair = w_ring
     tiles, halves, groups, turn, rows, windows, nnz = sizes
     SLOTS: gl.constexpr = w_s.shape[0] // GROUP
     BOX: gl.constexpr = w_desc.block_type.shape[0]
@@ -470,6 +565,8 @@ def _stream_blocks(
                     low = todo & (0 - todo)
                     todo = todo ^ low
                     mbarrier.wait(w_empty.index(g * SLOTS + slot), phase ^ 1)
+                    if gl.num_ctas() == 2:
+                        mbarrier.wait(w_pair.index(g * SLOTS + slot), phase ^ 1)
                     full = w_full.index(g * SLOTS + slot)
                     w = w_s.index(g * SLOTS + slot)
                     _copy_block(
@@ -646,15 +743,20 @@ def _store(acc, bias, y_desc, y_s, row, features, BUFFERS: gl.constexpr, ACTIVAT
         _activate_in_place(y_s, ACTIVATION)
     else:
         fence_async_shared()
-    _tma_store(y_desc, [row, features[0]], y_s.slice(0, BN, dim=0))
-    if PIECES == 2:
+    if PIECES == 1:
+        _tma_store(y_desc, [row, features[0]], y_s)
+    else:
+        _tma_store(y_desc, [row, features[0]], y_s.slice(0, BN, dim=0))
         _tma_store(y_desc, [row, features[1]], y_s.slice(BN, BN, dim=0))
 
 
 @gluon.jit
 def _product(w, x, acc0, acc1, half, BN: gl.constexpr, PARTS: gl.constexpr):
     """Add w @ x.T to the accumulators of a tile's tokens, or of its first half, and wait for it."""
-    x0 = x.slice(0, BN, dim=0).permute((1, 0))
+    x0 = x
+    if PARTS == 2:
+        x0 = x.slice(0, BN, dim=0)
+    x0 = x0.permute((1, 0))
     if half:
         acc0 = warpgroup_mma(w, x0, acc0, is_async=True)
         acc0 = warpgroup_mma_wait(0, deps=(acc0,))
@@ -792,7 +894,7 @@ def _consume_exact(
     in registers, with rounding.
     """
     x_s, x_full, x_empty, low_s, low_full = x_ring
-    w_s, w_full, w_empty = w_ring
+    w_s, w_full, w_empty, _w_pair = w_ring
     tiles, halves, strips, turn, rows, windows, _nnz = sizes
     X_SLOTS: gl.constexpr = x_s.shape[0]
     W_SLOTS: gl.constexpr = w_s.shape[0]
@@ -884,7 +986,7 @@ def _consume(
     HALVES: gl.constexpr,
 ):
     x_s, x_full, x_empty, _low_s, _low_full = x_ring
-    w_s, w_full, w_empty = w_ring
+    w_s, w_full, w_empty, w_pair = w_ring
     tiles, halves, groups, turn, rows, windows, _nnz = sizes
     X_SLOTS: gl.constexpr = x_s.shape[0]
     BM: gl.constexpr = x_s.shape[1]
@@ -896,8 +998,11 @@ def _consume(
     BUFFERS: gl.constexpr = y_s.shape[0] // GROUP
     # A half tile fills one buffer alone: two would get out of turn.
     gl.static_assert(not HALVES or BUFFERS == 1)
+    # A pair's tokens are half the first program's and half the second's, and its blocks are both's.
+    PROGRAMS: gl.constexpr = gl.num_ctas()
+    gl.static_assert(PROGRAMS == 1 or (PARTS == 1 and STACK == 1 and not PACKED and not COPIED))
     STEP: gl.constexpr = 256 // x_s.dtype.primitive_bitwidth
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, STEP])
+    layout: gl.constexpr = _product_layout(BN, STEP, PROGRAMS)
     lanes: gl.constexpr = gl.SliceLayout(1, layout)
     w_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 32 // x_s.dtype.primitive_bitwidth)
     member = gl.arange(0, 64, layout=gl.SliceLayout(1, w_layout)) // (64 // STACK)
@@ -970,6 +1075,8 @@ def _consume(
                                 # each product costs 16 x 16 blocks 6 %.
                                 acc0, acc1 = _product(w, x, acc0, acc1, half, BN, PARTS)
                                 mbarrier.arrive(empty, count=1)
+                                if PROGRAMS == 2:
+                                    mbarrier.arrive(w_pair.index(g * W_SLOTS + w_slot), count=1)
                             w_slot, w_phase = _next(w_slot, w_phase, W_SLOTS)
                     mbarrier.arrive(x_empty.index(x_slot), count=1)
                     x_slot, x_phase = _next(x_slot, x_phase, X_SLOTS)
@@ -1058,12 +1165,14 @@ def bsr_linear_strips(
     y_s = gl.allocate_shared_memory(
         y_desc.dtype, [GROUP * Y_SLOTS, 64 // WIDTH * BN, WIDTH], y_desc.layout
     )
-    bar: gl.constexpr = mbarrier.MBarrierLayout()
-    table = gl.allocate_shared_memory(gl.int64, [TABLE, 1], bar)
-    x_full = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], bar)
-    x_empty = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], bar)
-    w_full = gl.allocate_shared_memory(gl.int64, [GROUP * W_SLOTS, 1], bar)
-    w_empty = gl.allocate_shared_memory(gl.int64, [GROUP * W_SLOTS, 1], bar)
+    PROGRAMS: gl.constexpr = gl.num_ctas()
+    bar: gl.constexpr = _barrier_layout(PROGRAMS, False)
+    both: gl.constexpr = _barrier_layout(PROGRAMS, True)
+    table = gl.allocate_shared_memory(gl.int64, [TABLE, 1], both)
+    x_full = gl.allocate_shared_memory(gl.int64, [X_SLOTS, PROGRAMS], bar)
+    x_empty = gl.allocate_shared_memory(gl.int64, [X_SLOTS, PROGRAMS], bar)
+    w_full = gl.allocate_shared_memory(gl.int64, [GROUP * W_SLOTS, PROGRAMS], bar)
+    w_empty = gl.allocate_shared_memory(gl.int64, [GROUP * W_SLOTS, PROGRAMS], bar)
     for i in gl.static_range(X_SLOTS):
         mbarrier.init(x_full.index(i), count=1)
         mbarrier.init(x_empty.index(i), count=GROUP)
@@ -1071,6 +1180,11 @@ def bsr_linear_strips(
         # Every thread of the copying warp arrives, or every box.
         mbarrier.init(w_full.index(i), count=32 if COPIED else STACK)
         mbarrier.init(w_empty.index(i), count=1)
+    w_pair = w_empty
+    if PROGRAMS == 2:
+        w_pair = gl.allocate_shared_memory(gl.int64, [GROUP * W_SLOTS, 1], both)
+        for i in gl.static_range(GROUP * W_SLOTS):
+            mbarrier.init(w_pair.index(i), count=1)
     fence_async_shared()
     windows = (columns + 63) // 64
     _fill_table(table, order_ptr, crow_ptr, col_ptr, rows, columns, nnz, windows, HAS_ORDER)
@@ -1079,29 +1193,34 @@ def bsr_linear_strips(
     low_full = x_full
     if EXACT:
         low_s = gl.allocate_shared_memory(x_desc.dtype, [X_SLOTS, BM, XK], x_desc.layout)
-        low_full = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], bar)
+        low_full = gl.allocate_shared_memory(gl.int64, [X_SLOTS, PROGRAMS], bar)
         for i in gl.static_range(X_SLOTS):
             mbarrier.init(low_full.index(i), count=1)
         fence_async_shared()
     x_ring = (x_s, x_full, x_empty, low_s, low_full)
-    w_ring = (w_s, w_full, w_empty)
+    w_ring = (w_s, w_full, w_empty, w_pair)
     sizes = (tiles, halves, groups, turn, rows, windows, nnz)
     t_s = x_full
     t_full = x_full
     t_empty = x_full
+    t_pair = x_full
     if DYNAMIC:
-        t_s = gl.allocate_shared_memory(gl.int64, [T_SLOTS, 1], bar)
-        t_full = gl.allocate_shared_memory(gl.int64, [T_SLOTS, 1], bar)
-        t_empty = gl.allocate_shared_memory(gl.int64, [T_SLOTS, 1], bar)
+        t_s = gl.allocate_shared_memory(gl.int64, [T_SLOTS, 1], both)
+        t_full = gl.allocate_shared_memory(gl.int64, [T_SLOTS, PROGRAMS], bar)
+        t_empty = gl.allocate_shared_memory(gl.int64, [T_SLOTS, PROGRAMS], bar)
         for i in gl.static_range(T_SLOTS):
             mbarrier.init(t_full.index(i), count=1)
             mbarrier.init(t_empty.index(i), count=3 if EXACT else 2 * GROUP)
+        if PROGRAMS == 2:
+            t_pair = gl.allocate_shared_memory(gl.int64, [T_SLOTS, 1], both)
+            for i in gl.static_range(T_SLOTS):
+                mbarrier.init(t_pair.index(i), count=2 * GROUP)
         fence_async_shared()
-    schedule = (counter_ptr, t_s, t_full, t_empty)
+    schedule = (counter_ptr, t_s, t_full, t_empty, t_pair)
     # The lists of arguments are written out: a tuple that a variable holds makes tensors of its constexprs.
     # fmt: off
     if EXACT:
-        gl.static_assert(GROUP == 1 and not HALVES)
+        gl.static_assert(GROUP == 1 and not HALVES and PROGRAMS == 1)
         gl.warp_specialize(
             [
                 (_consume_exact, (y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, STACK,
@@ -1155,3 +1274,6 @@ def bsr_linear_strips(
             [REGISTERS, REGISTERS, 32, 32, 32, 32],
         )
     # fmt: on
+    if PROGRAMS == 2:
+        # Neither leaves while the other may still arrive at its barriers.
+        _cluster_barrier()

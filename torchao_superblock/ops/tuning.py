@@ -26,7 +26,7 @@ from torchao_superblock.ops import cuda, hopper
 from torchao_superblock.ops.cuda import INTERPRET, Found, Problem, Tile
 from torchao_superblock.ops.hopper import Strips
 
-FORMAT = 4
+FORMAT = 5
 # A new tile must be this much faster: less is noise.
 WORTHWHILE = 0.97
 # How far two orders of summation may differ, relative to the norm of the result.
