@@ -15,7 +15,8 @@ Sections on CUDA
     vit         the MLP and attention shapes of ViT-B/16, batch 256, bfloat16, all peers
     sweep       speedup over sparsity for each block size, and where it breaks even
     llm         14336 x 4096 and back, M = 1, 16 (kernel time from a CUDA graph, weights cold), 512,
-    8192 host        what a call costs the host, eager, with and without grad
+                8192; the shapes of larger models at M = 8192
+    host        what a call costs the host, eager, with and without grad
     float32     IEEE and TF32
     float16     against our own bfloat16
     backward    gradients of x, the stored blocks and the bias
@@ -90,6 +91,8 @@ CUDA_LLM_GOALS: dict[tuple[int, int], float] = {  # (M, block) at sparsity 0.9
     (1, 64): 3.5,
     (1, 128): 3.5,
 }
+# The MLPs of larger models, whose x is more than an L2 cache holds.
+CUDA_LARGE_SHAPES = ((13824, 5120), (5120, 13824), (28672, 8192), (8192, 28672))
 CUDA_FLOAT32_GOALS: dict[tuple[str, int, tuple[int, int]], float] = {
     ("float32", 64, UP): 9.0,
     ("float32", 64, DOWN): 9.0,
@@ -470,6 +473,12 @@ def section_llm(context: Context) -> None:
         for (m, block), goal in CUDA_LLM_GOALS.items()
         for shape in ((14336, 4096), (4096, 14336))
         if not (context.quick and block == 128)
+    ]
+    cells += [
+        Cell(8192, shape, block, 0.9, "bfloat16")
+        for shape in CUDA_LARGE_SHAPES
+        for block in (64, 128)
+        if not context.quick
     ]
     context.report.table(
         "Language-model shapes, bfloat16, sparsity 0.9",
