@@ -28,6 +28,9 @@ PROGRAM_PAIR_LIMIT = 115712  # when two share a multiprocessor
 needs_compiler = pytest.mark.skipif(
     hopper._import_error is not None, reason=str(hopper._import_error)
 )
+needs_clusters = pytest.mark.skipif(
+    not hopper._CLUSTERS, reason="this Triton cannot copy to both programs of a cluster"
+)
 
 
 def _compile(
@@ -158,7 +161,7 @@ PAIRED = {
     "PAIRS": (_problem(8192, 8192, 28672, 64, 64, 0.1, pairs=True), {}, 0),
     "PAIRS_TALL": (_problem(8192, 4096, 14336, 128, 128, 0.1, pairs=True), {}, 0),
 }
-if hopper._import_error is None and hopper.kernels.CLUSTERS:
+if hopper._CLUSTERS:
     RULES |= PAIRED
 
 
@@ -190,32 +193,30 @@ def test_every_tile_of_the_rules_compiles_for_hopper(name, tmp_path):
         (64, "THREE_STRIPS_HALVES", 0),
         (64, "THREE_STRIPS_DYNAMIC", 0),
         (64, "TWO_DRAWN", 0),
-        (64, "PAIRS", 0),
+        pytest.param(64, "PAIRS", 0, marks=needs_clusters),
         (128, "TWO_STRIPS_DYNAMIC", 0),
-        (128, "PAIRS_TALL", 0),
+        pytest.param(128, "PAIRS_TALL", 0, marks=needs_clusters),
     ],
 )
 def test_activations_of_long_rows_fit_in_registers(r, tile, spill_bound, tmp_path):
-    tile = getattr(hopper, tile)
-    if tile.pair and not hopper.kernels.CLUSTERS:
-        pytest.skip(f"Triton {triton.__version__} cannot copy to both programs of a cluster")
-    kernel = _compile(tile, 4096 // r, 14336 // r, r, r, activation="gelu")
+    kernel = _compile(getattr(hopper, tile), 4096 // r, 14336 // r, r, r, activation="gelu")
     assert _spilled(kernel, tmp_path) <= spill_bound
 
 
-@needs_compiler
+@needs_clusters
 @pytest.mark.parametrize("dynamic", [True, False])
 @pytest.mark.parametrize("name", PAIRED)
 def test_pairs_copy_blocks_once_for_both(name, dynamic):
-    if not hopper.kernels.CLUSTERS:
-        pytest.skip(f"Triton {triton.__version__} cannot copy to both programs of a cluster")
     tile, *grid = PAIRED[name][0]
     ptx = _compile(tile._replace(dynamic=dynamic), *grid).asm["ptx"]
     assert ".reqnctapercluster 2" in ptx
     chunks = grid[3] // 64
     copies = re.findall(r"cp\.async\.bulk\.tensor\.2d\.shared\S*", ptx)
     assert sum("multicast::cluster" in copy for copy in copies) == tile.group * chunks
-    assert sum("multicast::cluster" not in copy for copy in copies) in (1, chunks)  # of x
+    assert sum("multicast::cluster" not in copy for copy in copies) == chunks  # of x, unrolled
+    # Nobody arrives at barriers that are not made yet.
+    made = ptx.find("fence.mbarrier_init.release.cluster")
+    assert 0 < made < ptx.find("barrier.cluster.arrive.relaxed", made)
     # The other program arrives at barriers of the first, which must outlive that.
     assert "mbarrier.arrive.shared::cluster" in ptx
     assert ptx.rfind("mbarrier.arrive") < ptx.rfind("barrier.cluster.wait")
@@ -230,11 +231,16 @@ def test_pairs_copy_blocks_once_for_both(name, dynamic):
         (8192, 2048, 8192, 128, 0.1, "PAIRS_TALL"),
         (2048, 2048, 8192, 128, 0.1, None),  # two rounds
         (8192, 4096, 14336, 128, 0.4, None),
-        (8192, 14336, 4096, 128, 0.1, None),
+        (8192, 2048, 5120, 128, 0.1, None),  # not long enough
+        (8192, 14336, 8192, 128, 0.1, None),  # fits in L2
+        (8192, 16384, 73728, 128, 0.1, None),  # the table leaves no room
         (8192, 8192, 28672, 64, 0.4, "PAIRS"),
         (4096, 5120, 13824, 64, 0.1, "PAIRS"),
         (8192, 28672, 8192, 64, 0.2, "PAIRS"),
         (8192, 4096, 14336, 64, 0.1, None),
+        (8192, 8192, 28672, 64, 0.6, None),
+        (1024, 5120, 13824, 64, 0.1, None),  # not two rounds
+        (8192, 16384, 28672, 64, 0.1, None),  # the table leaves no room
     ],
 )
 def test_programs_are_paired_where_x_is_too_much_for_l2(M, N, K, r, share, tile, slow_memory):
@@ -244,6 +250,69 @@ def test_programs_are_paired_where_x_is_too_much_for_l2(M, N, K, r, share, tile,
     )
     assert not single.pair
     assert chosen == (single if tile is None else getattr(hopper, tile))
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K", "r", "c", "share", "dtype", "slow", "fast"),
+    [
+        (8192, 5120, 13824, 64, 64, 0.1, torch.bfloat16, "TWO_DRAWN", "TWO_DRAWN"),
+        (8192, 5120, 13824, 64, 64, 0.6, torch.bfloat16, "TWO_STRIPS", "TWO_STRIPS"),
+        (8192, 17408, 3072, 64, 64, 0.3, torch.bfloat16, "TWO_STRIPS", "TWO_STRIPS"),
+        (8192, 5120, 13824, 32, 64, 0.1, torch.bfloat16, "TWO_STRIPS", "TWO_STRIPS"),
+        (8192, 5120, 13824, 32, 32, 0.1, torch.bfloat16, "PACKED_TWO_DRAWN", "PACKED_TWO_DRAWN"),
+        (8192, 12288, 3072, 32, 32, 0.1, torch.bfloat16, "COPIED_32", "COPIED_32"),
+        (8192, 24576, 3072, 32, 32, 0.1, torch.bfloat16, "PACKED_TWO", "PACKED_TWO"),
+        (8192, 5120, 13824, 64, 64, 0.1, torch.float32, "TF32_DRAWN", "TF32_DRAWN"),
+        (1024, 5120, 13824, 64, 64, 0.1, torch.float32, "TF32", "TF32"),  # less than four rounds
+        (8192, 17408, 3072, 64, 64, 0.3, torch.float32, "TF32", "TF32"),
+        (8192, 5120, 13824, 32, 64, 0.1, torch.float32, "TF32", "TF32"),
+        (8192, 4096, 14336, 128, 128, 0.1, torch.float32, "TF32_THREE", "TF32_THREE_DYNAMIC"),
+        (8192, 14336, 4096, 128, 128, 0.1, torch.float32, *2 * ("TF32_THREE_DYNAMIC",)),
+    ],
+)
+def test_tiles_are_drawn_in_long_rows(M, N, K, r, c, share, dtype, slow, fast):
+    for slow_memory, tile in ((True, slow), (False, fast)):
+        chosen = _problem(M, N, K, r, c, share, dtype, slow_memory=slow_memory)[0]
+        assert chosen == getattr(hopper, tile)
+
+
+@needs_clusters
+@pytest.mark.parametrize(("M", "pairs"), [(8192, 66), (300, 4)])
+def test_a_pair_is_launched_for_two_multiprocessors(M, pairs, monkeypatch):
+    calls = []
+
+    def kernel(grid, index, tensors, tiles, halves, groups, turn, *sizes, descriptors):
+        boxes = [tuple(d.block_shape) for d in descriptors]
+        calls.append((grid, tensors[-1].numel(), tiles, groups, turn, boxes))
+
+    monkeypatch.setattr(hopper, "_processors", lambda index: 133)
+    monkeypatch.setattr(hopper, "_memory_speed", lambda index: 4800)
+    monkeypatch.setattr(hopper, "_kernel", lambda *settings: kernel)
+    hopper._launcher.cache_clear()
+    mask = torch.zeros(6, 448, dtype=torch.bool)
+    mask[:, ::50] = True
+    _dense, crow, col, values = random_bsr(384, 28672, 64, dtype=torch.bfloat16, mask=mask)
+    x = torch.empty(1, 28672, dtype=torch.bfloat16).expand(M, -1)
+    hopper.forward(x, crow, col, values, None, "none", None, tile=hopper.PAIRS)
+    hopper._launcher.cache_clear()
+    tiles, groups = -(-M // 256) * 2, 2
+    turn = int(30e6 / (28672 * 2)) // 256
+    boxes = [(256, 64), (64, 64), (256, 64)]
+    pairs = min(pairs, tiles)
+    numbers = hopper.kernels.PAIR_NUMBERS.value * (1 + pairs)
+    assert calls == [((pairs, 1, 1), numbers, tiles, groups, turn, boxes)]
+
+
+@needs_clusters
+def test_calls_are_given_pairs_where_triton_has_them(monkeypatch):
+    monkeypatch.setattr(hopper, "_processors", lambda index: 132)
+    monkeypatch.setattr(hopper, "_memory_speed", lambda index: 4800)
+    x = torch.empty(8192, 28672, device="meta", dtype=torch.bfloat16)
+    crow = torch.empty(129, device="meta", dtype=torch.int32)
+    values = torch.empty(5734, 64, 64, device="meta", dtype=torch.bfloat16)
+    assert hopper._choose(x, crow, values, "none") == hopper.PAIRS
+    monkeypatch.setattr(hopper, "_CLUSTERS", False)
+    assert hopper._choose(x, crow, values, "none") == hopper.TWO_DRAWN
 
 
 @needs_compiler
@@ -421,7 +490,7 @@ def test_what_the_rules_choose_fits_and_is_among_what_tuning_tries(
                 exact=exact,
                 activation=activation,
                 slow_memory=slow_memory,
-                pairs=hopper.kernels.CLUSTERS,
+                pairs=hopper._CLUSTERS,
             )
             assert tile is None or tile in tiles
             chosen.add(tile)
@@ -466,6 +535,7 @@ def test_tiles_for_tall_blocks(M, N, K, share, slow, fast):
         (2048, 14336, 4096, 128, 0.2, True),
         (8192, 2048, 8192, 128, 0.1, True),
         (8192, 4096, 14336, 32, 0.1, True),
+        (8192, 57344, 8192, 64, 0.01, False),  # the table leaves no room
     ],
 )
 def test_two_programs_hide_activations_in_short_rows(M, N, K, r, share, small):
@@ -995,24 +1065,24 @@ def test_strips_past_the_end_leave_the_output_of_the_others_alone(name, N):
 
 
 @pytest.mark.gpu
+@needs_clusters
 @pytest.mark.parametrize("dynamic", [True, False])
 @pytest.mark.parametrize(("r", "c"), [(64, 64), (128, 128), (128, 64), (64, 128), (256, 64)])
-@pytest.mark.parametrize("M", [2048, 8111])
-def test_pairs_of_programs_give_the_bits_of_single_ones(M, r, c, dynamic):
+@pytest.mark.parametrize(("M", "N"), [(2048, 4096), (8111, 4096), (2048, 768), (300, 256)])
+def test_pairs_of_programs_give_the_bits_of_single_ones(M, N, r, c, dynamic):
     """Rows of very different lengths, most of them empty in places; fewer tiles than pairs, and many more."""
     _hopper_or_skip()
-    if not hopper.kernels.CLUSTERS:
-        pytest.skip(f"Triton {triton.__version__} cannot copy to both programs of a cluster")
-    R, C = 4096 // r, 2048 // c
+    R, C = N // r, 2048 // c
     for power in (2, 20):  # hardly any blocks: numbers are drawn faster than anything is copied
         mask = torch.rand(R, C) < torch.linspace(0, 1, R)[torch.randperm(R), None] ** power
-        mask[:2] = False
+        mask[: R // 2] = False
+        mask[-1, 0] = True
         dense, crow, col, values = random_bsr(
-            4096, 2048, (r, c), dtype=torch.float16, device="cuda", mask=mask
+            N, 2048, (r, c), dtype=torch.float16, device="cuda", mask=mask
         )
         plan = build_plan(crow, col, C, (r, c))
         x = torch.randn(M, 2048, device="cuda").half()
-        bias = torch.randn(4096, device="cuda").half()
+        bias = torch.randn(N, device="cuda").half()
         call = (x, crow, col, values, bias, "gelu", plan)
         expected = hopper.forward(*call, tile=hopper.TWO_STRIPS)
         z = torch.nn.functional.gelu(x.double() @ dense.double().t() + bias.double())

@@ -37,7 +37,9 @@ try:
     from torchao_superblock.ops.launch import OVERLAP, Kernel, can_overlap
 
     _import_error: str | None = None
+    _CLUSTERS = kernels.CLUSTERS
 except Exception as error:  # an experimental module may fail in any way
+    _CLUSTERS = False
     _import_error = f"Triton's Gluon cannot be used here: {error}"
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -72,8 +74,7 @@ class Strips(NamedTuple):
             (where ``part`` is half of ``tokens``; not for float32 accuracy). Dealt out, groups that need most then take
             turns with those that need least.
         pair: whether two programs, each with ``tokens`` of its own, share a cluster and copy the blocks once for both
-            (where ``part`` is ``tokens`` and the plan does not mix block rows; 16-bit numbers, blocks at least 64 wide
-            and high).
+            (where ``part`` is ``tokens``; 16-bit numbers, blocks at least 64 wide and high).
     """
 
     tokens: int
@@ -92,7 +93,8 @@ class Strips(NamedTuple):
     pair: bool = False
 
 
-# The rules, from runs on an H200 and, for slow memory, on an H100. "Three strips" use a slice of x for the most outputs
+# The rules, from runs on an H200 and, for slow memory, on an H100; those for pairs, for tables of more than 256 entries
+# and for activations in long rows from an H100 alone. "Three strips" use a slice of x for the most outputs
 # and win once blocks are dense enough to keep the tensor cores busy; "two programs" overlap one tile's epilogue with
 # another's products, which is what an activation is for 16-bit numbers.
 THREE_STRIPS = Strips(256, 128, 3, 4, 2, 1, 160, grouped=True)
@@ -114,7 +116,7 @@ TWO_SHORT = Strips(128, 128, 2, 6, 3, 1, 216)
 TWO_SHORT_DYNAMIC = TWO_SHORT._replace(dynamic=True)
 TWO_PROGRAMS_DYNAMIC = TWO_PROGRAMS._replace(dynamic=True)
 # For x that L2 does not hold, as long rows make it. With tiles of half the tokens, programs work on half as much of x
-# at a time, and pairs of them still read a block once for 256 tokens. From runs on an H100.
+# at a time, and pairs of them still read a block once for 256 tokens.
 PAIRS = Strips(128, 128, 3, 6, 3, 1, 160, grouped=True, dynamic=True, pair=True)
 PAIRS_TALL = Strips(128, 128, 2, 7, 4, 1, 216, dynamic=True, pair=True)
 STACKED = Strips(256, 128, 3, 4, 3, 1, 160, grouped=True)
@@ -179,13 +181,13 @@ def _table_size(rows: int, columns: int) -> int:
     return max(128, 1 << (rows * -(-columns // 64) - 1).bit_length())
 
 
-def _programs(tile: Strips) -> int:
-    """Programs that work on a tile together."""
+def _partners(tile: Strips) -> int:
+    """Programs that work on a tile together, each on a multiprocessor of its own."""
     return 2 if tile.pair else 1
 
 
 def _tiles(M: int, N: int, tile: Strips) -> int:
-    return -(-M // (_programs(tile) * tile.tokens)) * -(-N // (STRIP * tile.group))
+    return -(-M // (_partners(tile) * tile.tokens)) * -(-N // (STRIP * tile.group))
 
 
 def _split_last(tiles: int, tile: Strips, processors: int) -> tuple[int, int]:
@@ -205,7 +207,7 @@ def _turn(tile: Strips, programs: int, groups: int, token_bytes: int) -> int:
     Drawn: so many come last, and together, because what they read of x fits in the L2 cache.
     """
     if tile.dynamic:
-        tokens = _programs(tile) * tile.tokens
+        tokens = _partners(tile) * tile.tokens
         return max(1, int(min(_LAST_TOKENS, _LAST_BYTES / token_bytes)) // tokens)
     return programs // groups if programs % groups == 0 else 1
 
@@ -219,9 +221,9 @@ def _busy(M: int, N: int, tile: Strips, processors: int) -> float:
 def _small_tiles_pay(N: int, K: int, r: int, share: float, much: bool) -> bool:
     """Whether two programs gain more by overlapping an activation with products than their small tiles cost.
 
-    Not in long rows, where the activation is little of a tile. From runs on an H100.
+    Always in short rows; in long ones, where an activation is little of a tile, where there is little to do in all.
     """
-    if r < STRIP or K < 4096 or N < 2048:
+    if r < STRIP or K < 4096 or N < 2048:  # below 64 rows nothing else was tried
         return True
     if r == STRIP:
         return N >= 2 * K and not (much or share > 0.15)
@@ -252,7 +254,7 @@ def shared_bytes(tile: Strips, rows: int, columns: int, r: int, c: int, bytes_: 
     elements += tile.group * tile.y_slots * tile.part * STRIP
     # Three for each slot of x, two for each slot of blocks, 12 for drawn tiles, and what a pair shares. The compiler
     # adds up to 300 bytes.
-    more = _programs(tile) - 1
+    more = _partners(tile) - 1
     barriers = 8 * (3 * tile.x_slots + (2 + more) * tile.group * tile.w_slots + 12 + 4 * more)
     return elements * bytes_ + 8 * _table_size(rows, columns) + barriers + 320
 
@@ -279,7 +281,7 @@ def candidates(
         tiles = _EXACT if exact else _TF32
     elif c % 64 == 0:
         tiles = _WIDE
-        if r >= STRIP and kernels.CLUSTERS:
+        if r >= STRIP and _CLUSTERS:
             tiles += _PAIRS
     elif r >= STRIP:
         tiles = _PACKED
@@ -338,7 +340,7 @@ def choose(
     N, K, share = rows * r, columns * c, nnz / (rows * columns)
 
     def rounds(tile: Strips) -> float:
-        return _tiles(M, N, tile) / processors
+        return _partners(tile) * _tiles(M, N, tile) / processors
 
     if dtype == torch.float32:
         if exact:
@@ -349,9 +351,9 @@ def choose(
             return TF32_DRAWN
         if entries > 256 or not (c < 64 or K >= 4096 or share > 0.25):
             return TF32
-        drawn = K >= 4096 and rounds(TF32_THREE) >= 4
-        if slow_memory and r > STRIP and K > N:
-            drawn = False
+        # Where rows of tall blocks are long and few, slow memory cannot keep up with programs that are not in step.
+        apart = slow_memory and r > STRIP and K > N
+        drawn = K >= 4096 and rounds(TF32_THREE) >= 4 and not apart
         return TF32_THREE_DYNAMIC if drawn else TF32_THREE
     if c % 64:
         if r >= STRIP:
@@ -375,14 +377,13 @@ def choose(
     # more work to pay. In a few rounds what is dealt out stays in step, in many it drifts apart.
     much = nnz * r * c * M >= 2**35
     uneven = K >= 4096 and (much or share <= 0.15)
-    if activation in ("gelu", "gelu_tanh", "silu") and _small_tiles_pay(N, K, r, share, much):
-        if entries > 1024:
-            return TWO_STRIPS
+    smooth = activation in ("gelu", "gelu_tanh", "silu")
+    if smooth and entries <= 1024 and _small_tiles_pay(N, K, r, share, much):
         return TWO_PROGRAMS_DYNAMIC if slow_memory and N >= 2 * K else TWO_PROGRAMS
     if pairs and K >= 8192 and r > STRIP and share <= 0.32 and entries <= 1024:
         # What programs work on at a time must be too much for L2, and the rounds enough.
         tokens = processors * TWO_STRIPS_DYNAMIC.tokens * STRIP * TWO_STRIPS_DYNAMIC.group / N
-        if tokens * K * dtype.itemsize >= _HELD_BYTES and 2 * rounds(PAIRS_TALL) >= 3:
+        if tokens * K * dtype.itemsize >= _HELD_BYTES and rounds(PAIRS_TALL) >= 3:
             return PAIRS_TALL
     if not slow_memory and r > STRIP and entries <= 1024:
         # Drawing pays where the output is most of the traffic. Of few groups of outputs each program meets all anyway
@@ -416,7 +417,7 @@ def choose(
     if r == STRIP and uneven and share <= 0.5 and entries > 256:
         # Besides so large a table, three strips fit only in pairs. What is dealt out drifts apart, the farther the more
         # tiles there are, until L2 holds hardly any x: drawn tiles take down to half the time.
-        return PAIRS if pairs and entries <= 1024 and 2 * rounds(PAIRS) >= 3 else TWO_DRAWN
+        return PAIRS if pairs and entries <= 1024 and rounds(PAIRS) >= 3 else TWO_DRAWN
     if entries > 256 or 1.1 * _busy(M, N, THREE_STRIPS, processors) < _busy(
         M, N, TWO_STRIPS, processors
     ):
@@ -430,13 +431,13 @@ def choose(
 
 
 @cache
-def _layout(row_bytes: int, element_bits: int, programs: int, shared: bool) -> Any:
-    """``shared`` says that each program of a pair has half of the rows; otherwise both have all."""
+def _layout(row_bytes: int, element_bits: int, programs: int, halved: bool) -> Any:
+    """``halved`` says that each program of a pair has half of the rows; otherwise both have all."""
     return gl.NVMMASharedLayout(
         swizzle_byte_width=min(128, row_bytes),
         element_bitwidth=element_bits,
         rank=2,
-        cga_layout=[[int(shared), 0]] * (programs - 1),
+        cga_layout=[[int(halved), 0]] * (programs - 1),
     )
 
 
@@ -486,7 +487,7 @@ def _choose(x: Tensor, crow: Tensor, values: Tensor, activation: str) -> Strips 
         activation=activation,
         processors=_processors(x.device.index),
         slow_memory=_slow_memory(x.device.index),
-        pairs=kernels.CLUSTERS,
+        pairs=_CLUSTERS,
     )
 
 
@@ -539,16 +540,16 @@ def boxes(
         block = min(r, STRIP) * c
         width = 64 if block >= 512 else 32  # a box has at least 8 rows
         w_box = [block // width, width]
-    x_tokens = _programs(tile) * (tile.part if tile.halves else tile.tokens)
-    return [x_tokens, x_width], w_box, [_programs(tile) * tile.part, r if mixed else STRIP]
+    x_tokens = _partners(tile) * (tile.part if tile.halves else tile.tokens)
+    return [x_tokens, x_width], w_box, [_partners(tile) * tile.part, r if mixed else STRIP]
 
 
 def layouts(tile: Strips, r: int, c: int, bytes_: int, mixed: bool = False) -> tuple[Any, Any, Any]:
     """Gluon's layouts of :func:`boxes` in shared memory."""
-    tokens_shared = (True, False, True)
+    halved = (True, False, True)  # the tokens
     return tuple(
-        _layout(box[1] * bytes_, 8 * bytes_, _programs(tile), shared)
-        for box, shared in zip(boxes(tile, r, c, bytes_, mixed), tokens_shared, strict=True)
+        _layout(box[1] * bytes_, 8 * bytes_, _partners(tile), half)
+        for box, half in zip(boxes(tile, r, c, bytes_, mixed), halved, strict=True)
     )
 
 
@@ -591,7 +592,7 @@ def constants(
 def options(tile: Strips, overlap: bool = False) -> dict[str, Any]:
     """The kernel's compiler options; ``overlap`` says whether its launch overlaps the zeroing of the counter."""
     registers = {} if tile.programs == 1 else {"maxnreg": 80}
-    return {"num_warps": 4, "num_ctas": _programs(tile)} | registers | (OVERLAP if overlap else {})
+    return {"num_warps": 4, "num_ctas": _partners(tile)} | registers | (OVERLAP if overlap else {})
 
 
 @lru_cache(maxsize=4096)
@@ -652,7 +653,7 @@ def _launcher(
     tiles, halves = _split_last(_tiles(M, N, tile), tile, processors)
     groups = -(-N // (STRIP * tile.group))
     # Or pairs of them, which Triton takes for one.
-    programs = min(tiles, tile.programs * processors // _programs(tile))
+    programs = min(tiles, max(1, tile.programs * processors // _partners(tile)))
     # Each pair keeps what it drew where both find it.
     counters = kernels.PAIR_NUMBERS.value * (1 + programs) if tile.pair else 1
     turn = _turn(tile, programs, groups, K * bytes_)

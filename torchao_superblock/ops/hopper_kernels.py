@@ -60,9 +60,9 @@ _async_load = (
 )
 _tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+_cluster_barrier = getattr(getattr(hopper, "cluster", None), "barrier", None)
 # Whether two programs can share what they copy: since Triton 3.8.
-CLUSTERS = hasattr(hopper, "cluster") and "multicast" in inspect.signature(_tma_load).parameters
-_cluster_barrier = hopper.cluster.barrier if CLUSTERS else _barrier
+CLUSTERS = _cluster_barrier is not None and "multicast" in inspect.signature(_tma_load).parameters
 _REINTERPRET_IS_PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
@@ -87,9 +87,12 @@ def _product_layout(tokens, step, programs):
 
 
 @gluon.constexpr_function
-def _barrier_layout(programs, shared):
-    """Of barriers: one for each program of a pair, or one that both arrive at and the first waits for."""
-    return mbarrier.MBarrierLayout([[int(not shared)]] * (programs - 1))
+def _barrier_layout(programs, own):
+    """Of barriers: each program of a pair has its own, or one is for both, who arrive at it, and the first waits.
+
+    Of other memory the latter is a copy for each program.
+    """
+    return mbarrier.MBarrierLayout([[int(own)]] * (programs - 1))
 
 
 @gluon.jit
@@ -268,10 +271,11 @@ def _tile(
 def _draw(schedule, n, DYNAMIC: gl.constexpr):
     """Draw the number of this program's next tile. For a warp alone: lane 0 gets it, and nobody waits for it yet.
 
-    The launch may overlap the zeroing of the counter (hopper.py). Every program draws before it reads x, and waits for
-    that first; later waits take no time.
+    The launch may overlap the zeroing of the counter (hopper.py). Every program waits for that here, before it reads x;
+    later waits take no time.
 
-    For a pair the first program draws, and leaves its ``n``-th number + 1 where both find it.
+    For a pair the first program draws its ``n``-th number and leaves it where both find it, plus 1 because 0 was there.
+    It waits for the number, while the slices of x on their way keep the tensor cores busy.
     """
     number = 0
     if DYNAMIC and gl.num_ctas() == 1:
@@ -1166,13 +1170,13 @@ def bsr_linear_strips(
         y_desc.dtype, [GROUP * Y_SLOTS, 64 // WIDTH * BN, WIDTH], y_desc.layout
     )
     PROGRAMS: gl.constexpr = gl.num_ctas()
-    bar: gl.constexpr = _barrier_layout(PROGRAMS, False)
-    both: gl.constexpr = _barrier_layout(PROGRAMS, True)
+    own: gl.constexpr = _barrier_layout(PROGRAMS, True)
+    both: gl.constexpr = _barrier_layout(PROGRAMS, False)
     table = gl.allocate_shared_memory(gl.int64, [TABLE, 1], both)
-    x_full = gl.allocate_shared_memory(gl.int64, [X_SLOTS, PROGRAMS], bar)
-    x_empty = gl.allocate_shared_memory(gl.int64, [X_SLOTS, PROGRAMS], bar)
-    w_full = gl.allocate_shared_memory(gl.int64, [GROUP * W_SLOTS, PROGRAMS], bar)
-    w_empty = gl.allocate_shared_memory(gl.int64, [GROUP * W_SLOTS, PROGRAMS], bar)
+    x_full = gl.allocate_shared_memory(gl.int64, [X_SLOTS, PROGRAMS], own)
+    x_empty = gl.allocate_shared_memory(gl.int64, [X_SLOTS, PROGRAMS], own)
+    w_full = gl.allocate_shared_memory(gl.int64, [GROUP * W_SLOTS, PROGRAMS], own)
+    w_empty = gl.allocate_shared_memory(gl.int64, [GROUP * W_SLOTS, PROGRAMS], own)
     for i in gl.static_range(X_SLOTS):
         mbarrier.init(x_full.index(i), count=1)
         mbarrier.init(x_empty.index(i), count=GROUP)
@@ -1180,7 +1184,7 @@ def bsr_linear_strips(
         # Every thread of the copying warp arrives, or every box.
         mbarrier.init(w_full.index(i), count=32 if COPIED else STACK)
         mbarrier.init(w_empty.index(i), count=1)
-    w_pair = w_empty
+    w_pair = w_empty  # only a pair's is used
     if PROGRAMS == 2:
         w_pair = gl.allocate_shared_memory(gl.int64, [GROUP * W_SLOTS, 1], both)
         for i in gl.static_range(GROUP * W_SLOTS):
@@ -1193,7 +1197,7 @@ def bsr_linear_strips(
     low_full = x_full
     if EXACT:
         low_s = gl.allocate_shared_memory(x_desc.dtype, [X_SLOTS, BM, XK], x_desc.layout)
-        low_full = gl.allocate_shared_memory(gl.int64, [X_SLOTS, PROGRAMS], bar)
+        low_full = gl.allocate_shared_memory(gl.int64, [X_SLOTS, PROGRAMS], own)
         for i in gl.static_range(X_SLOTS):
             mbarrier.init(low_full.index(i), count=1)
         fence_async_shared()
@@ -1203,11 +1207,11 @@ def bsr_linear_strips(
     t_s = x_full
     t_full = x_full
     t_empty = x_full
-    t_pair = x_full
+    t_pair = x_full  # only a pair's is used
     if DYNAMIC:
         t_s = gl.allocate_shared_memory(gl.int64, [T_SLOTS, 1], both)
-        t_full = gl.allocate_shared_memory(gl.int64, [T_SLOTS, PROGRAMS], bar)
-        t_empty = gl.allocate_shared_memory(gl.int64, [T_SLOTS, PROGRAMS], bar)
+        t_full = gl.allocate_shared_memory(gl.int64, [T_SLOTS, PROGRAMS], own)
+        t_empty = gl.allocate_shared_memory(gl.int64, [T_SLOTS, PROGRAMS], own)
         for i in gl.static_range(T_SLOTS):
             mbarrier.init(t_full.index(i), count=1)
             mbarrier.init(t_empty.index(i), count=3 if EXACT else 2 * GROUP)
@@ -1217,6 +1221,7 @@ def bsr_linear_strips(
                 mbarrier.init(t_pair.index(i), count=2 * GROUP)
         fence_async_shared()
     schedule = (counter_ptr, t_s, t_full, t_empty, t_pair)
+    # Before either program of a pair arrives at the other's barriers, both must have made theirs: Triton sees to that.
     # The lists of arguments are written out: a tuple that a variable holds makes tensors of its constexprs.
     # fmt: off
     if EXACT:
@@ -1275,5 +1280,5 @@ def bsr_linear_strips(
         )
     # fmt: on
     if PROGRAMS == 2:
-        # Neither leaves while the other may still arrive at its barriers.
+        # Neither leaves while the other may still arrive at its barriers. (Triton 3.9 sees to that too, 3.8 does not.)
         _cluster_barrier()
