@@ -23,6 +23,7 @@ __all__ = [
     "choose",
     "constants",
     "forward",
+    "layouts",
     "shared_bytes",
     "supports",
     "unavailable_reason",
