@@ -175,6 +175,16 @@ def test_launches_overlap_where_that_was_measured(
     assert launch.can_overlap(0) is overlap
 
 
+def _pretend_gpu(
+    monkeypatch: pytest.MonkeyPatch, capability: int = 90, can_overlap: bool = False
+) -> None:
+    """CUDA's way of calling, on CPU tensors: they are on device -1, the current one, for which nothing is tuned."""
+    monkeypatch.setitem(cuda._devices, -1, cuda._Device(capability, 132, can_overlap))
+    monkeypatch.setattr(cuda, "_tuned_devices", {-1})
+    monkeypatch.setattr(cuda, "_index", lambda x: -1)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
+
+
 @pytest.mark.parametrize("name", ["bsr_matmul_kernel", "sum_splits_kernel"])
 def test_kernels_whose_launch_overlaps_wait_before_they_touch_memory(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -182,8 +192,7 @@ def test_kernels_whose_launch_overlaps_wait_before_they_touch_memory(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    monkeypatch.setitem(cuda._devices, -1, cuda._Device(90, 132, True))
-    monkeypatch.setattr(cuda, "_tuned_devices", {-1})
+    _pretend_gpu(monkeypatch, can_overlap=True)
     kernel = getattr(cuda.kernels, name)
     product = cuda._Product(
         cuda.Problem("forward", 16, 64, 224, 64, 64, 1434, 2, cuda.NATIVE, 90, 132),
@@ -256,13 +265,9 @@ def test_triton_understands_every_kernel_without_a_gpu(
         source.make_ir(target, options, generators, modules, context)
 
     rules = cuda.matmul_tile
-    device = cuda._Device(capability, 132, capability == 90)
+    _pretend_gpu(monkeypatch, capability, can_overlap=capability == 90)
     monkeypatch.setattr(launch.Kernel, "__call__", compile_only)
     monkeypatch.setattr(cuda, "hopper_kernel", lambda *_, **__: lambda *_: None)
-    monkeypatch.setattr(cuda, "_index", lambda x: -1)
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
-    monkeypatch.setitem(cuda._devices, -1, device)
-    monkeypatch.setattr(cuda, "_tuned_devices", {-1})
     for r, c in ((16, 16), (64, 64), (3, 5), (40, 80)):
         _, crow, col, values = random_bsr(4 * r, 24 * c, (r, c), 0.5, dtype)
         bias, plan = torch.zeros(4 * r, dtype=dtype), build_plan(crow, col, 24)
@@ -311,11 +316,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
     for name in ("bsr_matmul_kernel", "sum_splits_kernel"):
         monkeypatch.setattr(cuda.kernels, name, fake(getattr(cuda.kernels, name)))
-    monkeypatch.setitem(cuda._devices, -1, cuda._Device(90, 132))
-    monkeypatch.setattr(cuda, "_tuned_devices", {-1})
-    monkeypatch.setattr(cuda, "_index", lambda x: -1)
+    _pretend_gpu(monkeypatch)
     monkeypatch.setattr(launch, "DIRECT_LAUNCH", True)
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     cuda.forget_launches()
     yield recorded
