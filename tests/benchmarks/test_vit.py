@@ -33,6 +33,17 @@ def test_the_swapped_model_computes_the_same_and_the_dense_one_is_untouched():
     assert dense(x).abs().max() > 0  # torchvision's zero classifier would hide every difference
 
 
+def test_narrow_models_compute_the_same_with_fewer_features():
+    dense = small()
+    narrow = vit.swapped(dense, 16, narrow=True)
+    assert vit.hidden_features(narrow) < vit.hidden_features(dense) == 256
+    x = torch.randn(2, 3, 32, 32)
+    assert relative_error(narrow(x), dense(x)) < 1e-5
+    again = vit.unswapped(narrow)
+    assert len(dict(vit.mlp_linears(again))) == 4
+    assert relative_error(again(x), dense(x)) < 1e-5
+
+
 def test_torch_bsr_computes_the_same():
     dense = small()
     x = torch.randn(2, 3, 32, 32)

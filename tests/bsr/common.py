@@ -39,3 +39,20 @@ class CountCalls(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += func is torch.ops.torchao_superblock.bsr_linear.default
         return func(*args, **(kwargs or {}))
+
+
+def snapshot(model):
+    return (
+        {key: tensor.clone() for key, tensor in model.state_dict().items()},
+        [type(module) for module in model.modules()],
+        [id(module) for module in model.modules()],
+    )
+
+
+def assert_unchanged(model, before):
+    state, types, identities = before
+    assert [type(module) for module in model.modules()] == types
+    assert [id(module) for module in model.modules()] == identities
+    assert model.state_dict().keys() == state.keys()
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[key]), key

@@ -125,6 +125,62 @@ class TestFoldedActivations:
         assert_load_fails(folded, path, "at '1' .* an activation that runs on its own")
 
 
+class TestDroppedFeatures:
+    @staticmethod
+    def build(hidden=96):
+        torch.manual_seed(0)
+        first, second = nn.Linear(32, hidden), nn.Linear(hidden, 32)
+        with torch.no_grad():
+            first.weight[:32] = 0
+        return nn.Sequential(first, nn.GELU(), second).eval()
+
+    @pytest.fixture
+    def narrow(self):
+        model = self.build()
+        swap_to_bsr(model, 16, min_sparsity=0.0, drop_dead_features=True)
+        assert model[0].out_features == 64
+        return model
+
+    def test_into_a_dense_a_swapped_and_a_narrowed_model(self, narrow, tmp_path):
+        path = tmp_path / "m.safetensors"
+        save_bsr(narrow, path)
+        x = torch.randn(3, 32)
+        swapped = self.build()
+        swap_to_bsr(swapped, 16, min_sparsity=0.0)
+        with torch.device("meta"):
+            empty = self.build()
+        for model in (self.build(), swapped, copy.deepcopy(narrow), empty):
+            load_bsr(model, path)
+            assert torch.equal(model(x), narrow(x))
+            assert model[0].dense_shape == (96, 32) and model[2].dense_shape == (32, 96)
+
+    def test_a_model_with_all_features_replaces_a_narrowed_one(self, narrow, tmp_path):
+        path = tmp_path / "m.safetensors"
+        swapped = self.build()
+        swap_to_bsr(swapped, 16, min_sparsity=0.0)
+        save_bsr(swapped, path)
+        x = torch.randn(3, 32)
+        assert torch.equal(load_bsr(narrow, path)(x), swapped(x))
+        assert not narrow[0].is_narrowed
+
+    def test_mismatches_are_refused(self, narrow, tmp_path):
+        path = tmp_path / "m.safetensors"
+        save_bsr(narrow, path)
+        assert_load_fails(
+            self.build(64), path, r"'0' has shape \(96, 32\) in the file, but \(64, 32\)"
+        )
+        for damage in (3, "ab", [8, 8], None):
+            save_bsr(narrow, path)
+
+            def change(metadata, damage=damage):
+                layers = json.loads(metadata["layers"])
+                layers["0"]["dense_shape"] = damage
+                metadata["layers"] = json.dumps(layers)
+
+            rewrite(path, change_metadata=change)
+            assert_load_fails(self.build(), path, "damaged|has shape")
+
+
 def test_a_file_is_replaced_only_by_a_complete_one(swapped, tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     save_bsr(swapped, path)

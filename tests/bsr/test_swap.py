@@ -7,7 +7,7 @@ from expecttest import assert_expected_inline
 from torch import nn
 from torch.nn.utils import parametrize
 
-from tests.bsr.common import CountCalls, prune, prune_all
+from tests.bsr.common import CountCalls, assert_unchanged, prune, prune_all, snapshot
 from tests.reference import relative_error
 from torchao_superblock.bsr import BSRLinear, swap_to_bsr, to_bsr_linear
 from torchao_superblock.bsr import swap as swap_module
@@ -16,23 +16,6 @@ from torchao_superblock.bsr import swap as swap_module
 def mlp() -> nn.Sequential:
     model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
     return prune_all(model, 16, 0.75)
-
-
-def snapshot(model):
-    return (
-        {key: tensor.clone() for key, tensor in model.state_dict().items()},
-        [type(module) for module in model.modules()],
-        [id(module) for module in model.modules()],
-    )
-
-
-def assert_unchanged(model, before):
-    state, types, identities = before
-    assert [type(module) for module in model.modules()] == types
-    assert [id(module) for module in model.modules()] == identities
-    assert model.state_dict().keys() == state.keys()
-    for key, tensor in model.state_dict().items():
-        assert torch.equal(tensor, state[key]), key
 
 
 @pytest.mark.parametrize("blocksize", [None, 16, (16, 16), (8, 16)])
@@ -348,123 +331,6 @@ def test_to_bsr_linear_leaves_the_linear_alone():
     with torch.no_grad():
         layer.values.zero_()
     assert torch.equal(linear.weight, weight)
-
-
-class TestFuseActivations:
-    @pytest.mark.parametrize(
-        ("activation", "name"),
-        [
-            (nn.ReLU(), "relu"),
-            (nn.ReLU(inplace=True), "relu"),
-            (nn.GELU(), "gelu"),
-            (nn.GELU(approximate="tanh"), "gelu_tanh"),
-            (nn.SiLU(), "silu"),
-        ],
-    )
-    def test_folds_what_directly_follows(self, activation, name):
-        model = nn.Sequential(
-            prune(nn.Linear(64, 64), 16), activation, nn.Dropout(0.5), prune(nn.Linear(64, 64), 16)
-        ).eval()
-        x = torch.randn(5, 64)
-        expected, keys = model(x), len(model)
-        report = swap_to_bsr(model, min_sparsity=0.25, fuse_activations=True)
-        assert model[0].activation == name
-        assert model[3].activation == "none"
-        assert len(model) == keys
-        assert f"note: 0: applies the {type(activation).__name__} behind it itself" in str(report)
-        with torch.no_grad():
-            assert relative_error(model(x), expected) <= 1e-6
-        y = model(x)  # with gradients
-        assert relative_error(y, expected) <= 1e-6
-        y.sum().backward()
-        assert model[0].values.grad is not None
-
-    def test_off_by_default(self):
-        model = nn.Sequential(prune(nn.Linear(64, 64), 16), nn.GELU())
-        swap_to_bsr(model, min_sparsity=0.25)
-        assert model[0].activation == "none"
-        assert isinstance(model[1], nn.GELU)
-
-    def test_nothing_is_folded_where_the_result_would_differ(self):
-        class Reversed(nn.Sequential):
-            def forward(self, x):
-                return self[0](self[1](x))
-
-        class Special(nn.GELU):
-            pass
-
-        def linear():
-            return prune(nn.Linear(32, 32), 16)
-
-        twice, watched, gelu = linear(), linear(), nn.GELU()
-        seen = []
-        watched.register_forward_hook(lambda module, args, y: seen.append(y))
-        gelu.register_forward_pre_hook(lambda module, args: seen.append(args))
-        model = nn.ModuleDict(
-            {
-                "own forward": Reversed(linear(), nn.ReLU()),
-                "subclass": nn.Sequential(linear(), Special()),
-                "used twice": nn.Sequential(twice, nn.ReLU(), twice),
-                "hook on the layer": nn.Sequential(watched, nn.ReLU()),
-                "hook on the activation": nn.Sequential(linear(), gelu),
-                "something between": nn.Sequential(linear(), nn.Dropout(0.1), nn.ReLU()),
-                "other activation": nn.Sequential(linear(), nn.Tanh()),
-                "no sequential": nn.ModuleList([linear(), nn.ReLU()]),
-                "not swapped": nn.Sequential(nn.Linear(32, 32), nn.ReLU()),
-            }
-        ).eval()
-        x = torch.randn(3, 32)
-        callable_ = {name: m for name, m in model.items() if not isinstance(m, nn.ModuleList)}
-        expected = {name: module(x) for name, module in callable_.items()}
-        report = swap_to_bsr(model, min_sparsity=0.25, fuse_activations=True)
-        assert len(report.swapped) == 8
-        assert not report.notes
-        for module in model.modules():
-            assert not isinstance(module, BSRLinear) or module.activation == "none"
-        seen.clear()
-        for name, module in callable_.items():
-            assert relative_error(module(x), expected[name]) <= 1e-6, name
-        assert len(seen) == 2
-
-    def test_an_activation_shared_by_two_layers_is_folded_into_each(self):
-        relu = nn.ReLU()
-        model = nn.Sequential(
-            prune(nn.Linear(32, 32), 16), relu, prune(nn.Linear(32, 32), 16), relu
-        )
-        x = torch.randn(3, 32)
-        expected = model(x)
-        swap_to_bsr(model, min_sparsity=0.25, fuse_activations=True)
-        assert model[0].activation == model[2].activation == "relu"
-        assert relative_error(model(x), expected) <= 1e-6
-
-    def test_torchvision_mlps_are_folded(self):
-        torchvision = pytest.importorskip("torchvision")
-        model = torchvision.models.VisionTransformer(
-            image_size=16, patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64
-        ).eval()
-        prune_all(model, 16)
-        swap_to_bsr(model, min_sparsity=0.25, fuse_activations=True)
-        assert [m.activation for m in model.modules() if isinstance(m, BSRLinear)].count(
-            "gelu"
-        ) == 2
-
-    def test_a_failure_puts_the_activations_back(self, monkeypatch):
-        model = nn.Sequential(
-            prune(nn.Linear(32, 32), 16), nn.ReLU(), prune(nn.Linear(32, 32), 16), nn.GELU()
-        )
-        before = snapshot(model)
-        real, calls = swap_module.FoldedActivation, []
-
-        def failing(module):
-            calls.append(module)
-            if len(calls) == 2:
-                raise RuntimeError("out of memory")
-            return real(module)
-
-        monkeypatch.setattr(swap_module, "FoldedActivation", failing)
-        with pytest.raises(RuntimeError, match="out of memory"):
-            swap_to_bsr(model, min_sparsity=0.25, fuse_activations=True)
-        assert_unchanged(model, before)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

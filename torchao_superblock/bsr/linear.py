@@ -139,6 +139,9 @@ class BSRLinear(nn.Module):
         bias: ``(N,)`` of the same dtype, or None. A Parameter is taken as it is.
         activation: ``"none"``, ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``, applied to the output.
 
+        dense_shape: ``(N, K)`` of the ``nn.Linear`` that the layer stands for, where features of that were dropped;
+            None where none were.
+
     Attributes:
         weight: a :class:`BSRWeight` that stands for the ``(N, K)`` weight.
 
@@ -167,11 +170,17 @@ class BSRLinear(nn.Module):
         bias: Tensor | None = None,
         *,
         activation: str = "none",
+        dense_shape: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         if min(in_features, out_features) < 1:
             raise ValueError(
                 f"BSRLinear: in_features and out_features must be at least 1, got {in_features} and {out_features}"
+            )
+        self.dense_shape = (out_features, in_features) if dense_shape is None else dense_shape
+        if self.dense_shape[0] < out_features or self.dense_shape[1] < in_features:
+            raise ValueError(
+                f"BSRLinear: dense_shape must be at least ({out_features}, {in_features}), got {dense_shape}"
             )
         self.in_features = in_features
         self.out_features = out_features
@@ -298,6 +307,11 @@ class BSRLinear(nn.Module):
         r, c = self.blocksize
         return 1.0 - self.nnz / ((self.out_features // r) * (self.in_features // c))
 
+    @property
+    def is_narrowed(self) -> bool:
+        """Whether features of the ``nn.Linear`` that the layer stands for were dropped."""
+        return self.dense_shape != (self.out_features, self.in_features)
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             raise AttributeError(
@@ -341,6 +355,8 @@ class BSRLinear(nn.Module):
 
     def extra_repr(self) -> str:
         activation = "" if self.activation == "none" else f", activation={self.activation!r}"
+        if self.is_narrowed:
+            activation += f", dense_shape={self.dense_shape}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"blocksize={self.blocksize}, sparsity={self.sparsity:.4f}{activation}"
@@ -467,6 +483,11 @@ def turn_off_nested_tensors(model: nn.Module) -> list[str]:
             encoder.use_nested_tensor = False
             changed.append(fqn)
     return changed
+
+
+def clean_fqn(fqn: str) -> str:
+    """The FQN without what torch.compile puts in front of it."""
+    return ".".join(part for part in fqn.split(".") if part != "_orig_mod")
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -84,6 +84,7 @@ def save_bsr(model: nn.Module, path: str | os.PathLike[str]) -> None:
             "activation": module.activation,
             "bias": module.bias is not None,
         }
+        | ({"dense_shape": list(module.dense_shape)} if module.is_narrowed else {})
         for fqn, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, BSRLinear)
     }
@@ -241,8 +242,10 @@ def _read(
             aliases = json.loads(metadata["aliases"])
             tensors |= {key: tensors[target] for key, target in aliases.items()}
             for spec in layers.values():
-                if not isinstance(spec, dict) or spec.keys() != _LAYER_KEYS:
+                if not isinstance(spec, dict) or spec.keys() - {"dense_shape"} != _LAYER_KEYS:
                     raise KeyError(f"a layer is described by {spec}")
+                shape = (spec["out_features"], spec["in_features"])
+                spec["dense_shape"] = tuple(spec.get("dense_shape", shape))
             folded = dict(folded.items())
     except (SafetensorError, KeyError, AttributeError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"load_bsr: {os.fspath(path)!r} is damaged: {error}") from error
@@ -284,7 +287,6 @@ def _build_layer(
     path: str | os.PathLike[str],
 ) -> BSRLinear:
     """The BSRLinear that the file describes, with the dtype, device and mode of the layer it replaces."""
-    shape = (spec["out_features"], spec["in_features"])
     if old is None:
         raise ValueError(
             f"load_bsr: {os.fspath(path)!r} has a block-sparse layer {fqn!r}, the model has no such module; "
@@ -295,9 +297,11 @@ def _build_layer(
             f"load_bsr: {fqn!r} is block-sparse in the file, but a {type(old).__name__} in the model; "
             "it must be a plain nn.Linear or a BSRLinear"
         )
-    if (old.out_features, old.in_features) != shape:
+    dense_shape = spec["dense_shape"]
+    own_shape = getattr(old, "dense_shape", (old.out_features, old.in_features))
+    if own_shape != dense_shape:
         raise ValueError(
-            f"load_bsr: {fqn!r} has shape {shape} in the file, but {(old.out_features, old.in_features)} in the model"
+            f"load_bsr: {fqn!r} has shape {dense_shape} in the file, but {own_shape} in the model"
         )
     if (old.bias is not None) != spec["bias"]:
         raise ValueError(
@@ -318,14 +322,15 @@ def _build_layer(
         }
     try:
         layer = BSRLinear(
-            shape[1],
-            shape[0],
+            spec["in_features"],
+            spec["out_features"],
             tuple(spec["blocksize"]),
             parts["crow_indices"],
             parts["col_indices"],
             nn.Parameter(parts["values"], reference.requires_grad),
             nn.Parameter(parts["bias"], old.bias.requires_grad) if spec["bias"] else None,
             activation=spec["activation"],
+            dense_shape=dense_shape,
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"load_bsr: {fqn!r} in {os.fspath(path)!r}: {error}") from error

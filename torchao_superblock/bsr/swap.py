@@ -1,13 +1,12 @@
 """Replace the linear layers of a model by :class:`BSRLinear` where that pays, and say what became of each."""
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from numbers import Real
 
 from torch import nn
 
+from torchao_superblock.bsr import sequential
 from torchao_superblock.bsr.format import (
     block_grid,
     infer_blocksize,
@@ -16,11 +15,9 @@ from torchao_superblock.bsr.format import (
 )
 from torchao_superblock.bsr.linear import (
     BSRLinear,
-    FoldedActivation,
-    activation_name,
+    clean_fqn,
     conversion_obstacle,
     has_block_mask,
-    has_hooks,
     replace_modules,
     turn_off_nested_tensors,
 )
@@ -119,6 +116,7 @@ def swap_to_bsr(
     min_sparsity: float | None = None,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     fuse_activations: bool = False,
+    drop_dead_features: bool = False,
 ) -> SwapReport:
     """Replace, in place, every linear layer with enough zero blocks by a :class:`BSRLinear`.
 
@@ -135,6 +133,12 @@ def swap_to_bsr(
             (``nn.ReLU``, ``nn.GELU`` or ``nn.SiLU``), where that gives the same result: no hook sits between the two
             and the layer has no other place in the model. An identity keeps the activation's place, so names stay as
             they are. In a training step the activation runs on its own all the same.
+        drop_dead_features: make two swapped layers of an ``nn.Sequential``, with nothing but activations and dropout
+            between them, narrower by the features that need not be computed: those that the second layer stores no
+            block for, and those that the first layer stores none for. The latter are the same for every input, and what
+            the second layer makes of them goes into its bias (if it has none, or a dropout is active, they stay). The
+            result is the same to rounding. Meant for inference: weights that are gone can be neither trained nor turned
+            back. GPU kernels want 64 outputs at a time, so of dead features up to 63 may stay.
 
     Returns:
         A :class:`SwapReport` that accounts for every ``nn.Linear`` of the model.
@@ -163,12 +167,12 @@ def swap_to_bsr(
     for fqn, module in model.named_modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             raise ValueError(
-                f"swap_to_bsr: {_clean(fqn) or 'the model'!r} is wrapped in DistributedDataParallel, which would go on "
-                "reducing the dense weights; swap ddp.module and wrap it again"
+                f"swap_to_bsr: {clean_fqn(fqn) or 'the model'!r} is wrapped in DistributedDataParallel, which would go "
+                "on reducing the dense weights; swap ddp.module and wrap it again"
             )
         if has_block_mask(module):
             raise RuntimeError(
-                f"swap_to_bsr: the block mask of {_clean(fqn) or 'the model'!r} is not squashed yet; call "
+                f"swap_to_bsr: the block mask of {clean_fqn(fqn) or 'the model'!r} is not squashed yet; call "
                 "sparsifier.squash_mask(), or torchao_superblock.squash(model), first"
             )
     if isinstance(model, nn.Linear):
@@ -183,7 +187,7 @@ def swap_to_bsr(
     for fqn, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
-        entry = _judge(module, _clean(fqn), blocksize, min_sparsity, filter_fn, owners)
+        entry = _judge(module, clean_fqn(fqn), blocksize, min_sparsity, filter_fn, owners)
         if entry.code == "swapped":
             try:
                 replacements[module] = BSRLinear.from_dense(module, entry.blocksize)
@@ -193,13 +197,8 @@ def swap_to_bsr(
             report.swapped.append(entry)
         else:
             report.skipped.append(entry)
-    _replace(model, replacements, report, fuse_activations)
+    _replace(model, replacements, report, fuse_activations, drop_dead_features)
     return report
-
-
-def _clean(fqn: str) -> str:
-    """The FQN without what torch.compile puts in front of it."""
-    return ".".join(part for part in fqn.split(".") if part != "_orig_mod")
 
 
 def _weight_owners(model: nn.Module) -> dict[tuple[object, int], list[str]]:
@@ -209,7 +208,7 @@ def _weight_owners(model: nn.Module) -> dict[tuple[object, int], list[str]]:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 fqn = f"{prefix}.{name}" if prefix else name
-                owners.setdefault(_address(parameter), []).append(_clean(fqn))
+                owners.setdefault(_address(parameter), []).append(clean_fqn(fqn))
     return owners
 
 
@@ -274,45 +273,17 @@ def _replace(
     replacements: dict[nn.Module, BSRLinear],
     report: SwapReport,
     fuse_activations: bool,
+    drop_features: bool,
 ) -> None:
     """Put the new layers in place of the old ones."""
     with all_or_nothing(model):
         replace_modules(model, replacements)
         for fqn in turn_off_nested_tensors(model):
             report.notes.append(
-                f"{_clean(fqn) or 'the model'}: use_nested_tensor is False now, since a swapped layer "
+                f"{clean_fqn(fqn) or 'the model'}: use_nested_tensor is False now, since a swapped layer "
                 "takes no nested tensors; padding is computed and masked instead"
             )
-        for fqn, sequential, layer, name, module in _foldable(model) if fuse_activations else ():
-            setattr(sequential, name, FoldedActivation(module))
-            layer.activation = activation_name(module)
-            report.notes.append(f"{fqn}: applies the {type(module).__name__} behind it itself")
-
-
-def _foldable(
-    model: nn.Module,
-) -> Iterator[tuple[str, nn.Sequential, BSRLinear, str, nn.Module]]:
-    """Each activation that its BSRLinear can apply: ``(layer's FQN, parent, layer, activation's name, activation)``."""
-    places = Counter(
-        child
-        for module in model.modules()
-        for child in module._modules.values()
-        if child is not None
-    )
-    for fqn, sequential in model.named_modules():
-        if (
-            not isinstance(sequential, nn.Sequential)
-            or type(sequential).forward is not nn.Sequential.forward
-        ):
-            continue
-        for (first, layer), (second, module) in pairwise(list(sequential._modules.items())):
-            if (
-                isinstance(layer, BSRLinear)
-                and layer.activation == "none"
-                and places[layer] == 1
-                and activation_name(module) is not None
-                and not has_hooks(layer)
-                and not has_hooks(module)
-            ):
-                layer_fqn = _clean(f"{fqn}.{first}" if fqn else first)
-                yield layer_fqn, sequential, layer, second, module
+        if drop_features:
+            report.notes += sequential.drop_dead_features(model)
+        if fuse_activations:
+            report.notes += sequential.fold_activations(model)

@@ -380,7 +380,7 @@ def choose(
     uneven = K >= 4096 and (much or share <= 0.15)
     smooth = activation in ("gelu", "gelu_tanh", "silu")
     if smooth and entries <= 1024 and _small_tiles_pay(N, K, r, share, much):
-        return TWO_PROGRAMS_DYNAMIC if slow_memory and N >= 2 * K else TWO_PROGRAMS
+        return TWO_PROGRAMS_DYNAMIC if slow_memory and 3 * N >= 5 * K else TWO_PROGRAMS
     if pairs and K >= 8192 and r > STRIP and share <= 0.32 and entries <= 1024:
         # What programs work on at a time must be too much for L2, and the rounds enough.
         tokens = processors * TWO_STRIPS_DYNAMIC.tokens * STRIP * TWO_STRIPS_DYNAMIC.group / N
