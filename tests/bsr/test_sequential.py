@@ -242,6 +242,16 @@ class TestDropDeadFeatures:
         limit = 1.5 * relative_error(plain(x), expected)
         assert relative_error(model(x), expected) <= limit
 
+    @pytest.mark.gpu
+    def test_on_a_gpu(self):
+        model = self.mlp().cuda()
+        x = torch.randn(64, 64, device="cuda")
+        expected = copy.deepcopy(model).double()(x.double())
+        drop(model, fuse_activations=True)
+        assert hidden(model) == [64]
+        with torch.no_grad():
+            assert relative_error(model(x), expected) <= 1e-6
+
     def test_whole_strips_of_64_stay_whole(self):
         def build(unread):
             return nn.Sequential(
