@@ -291,13 +291,13 @@ class Bench:
             candidates["torch BSR, eager"] = self.warm(lambda: torch_bsr(x), "torch BSR")
             for name, settings, seconds in ways:
                 for side, model in sides.items():
+                    progress.step(f"torch.compile, {side}, {name}, {mode}")
                     if (side, name) == ("dense narrow", "max-autotune"):
                         because = "every layer has another shape, each of which tunes for 20 s"
                         self.budget.left_out.append(
                             {"left out": f"{side}, {name}", "because": because}
                         )
                         continue
-                    progress.step(f"torch.compile, {side}, {name}, {mode}")
                     if self.budget.allows(f"headline, {mode}: {side}, {name}", seconds):
                         candidates[f"{side}, {name}"] = self.compiled(model, x, settings)
             progress.step(f"measuring, {mode}")

@@ -362,3 +362,27 @@ def test_exports_and_compiles():
     torch.testing.assert_close(y, layer(x))
     y.sum().backward()
     assert layer.values.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("dense_shape", "error", "words"),
+    [
+        ((32, 64), ValueError, r"dense_shape must be at least \(64, 64\).*got \(32, 64\)"),
+        ((64, 32), ValueError, "dense_shape must be at least"),
+        (64, TypeError, "dense_shape must be a pair"),
+        ("ab", TypeError, "dense_shape must be a pair"),
+        ((64, 64, 64), TypeError, "dense_shape must be a pair"),
+        ((64.0, 64.0), TypeError, "dense_shape must be a pair .* of ints"),
+    ],
+)
+def test_dense_shape_is_checked(dense_shape, error, words):
+    layer = BSRLinear.from_dense(prune(nn.Linear(64, 64), 16), 16)
+    with pytest.raises(error, match=words):
+        BSRLinear(
+            64, 64, 16, layer.crow_indices, layer.col_indices, layer.values, dense_shape=dense_shape
+        )
+    narrowed = BSRLinear(
+        64, 64, 16, layer.crow_indices, layer.col_indices, layer.values, dense_shape=[128, 64]
+    )
+    assert narrowed.is_narrowed and narrowed.dense_shape == (128, 64)
+    assert not layer.is_narrowed and layer.dense_shape == (64, 64)

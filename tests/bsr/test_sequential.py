@@ -57,6 +57,8 @@ class TestFuseActivations:
             return prune(nn.Linear(32, 32), 16)
 
         twice, watched, gelu = linear(), linear(), nn.GELU()
+        patched, own = linear(), nn.GELU()
+        own.forward = lambda x: -x
         seen = []
         watched.register_forward_hook(lambda module, args, y: seen.append(y))
         gelu.register_forward_pre_hook(lambda module, args: seen.append(args))
@@ -67,6 +69,7 @@ class TestFuseActivations:
                 "used twice": nn.Sequential(twice, nn.ReLU(), twice),
                 "hook on the layer": nn.Sequential(watched, nn.ReLU()),
                 "hook on the activation": nn.Sequential(linear(), gelu),
+                "forward of an instance": nn.Sequential(patched, own),
                 "something between": nn.Sequential(linear(), nn.Dropout(0.1), nn.ReLU()),
                 "other activation": nn.Sequential(linear(), nn.Tanh()),
                 "no sequential": nn.ModuleList([linear(), nn.ReLU()]),
@@ -77,7 +80,7 @@ class TestFuseActivations:
         callable_ = {name: m for name, m in model.items() if not isinstance(m, nn.ModuleList)}
         expected = {name: module(x) for name, module in callable_.items()}
         report = swap_to_bsr(model, min_sparsity=0.25, fuse_activations=True)
-        assert len(report.swapped) == 8
+        assert len(report.swapped) == 9
         assert not report.notes
         for module in model.modules():
             assert not isinstance(module, BSRLinear) or module.activation == "none"
@@ -242,6 +245,46 @@ class TestDropDeadFeatures:
         limit = 1.5 * relative_error(plain(x), expected)
         assert relative_error(model(x), expected) <= limit
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_the_folded_bias_is_rounded_once(self, dtype):
+        model = self.mlp(nn.Sigmoid()).to(dtype)
+        model.insert(2, nn.Tanh())
+        layer, last = copy.deepcopy(model[0]), copy.deepcopy(model[4])
+        drop(model)
+        # Unit 4, rounded after each module like the model's own hidden features.
+        value = layer.bias[64:80].double().sigmoid().to(dtype).double().tanh().to(dtype).double()
+        exact = last.bias.double() + last.weight[:, 64:80].double() @ value
+        assert torch.equal(model[4].bias, exact.to(dtype))
+
+    def test_what_the_bias_cannot_hold_stays(self):
+        first, last = pruned(96, 64, 16, empty_rows=(4,)), pruned(48, 96, 16, empty_columns=(1,))
+        with torch.no_grad():
+            first.bias.fill_(300.0)
+            last.weight[:, 64:80] = 16.0  # 76800 in all, of which others take a half
+            last.weight[:, :16] = -8.0
+        model = nn.Sequential(first, nn.ReLU(), last).half()
+        x = torch.zeros(3, 64, dtype=torch.float16)
+        expected = copy.deepcopy(model).double()(x.double())
+        drop(model)
+        assert hidden(model) == [80]
+        assert relative_error(model(x), expected) <= 1e-3
+
+    def test_a_second_layer_with_an_activation(self):
+        model = self.mlp().append(nn.SiLU())
+        x = torch.randn(3, 64)
+        expected = model(x)
+        swap_to_bsr(model, 16, min_sparsity=0.0, fuse_activations=True)
+        drop(model)
+        assert hidden(model) == [64] and model[3].activation == "silu"
+        with torch.no_grad():
+            assert relative_error(model(x), expected) <= 1e-6
+
+    def test_notes_name_layers_as_the_model_does(self):
+        report = drop(nn.ModuleDict({"mlp": torch.compile(self.mlp())}))
+        assert "note: mlp.0: 32 of its features are dropped: 16 that mlp.3 does not read" in str(
+            report
+        )
+
     @pytest.mark.gpu
     def test_on_a_gpu(self):
         model = self.mlp().cuda()
@@ -293,6 +336,9 @@ class TestDropDeadFeatures:
     )
     def test_without_a_second_bias_only_zeros_go(self, activation, first_bias, kept):
         model = self.mlp(activation, first_bias=first_bias, second_bias=False)
+        if first_bias:
+            with torch.no_grad():
+                model[0].bias[64:79] = 0  # all of a unit but one
         x = torch.randn(3, 64)
         expected = model(x)
         drop(model)
@@ -382,8 +428,23 @@ class TestDropDeadFeatures:
             module.register_forward_hook(lambda module, args, y: seen.append(y.shape))
             return module
 
+        class Special(BSRLinear):
+            pass
+
+        class Parameter(nn.Parameter):
+            pass
+
+        def swapped(linear):
+            return BSRLinear.from_dense(linear, 16)
+
         twice, tied, other = first(), first(), second()
         other.bias = tied.bias
+        rolled, patched, extra, special, sharded = nn.ReLU(), *(swapped(first()) for _ in range(4))
+        rolled.forward = lambda x: x.roll(16, -1)
+        patched.forward = lambda x: BSRLinear.forward(patched, x) + 1
+        extra.register_buffer("scale", torch.ones(1))
+        special.__class__ = Special
+        sharded.bias = Parameter(sharded.bias.detach())
         model = nn.ModuleDict(
             {
                 "own forward": Reversed(first(), nn.ReLU(), second()),
@@ -392,6 +453,11 @@ class TestDropDeadFeatures:
                 "hook on the first": nn.Sequential(watched(first()), nn.ReLU(), second()),
                 "hook on the second": nn.Sequential(first(), nn.ReLU(), watched(second())),
                 "hook between": nn.Sequential(first(), watched(nn.ReLU()), second()),
+                "forward of an activation": nn.Sequential(first(), rolled, second()),
+                "forward of a layer": nn.Sequential(patched, nn.ReLU(), second()),
+                "buffer of a layer": nn.Sequential(extra, nn.ReLU(), second()),
+                "subclass of a layer": nn.Sequential(special, nn.ReLU(), second()),
+                "subclass of a parameter": nn.Sequential(sharded, nn.ReLU(), second()),
                 "features are mixed": nn.Sequential(first(), nn.LayerNorm(96), second()),
                 "parameters for each feature": nn.Sequential(first(), nn.PReLU(96), second()),
                 "random": nn.Sequential(first(), nn.RReLU(), second()),
@@ -400,24 +466,24 @@ class TestDropDeadFeatures:
                 "shapes do not meet": nn.Sequential(first(), nn.ReLU(), pruned(32, 32, 16)),
             }
         )
-        before = {name: module.state_dict() for name, module in model.items()}
+        x = torch.randn(3, 96)
+        callable_ = {
+            name: module.eval()
+            for name, module in model.items()
+            if name not in ("no sequential", "shapes do not meet")
+        }
+        expected = {name: module(x) for name, module in callable_.items()}
         report = drop(model, filter_fn=lambda module, fqn: fqn != "one is dense.2")
-        assert len(report.swapped) == 22 and not report.notes
+        assert len(report.swapped) == 28 and not report.notes
         for module in model.modules():
             assert not isinstance(module, BSRLinear) or not module.is_narrowed
-        x = torch.randn(3, 96)
-        for name, module in model.items():
-            if name not in ("no sequential", "shapes do not meet"):
-                dense = copy.deepcopy(module)
-                for child, layer in list(dense.named_children()):
-                    if isinstance(layer, BSRLinear):
-                        linear = nn.Linear(96, 96)
-                        linear.load_state_dict(
-                            {key: before[name][f"{child}.{key}"] for key in ("weight", "bias")}
-                        )
-                        setattr(dense, child, linear)
-                module.eval(), dense.eval()
-                assert relative_error(module(x), dense(x)) <= 1e-6, name
+        for name, module in callable_.items():
+            assert relative_error(module(x), expected[name]) <= 1e-6, name
+
+    def test_layers_without_content_are_left_alone(self):
+        model = self.mlp()
+        swap_to_bsr(model, 16, min_sparsity=0.0)
+        assert not drop(model.to("meta")).notes
 
     def test_torchvision_mlps_become_narrower(self):
         torchvision = pytest.importorskip("torchvision")

@@ -154,6 +154,20 @@ class TestDroppedFeatures:
             assert torch.equal(model(x), narrow(x))
             assert model[0].dense_shape == (96, 32) and model[2].dense_shape == (32, 96)
 
+    def test_the_version_says_whether_features_were_dropped(self, narrow, tmp_path):
+        swapped = self.build()
+        swap_to_bsr(swapped, 16, min_sparsity=0.0)
+        for model, version in ((narrow, "2"), (swapped, "1")):
+            save_bsr(model, tmp_path / "m.safetensors")
+            with safe_open(tmp_path / "m.safetensors", "pt") as file:
+                assert file.metadata()["version"] == version
+
+    def test_a_state_dict_of_another_width_is_refused_with_advice(self, narrow):
+        swapped = self.build()
+        swap_to_bsr(swapped, 16, min_sparsity=0.0)
+        with pytest.raises(RuntimeError, match="0: crow_indices must have 7 entries.*load_bsr"):
+            swapped.load_state_dict(narrow.state_dict())
+
     def test_a_model_with_all_features_replaces_a_narrowed_one(self, narrow, tmp_path):
         path = tmp_path / "m.safetensors"
         swapped = self.build()
@@ -169,7 +183,7 @@ class TestDroppedFeatures:
         assert_load_fails(
             self.build(64), path, r"'0' has shape \(96, 32\) in the file, but \(64, 32\)"
         )
-        for damage in (3, "ab", [8, 8], None):
+        for damage in (3, "ab", [8, 8], None, [96.0, 32.0], [96]):
             save_bsr(narrow, path)
 
             def change(metadata, damage=damage):

@@ -114,7 +114,7 @@ RULES = {
     "TWO_SHORT": (_problem(50432, 3072, 768, 64, 64, 0.2, slow_memory=True), {}, 0),
     "TWO_SHORT_DYNAMIC": (_problem(50432, 3072, 768, 64, 64, 0.1, slow_memory=True), {}, 0),
     "TWO_PROGRAMS_DYNAMIC": (
-        _problem(50432, 3072, 768, 64, 64, 0.1, activation="gelu", slow_memory=True),
+        _problem(50432, 1280, 768, 64, 64, 0.14, activation="gelu", slow_memory=True),
         {"activation": "gelu"},
         0,
     ),

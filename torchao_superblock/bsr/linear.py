@@ -127,7 +127,8 @@ class BSRLinear(nn.Module):
     at False.
 
     Loading a ``state_dict`` is atomic for the layer: bad content raises and changes nothing of it. Content with another
-    number of blocks replaces the ``values`` Parameter; build the optimizer after loading.
+    number of blocks replaces the ``values`` Parameter; build the optimizer after loading. A ``state_dict`` does not say
+    which features were dropped: save and load a model that lost some with ``save_bsr`` and ``load_bsr``.
 
     Args:
         in_features: K.
@@ -144,6 +145,7 @@ class BSRLinear(nn.Module):
 
     Attributes:
         weight: a :class:`BSRWeight` that stands for the ``(N, K)`` weight.
+        dense_shape: as given, or else the layer's own shape.
 
     Raises:
         ValueError, TypeError: the arguments break an invariant; the message says which.
@@ -158,6 +160,8 @@ class BSRLinear(nn.Module):
         >>> torch.allclose(layer(torch.ones(128)), linear(torch.ones(128)), atol=1e-5)
         True
     """
+
+    _dense_shape: tuple[int, int] | None = None
 
     def __init__(
         self,
@@ -177,11 +181,18 @@ class BSRLinear(nn.Module):
             raise ValueError(
                 f"BSRLinear: in_features and out_features must be at least 1, got {in_features} and {out_features}"
             )
-        self.dense_shape = (out_features, in_features) if dense_shape is None else dense_shape
-        if self.dense_shape[0] < out_features or self.dense_shape[1] < in_features:
-            raise ValueError(
-                f"BSRLinear: dense_shape must be at least ({out_features}, {in_features}), got {dense_shape}"
-            )
+        if dense_shape is not None:
+            pair = isinstance(dense_shape, tuple | list) and len(dense_shape) == 2
+            if not pair or not all(type(size) is int for size in dense_shape):
+                raise TypeError(
+                    f"BSRLinear: dense_shape must be a pair (out_features, in_features) of ints, got {dense_shape!r}"
+                )
+            if dense_shape[0] < out_features or dense_shape[1] < in_features:
+                raise ValueError(
+                    f"BSRLinear: dense_shape must be at least ({out_features}, {in_features}), the shape of the layer "
+                    f"itself, got {dense_shape!r}"
+                )
+            self._dense_shape = tuple(dense_shape)
         self.in_features = in_features
         self.out_features = out_features
         self.blocksize = parse_blocksize(blocksize)
@@ -308,6 +319,11 @@ class BSRLinear(nn.Module):
         return 1.0 - self.nnz / ((self.out_features // r) * (self.in_features // c))
 
     @property
+    def dense_shape(self) -> tuple[int, int]:
+        """``(out_features, in_features)`` of the ``nn.Linear`` that the layer stands for."""
+        return self._dense_shape or (self.out_features, self.in_features)
+
+    @property
     def is_narrowed(self) -> bool:
         """Whether features of the ``nn.Linear`` that the layer stands for were dropped."""
         return self.dense_shape != (self.out_features, self.in_features)
@@ -427,6 +443,12 @@ class BSRLinear(nn.Module):
                 )
                 for key, tensor in new.items()
             }
+        if new["crow_indices"].shape != self.crow_indices.shape:
+            raise ValueError(
+                f"{name}: crow_indices must have {len(self.crow_indices)} entries, the state dict holds "
+                f"{tuple(new['crow_indices'].shape)}; a model without its dead features is saved by save_bsr and "
+                "loaded by load_bsr"
+            )
         self._check(new["crow_indices"], new["col_indices"], new["values"], new.get("bias"), name)
         if new["values"].shape != self.values.shape:
             values = self.values.new_empty(new["values"].shape)

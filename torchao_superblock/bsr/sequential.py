@@ -72,7 +72,7 @@ def fold_activations(model: nn.Module) -> list[str]:
                 _is_free(layer, places)
                 and layer.activation == "none"
                 and activation_name(module) is not None
-                and not has_hooks(module)
+                and _is_plain(module)
             ):
                 setattr(sequential, second, FoldedActivation(module))
                 layer.activation = activation_name(module)
@@ -132,9 +132,14 @@ def _sequentials(
             yield f"{prefix}." if prefix else "", module, places
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module does what its class says, unwatched."""
+    return not has_hooks(module) and "forward" not in vars(module)
+
+
 def _is_free(module: nn.Module, places: Counter[nn.Module]) -> bool:
     """Whether nobody but its neighbours can tell what goes into and comes out of a BSRLinear."""
-    return type(module) is BSRLinear and places[module] == 1 and not has_hooks(module)
+    return isinstance(module, BSRLinear) and places[module] == 1 and _is_plain(module)
 
 
 def _pairs(model: nn.Module) -> Iterator[Pair]:
@@ -145,35 +150,44 @@ def _pairs(model: nn.Module) -> Iterator[Pair]:
         if parameter is not None
     )
 
-    def is_own(module: nn.Module) -> bool:
-        # Sharded ones are of another type.
-        return all(
-            type(p) is nn.Parameter and owners[p] == 1 and not p.is_meta
-            for p in module.parameters(recurse=False)
+    def is_replaceable(layer: nn.Module) -> bool:
+        tensors = layer._parameters.keys() | layer._buffers.keys()
+        return (
+            type(layer) is BSRLinear
+            and not layer._modules
+            and tensors <= {"values", "bias", "crow_indices", "col_indices", "plan"}
+            # Sharded ones are of another type.
+            and all(
+                type(p) is nn.Parameter and owners[p] == 1 and not p.is_meta
+                for p in layer.parameters()
+            )
         )
 
     for prefix, sequential, places in _sequentials(model):
         first: str | None = None
         between: list[nn.Module] = []
         for name, module in sequential._modules.items():
-            if _is_free(module, places) and is_own(module):
+            if _is_free(module, places) and is_replaceable(module):
                 if first is not None:
                     yield Pair(
                         sequential, first, name, between, (f"{prefix}{first}", f"{prefix}{name}")
                     )
                 first, between = name, []
-            elif type(module) in (*_DETERMINISTIC, *_DROPOUTS) and not has_hooks(module):
+            elif type(module) in (*_DETERMINISTIC, *_DROPOUTS) and _is_plain(module):
                 between.append(module)
             else:
                 first = None
 
 
-def _narrow(pair: Pair) -> dict[str, int] | None:
-    """Replace a pair by a narrower one; how many features of which kind went, or None if all are needed."""
+def _narrow(pair: Pair, fold: bool = True) -> dict[str, int] | None:
+    """Replace a pair by a narrower one; how many features of which kind went, or None if all are needed.
+
+    ``fold`` says that the second layer's bias may take up constants.
+    """
     first, second = pair.sequential._modules[pair.first], pair.sequential._modules[pair.second]
     features = first.out_features
     unit = math.lcm(first.blocksize[0], second.blocksize[1])
-    if second.in_features != features or features % unit:
+    if second.in_features != features:
         return None
     rows = first.crow_indices.diff().view(-1, unit // first.blocksize[0]).sum(1)
     columns = torch.bincount(second.col_indices, minlength=features // second.blocksize[1])
@@ -183,7 +197,7 @@ def _narrow(pair: Pair) -> dict[str, int] | None:
     if value is not None:
         value = value.view(-1, unit)
         constant = ~unread & (rows == 0)
-        if second.bias is None:
+        if second.bias is None or not fold:
             constant &= (value == 0).all(1)
     dead = unread | constant
     # Whole strips, and at least one: the dead features with the fewest blocks stay.
@@ -199,7 +213,10 @@ def _narrow(pair: Pair) -> dict[str, int] | None:
     if value is not None and bool((value[constant] != 0).any()):
         gone = constant.repeat_interleave(unit)
         more = _with_inputs(second, gone, None, "none").double()(value.flatten()[gone])
-        bias = nn.Parameter((bias.double() + more).to(bias.dtype), bias.requires_grad)
+        total = bias.double() + more
+        bias = nn.Parameter(total.to(bias.dtype), bias.requires_grad)
+        if not torch.equal(bias.isfinite(), total.isfinite()):  # too large for float16
+            return _narrow(pair, fold=False)
     kept = (~dead).repeat_interleave(unit)
     setattr(pair.sequential, pair.first, _with_outputs(first, kept))
     setattr(pair.sequential, pair.second, _with_inputs(second, kept, bias, second.activation))

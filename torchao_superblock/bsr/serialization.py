@@ -27,7 +27,8 @@ from torchao_superblock.bsr.linear import (
 from torchao_superblock.bsr.undo import all_or_nothing
 
 FORMAT = "torchao_superblock.bsr"
-VERSION = 1
+# 2 says that features of some layers were dropped.
+VERSIONS = ("1", "2")
 _LAYER_KEYS = {"in_features", "out_features", "blocksize", "activation", "bias"}
 
 
@@ -95,7 +96,7 @@ def save_bsr(model: nn.Module, path: str | os.PathLike[str]) -> None:
     }
     metadata = {
         "format": FORMAT,
-        "version": str(VERSION),
+        "version": VERSIONS[any("dense_shape" in layer for layer in layers.values())],
         "layers": json.dumps(layers),
         "folded": json.dumps(folded),
         "aliases": json.dumps(aliases),
@@ -118,7 +119,8 @@ def load_bsr(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     The model may be dense (its linear layers become :class:`BSRLinear` where the file says so), swapped already, or on
     the meta device (it then takes the tensors of the file as they are). Parameters keep the dtype and device of the
-    model otherwise, and stay the same objects (for optimizers and ties) unless a layer gets another number of blocks.
+    model otherwise, and stay the same objects (for optimizers and ties) unless a layer gets another number of blocks or
+    of features.
     The file is checked in full first: on any error the model is as it was.
 
     Args:
@@ -231,10 +233,10 @@ def _read(
                     f"load_bsr: {os.fspath(path)!r} was not written by save_bsr; load an ordinary checkpoint with "
                     "model.load_state_dict and swap the model afterwards"
                 )
-            if metadata.get("version") != str(VERSION):
+            if metadata.get("version") not in VERSIONS:
                 raise ValueError(
                     f"load_bsr: {os.fspath(path)!r} has format version {metadata.get('version')}, this release reads "
-                    f"version {VERSION}; upgrade torchao_superblock"
+                    f"versions {' and '.join(VERSIONS)}; upgrade torchao_superblock"
                 )
             tensors = {key: file.get_tensor(key) for key in file.keys()}
             layers = json.loads(metadata["layers"])
@@ -246,6 +248,8 @@ def _read(
                     raise KeyError(f"a layer is described by {spec}")
                 shape = (spec["out_features"], spec["in_features"])
                 spec["dense_shape"] = tuple(spec.get("dense_shape", shape))
+                if not all(type(size) is int for size in (*shape, *spec["dense_shape"])):
+                    raise TypeError(f"a layer is described by {spec}")
             folded = dict(folded.items())
     except (SafetensorError, KeyError, AttributeError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"load_bsr: {os.fspath(path)!r} is damaged: {error}") from error
