@@ -202,8 +202,8 @@ def _narrow(pair: Pair, fold: bool = True) -> dict[str, int] | None:
     dead = unread | constant
     # Whole strips, and at least one: the dead features with the fewest blocks stay.
     together = math.lcm(unit, STRIP) // unit if features % STRIP == 0 else 1
-    kept = int((~dead).sum())
-    spare = max(together, -(-kept // together) * together) - kept
+    used = int((~dead).sum())
+    spare = max(together, -(-used // together) * together) - used
     if spare >= int(dead.sum()):
         return None
     blocks = torch.where(dead, rows + columns, torch.iinfo(torch.int64).max)
