@@ -439,6 +439,8 @@ class TestDropDeadFeatures:
 
         twice, tied, other = first(), first(), second()
         other.bias = tied.bias
+        views = first(), second()
+        views[1].bias = nn.Parameter(views[0].bias.detach())
         rolled, patched, extra, special, sharded = nn.ReLU(), *(swapped(first()) for _ in range(4))
         rolled.forward = lambda x: x.roll(16, -1)
         patched.forward = lambda x: BSRLinear.forward(patched, x) + 1
@@ -450,6 +452,7 @@ class TestDropDeadFeatures:
                 "own forward": Reversed(first(), nn.ReLU(), second()),
                 "used twice": nn.Sequential(twice, nn.ReLU(), twice),
                 "tied biases": nn.Sequential(tied, nn.ReLU(), other),
+                "biases in one memory": nn.Sequential(views[0], nn.ReLU(), views[1]),
                 "hook on the first": nn.Sequential(watched(first()), nn.ReLU(), second()),
                 "hook on the second": nn.Sequential(first(), nn.ReLU(), watched(second())),
                 "hook between": nn.Sequential(first(), watched(nn.ReLU()), second()),
@@ -474,7 +477,7 @@ class TestDropDeadFeatures:
         }
         expected = {name: module(x) for name, module in callable_.items()}
         report = drop(model, filter_fn=lambda module, fqn: fqn != "one is dense.2")
-        assert len(report.swapped) == 28 and not report.notes
+        assert len(report.swapped) == 30 and not report.notes
         for module in model.modules():
             assert not isinstance(module, BSRLinear) or not module.is_narrowed
         for name, module in callable_.items():

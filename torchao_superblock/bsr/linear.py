@@ -139,7 +139,6 @@ class BSRLinear(nn.Module):
         values: ``(nnz, rows, cols)``, float32, float64, float16 or bfloat16. A Parameter is taken as it is.
         bias: ``(N,)`` of the same dtype, or None. A Parameter is taken as it is.
         activation: ``"none"``, ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``, applied to the output.
-
         dense_shape: ``(N, K)`` of the ``nn.Linear`` that the layer stands for, where features of that were dropped;
             None where none were.
 
@@ -370,12 +369,12 @@ class BSRLinear(nn.Module):
         return bsr_to_dense(self.crow_indices, self.col_indices, self.values, shape)
 
     def extra_repr(self) -> str:
-        activation = "" if self.activation == "none" else f", activation={self.activation!r}"
+        options = "" if self.activation == "none" else f", activation={self.activation!r}"
         if self.is_narrowed:
-            activation += f", dense_shape={self.dense_shape}"
+            options += f", dense_shape={self.dense_shape}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"blocksize={self.blocksize}, sparsity={self.sparsity:.4f}{activation}"
+            f"blocksize={self.blocksize}, sparsity={self.sparsity:.4f}{options}"
         )
 
     def _load_from_state_dict(
@@ -510,6 +509,26 @@ def turn_off_nested_tensors(model: nn.Module) -> list[str]:
 def clean_fqn(fqn: str) -> str:
     """The FQN without what torch.compile puts in front of it."""
     return ".".join(part for part in fqn.split(".") if part != "_orig_mod")
+
+
+def parameter_owners(model: nn.Module) -> dict[tuple[object, int], list[str]]:
+    """Storage address -> FQNs of the parameters that live there; a module registered twice counts once."""
+    owners: dict[tuple[object, int], list[str]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                fqn = f"{prefix}.{name}" if prefix else name
+                owners.setdefault(storage_address(parameter), []).append(clean_fqn(fqn))
+    return owners
+
+
+def storage_address(parameter: nn.Parameter) -> tuple[object, int]:
+    """Where a Parameter lives; one without memory of its own (meta, sharded, empty) is known by its identity alone."""
+    try:
+        address = parameter.data_ptr()
+    except (RuntimeError, ValueError):
+        address = 0
+    return (parameter.device, address) if address else ("identity", id(parameter))
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -19,6 +19,8 @@ from torchao_superblock.bsr.linear import (
     activation_name,
     clean_fqn,
     has_hooks,
+    parameter_owners,
+    storage_address,
 )
 from torchao_superblock.ops import ACTIVATIONS
 from torchao_superblock.ops.plan import STRIP
@@ -143,12 +145,7 @@ def _is_free(module: nn.Module, places: Counter[nn.Module]) -> bool:
 
 
 def _pairs(model: nn.Module) -> Iterator[Pair]:
-    owners = Counter(
-        parameter
-        for module in model.modules()
-        for parameter in module._parameters.values()
-        if parameter is not None
-    )
+    owners = parameter_owners(model)
 
     def is_replaceable(layer: nn.Module) -> bool:
         tensors = layer._parameters.keys() | layer._buffers.keys()
@@ -158,7 +155,7 @@ def _pairs(model: nn.Module) -> Iterator[Pair]:
             and tensors <= {"values", "bias", "crow_indices", "col_indices", "plan"}
             # Sharded ones are of another type.
             and all(
-                type(p) is nn.Parameter and owners[p] == 1 and not p.is_meta
+                type(p) is nn.Parameter and len(owners[storage_address(p)]) == 1 and not p.is_meta
                 for p in layer.parameters()
             )
         )

@@ -18,7 +18,9 @@ from torchao_superblock.bsr.linear import (
     clean_fqn,
     conversion_obstacle,
     has_block_mask,
+    parameter_owners,
     replace_modules,
+    storage_address,
     turn_off_nested_tensors,
 )
 from torchao_superblock.bsr.undo import all_or_nothing
@@ -185,7 +187,7 @@ def swap_to_bsr(
 
     report = SwapReport()
     replacements: dict[nn.Module, BSRLinear] = {}
-    owners = _weight_owners(model)
+    owners = parameter_owners(model)
     for fqn, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
@@ -201,26 +203,6 @@ def swap_to_bsr(
             report.skipped.append(entry)
     _replace(model, replacements, report, fuse_activations, drop_dead_features)
     return report
-
-
-def _weight_owners(model: nn.Module) -> dict[tuple[object, int], list[str]]:
-    """Storage address -> FQNs of the parameters that live there; a module registered twice counts once."""
-    owners: dict[tuple[object, int], list[str]] = {}
-    for prefix, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                fqn = f"{prefix}.{name}" if prefix else name
-                owners.setdefault(_address(parameter), []).append(clean_fqn(fqn))
-    return owners
-
-
-def _address(parameter: nn.Parameter) -> tuple[object, int]:
-    # A Parameter without memory of its own (meta, sharded, empty) is known by its identity alone.
-    try:
-        address = parameter.data_ptr()
-    except (RuntimeError, ValueError):
-        address = 0
-    return (parameter.device, address) if address else ("identity", id(parameter))
 
 
 def _judge(
@@ -242,7 +224,7 @@ def _judge(
     obstacle = conversion_obstacle(linear)
     if obstacle is not None:
         return entry(*obstacle)
-    others = [owner for owner in owners[_address(linear.weight)] if owner != f"{fqn}.weight"]
+    others = [owner for owner in owners[storage_address(linear.weight)] if owner != f"{fqn}.weight"]
     if others:
         return entry("tied_weight", f"its weight is shared with {', '.join(others)}")
     if blocksize is None:
