@@ -87,6 +87,15 @@ def test_every_file_they_name_exists():
         assert (ROOT / name).exists(), name
 
 
+def test_every_room_that_contributing_names_exists():
+    package = ROOT / "torchao_superblock"
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:bsr|common|masks|ops|pruning)/[\w/.]*)`", text)
+    assert {"bsr/layers.py", "masks/base.py", "ops/gather_gemm.py"} <= set(named)
+    for name in named:
+        assert (package / name).exists() or (package / "pruning" / name).exists(), name
+
+
 def newest(pattern: str, words: str) -> Path:
     """The newest result file that holds these words."""
     found = [p for p in RESULTS.glob(pattern) if words in p.read_text(encoding="utf-8")]
