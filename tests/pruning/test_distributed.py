@@ -255,7 +255,9 @@ def test_preparing_a_ddp_model_is_refused(run: Callable[[str], None]) -> None:
 
 
 @pytest.mark.parametrize("name", ["fsdp_bfloat16", "fsdp_float32"])
-def test_fsdp2_gathered_and_squashed_has_the_mask_of_the_last_forward(run: Callable[[str], None], name: str) -> None:
+def test_fsdp2_gathered_and_squashed_has_the_mask_of_the_last_forward(
+    run: Callable[[str], None], name: str
+) -> None:
     run(name)
 
 

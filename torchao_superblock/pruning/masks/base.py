@@ -21,6 +21,7 @@ from torchao_superblock.common.modules import block_masks_of
 from torchao_superblock.common.sharding import is_dtensor
 from torchao_superblock.ops.block_mask import (
     block_mask,
+    block_norm,
     mask_weight,
     mask_weight_backward,
     scale_blocks_,
@@ -178,10 +179,10 @@ class BlockMask(nn.Module):
         return MaskWeight.apply(weight, self.scores, mask, live, self.blocksize)
 
     def update(self, weight: Tensor) -> None:
-        """Renews the scores; called by `step()` after the level was set, while masks may change.
+        """Renews the scores; called by `step()` after the level was set.
 
         Args:
-            weight: `(N, K)` under the mask.
+            weight: `(N, K)` under the mask, which FSDP2 may have sharded.
         """
 
     # ---------------------------------------------------------------------------------------------
@@ -197,6 +198,11 @@ class BlockMask(nn.Module):
     def is_frozen(self) -> bool:
         """Whether the mask is held (False on the meta device). Reads it back to the host."""
         return not self.frozen.is_meta and bool(self.frozen)
+
+    def block_norms(self, weight: Tensor) -> Tensor:
+        """Euclidean norms of the blocks of `weight`, `(R, C)`, gathered where it is sharded."""
+        weight = weight.detach()
+        return block_norm(weight.full_tensor() if is_dtensor(weight) else weight, self.blocksize)
 
     @torch.no_grad()
     def block_mask(self) -> Tensor:

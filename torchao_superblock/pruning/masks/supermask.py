@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from torchao_superblock.common.blocks import BlockSize
 from torchao_superblock.common.sharding import is_dtensor
-from torchao_superblock.ops.block_mask import block_norm
 from torchao_superblock.pruning.masks.base import BlockMask, Check
 from torchao_superblock.pruning.sparsifier import BlockSparsifier
 
@@ -106,7 +105,7 @@ class Supermask(BlockMask):
         elif weight is not None:
             if weight.is_meta or self.scores.is_meta:
                 return
-            self.scores.copy_(block_norm(weight.detach(), self.blocksize))
+            self.scores.copy_(self.block_norms(weight))
 
     def full_scores(self) -> Tensor:
         """The float32 scores of all blocks, without gradient, gathered where they are sharded.
