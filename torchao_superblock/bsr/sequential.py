@@ -21,7 +21,7 @@ from torchao_superblock.ops import ACTIVATIONS
 from torchao_superblock.ops.plan import STRIP
 
 # Each makes a feature from that feature alone and keeps its place.
-_DETERMINISTIC = (
+DETERMINISTIC = (
     nn.CELU,
     nn.ELU,
     nn.GELU,
@@ -165,7 +165,7 @@ def _pairs(model: nn.Module) -> Iterator[LinearPair]:
                         sequential, first, name, between, (f"{prefix}{first}", f"{prefix}{name}")
                     )
                 first, between = name, []
-            elif type(module) in (*_DETERMINISTIC, *_DROPOUTS) and _is_plain(module):
+            elif type(module) in (*DETERMINISTIC, *_DROPOUTS) and _is_plain(module):
                 between.append(module)
             else:
                 first = None
