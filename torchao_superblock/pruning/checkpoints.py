@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from torchao_superblock.pruning.masks.base import has_mask, named_masks
+from torchao_superblock.pruning.masks.base import has_mask, named_masks, refuse_broken_state
 
 
 def refuse_dense_checkpoints(model: nn.Module) -> None:
@@ -21,12 +21,15 @@ def refuse_dense_checkpoints(model: nn.Module) -> None:
             module.register_load_state_dict_pre_hook(_check_checkpoint)
 
 
-def accept_dense_checkpoints(model: nn.Module) -> None:
-    """Removes the check where no mask is left."""
+def accept_dense_checkpoints(model: nn.Module) -> bool:
+    """Removes the check where no mask is left; says whether there was one."""
+    removed = False
     for module in model.modules():
         if not has_mask(module):
             for key in list(_checks(module)):
                 del module._load_state_dict_pre_hooks[key]
+                removed = True
+    return removed
 
 
 def _checks(module: nn.Module) -> Iterator[int]:
@@ -39,8 +42,11 @@ def _check_checkpoint(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
 ) -> None:
     dense = []
-    for fqn, _owner, name, _mask in named_masks(module):
+    for fqn, owner, name, mask in named_masks(module):
         path = (prefix + fqn).removesuffix(name)
+        index = list(owner.parametrizations[name]).index(mask)
+        key = f"{path}parametrizations.{name}.{index}."
+        refuse_broken_state(state_dict, key, prefix + fqn)
         if (
             path + name in state_dict
             and f"{path}parametrizations.{name}.original" not in state_dict

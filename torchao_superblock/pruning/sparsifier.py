@@ -15,15 +15,13 @@ from torch import Tensor, nn
 # are imported here and nowhere else.
 from torch.ao.pruning import BaseSparsifier, CubicSL, LambdaSL
 
+from torchao_superblock.common.all_or_nothing import all_or_nothing
 from torchao_superblock.common.blocks import block_grid, check_blocksize
 from torchao_superblock.common.modules import hand_over_hooks
 from torchao_superblock.common.names import find_fqn, nearest_names, without_wrapper_prefixes
 from torchao_superblock.common.swappable import TWINS
-from torchao_superblock.pruning.attach import attach, detach
-from torchao_superblock.pruning.checkpoints import (
-    accept_dense_checkpoints,
-    refuse_dense_checkpoints,
-)
+from torchao_superblock.pruning.attach import attach
+from torchao_superblock.pruning.checkpoints import refuse_dense_checkpoints
 from torchao_superblock.pruning.masks.base import (
     BlockMask,
     check_sparsity_level,
@@ -31,7 +29,7 @@ from torchao_superblock.pruning.masks.base import (
     kept_blocks,
     named_masks,
 )
-from torchao_superblock.pruning.squash import squash_tensors
+from torchao_superblock.pruning.squash import check_foldable, fold
 from torchao_superblock.pruning.summary import MaskedTensor, MaskSummary
 from torchao_superblock.pruning.targets import (
     SkippedTensor,
@@ -101,6 +99,7 @@ class BlockSparsifier(BaseSparsifier):
         super().__init__(defaults=check_settings(settings, checks, f"{type(self).__name__}: "))
         self._skipped: list[SkippedTensor] = []
         self._squashed: dict[str, weakref.ref[nn.Module]] = {}
+        self._squashing = False  # begun and, if it was interrupted, to be finished
 
     @property
     def state(self) -> Mapping[str, dict[str, Any]]:
@@ -159,26 +158,25 @@ class BlockSparsifier(BaseSparsifier):
         for group in groups:
             where = f"prepare: {group['tensor_fqn']!r} "
             self.mask_type.check_weight(_weight(group), group, where)
-        masks = [self._new_mask(group) for group in groups]
-
-        attached: list[dict[str, Any]] = []
+        prepared = {
+            "model": model,
+            "config": config,
+            "groups": groups,
+            "_loaded": {},
+            "_skipped": skipped,
+            "_squashed": {},
+            "_squashing": False,
+        }
+        before = dict(vars(self))
         try:
-            for group, mask in zip(groups, masks, strict=True):
-                attach(group["module"], group["tensor_name"], mask)
-                attached.append(group)
-            refuse_dense_checkpoints(model)
+            with all_or_nothing(model):
+                for group in groups:
+                    attach(group["module"], group["tensor_name"], self._new_mask(group))
+                refuse_dense_checkpoints(model)
+                vars(self).update(prepared)
         except BaseException:
-            for group in attached:
-                detach(group["module"], group["tensor_name"])
-            accept_dense_checkpoints(model)
+            self.__dict__ = before
             raise
-
-        self.model = model
-        self.config = config
-        self.groups = groups
-        self._loaded = {}
-        self._skipped = skipped
-        self._squashed = {}
 
     def step(self, use_path: bool = True) -> None:
         """Applies the groups' levels and renews the masks.
@@ -276,10 +274,14 @@ class BlockSparsifier(BaseSparsifier):
         """What is masked how far, and what was skipped and why; prints as a table.
 
         Reads the masks back to the host. Under FSDP2 call it on every rank.
+
+        Raises:
+            ValueError: if an average was written into the model whose mixed masks mean nothing.
         """
         entries = []
         for group, mask in self._masks():
             grid = mask.grid
+            mask.check_sound(f"summary: {group['tensor_fqn']!r}: ")
             if mask.held_mask.is_meta:
                 kept = kept_blocks(math.prod(grid), group["sparsity_level"])
             else:
@@ -311,6 +313,8 @@ class BlockSparsifier(BaseSparsifier):
     ) -> None:
         """Folds the masks into the weights; see :func:`torchao_superblock.pruning.squash`.
 
+        Interrupted at any point it leaves a model that computes the same; call it again to go on.
+
         Args:
             params_to_keep: settings (`"sparsity_level"`, `"blocksize"`, ...) to leave on each
                 squashed module in a dict `sparse_params`. A module with several masked tensors gets
@@ -321,15 +325,16 @@ class BlockSparsifier(BaseSparsifier):
             RuntimeError: before `prepare`, or when squashed already.
             ValueError: for an unknown setting or module, or NaN scores. Nothing has been folded then.
         """
-        self._require_groups("squash_mask")
+        if not self._squashing:
+            self._require_groups("squash_mask")
         kept = self._kept_params(params_to_keep, params_to_keep_per_layer)
-        squash_tensors(
-            self.model,
-            [
-                (group["tensor_fqn"], group["module"], group["tensor_name"], mask)
-                for group, mask in self._masks()
-            ],
-        )
+        found = [
+            (group["tensor_fqn"], group["module"], group["tensor_name"], mask)
+            for group, mask in self._masks()
+        ]
+        check_foldable(self.model, found)
+        self._squashing = True
+        fold(self.model, found)
         for group, params in zip(self.groups, kept, strict=True):
             if params:
                 _leave_params(group, params, self.groups)
@@ -507,6 +512,7 @@ class BlockSparsifier(BaseSparsifier):
         state = dict(state)
         names = state.pop("_squashed_names", [])
         state.setdefault("_loaded", state.pop("state", {}))  # what version 0.1 has
+        state.setdefault("_squashing", False)
         self.__dict__.update(state)
         nothing = nn.Module()
         self._squashed = {name: weakref.ref(nothing) for name in names}
@@ -525,9 +531,7 @@ class BlockSparsifier(BaseSparsifier):
             return
         if self.groups:
             self._squashed = {g["tensor_fqn"]: weakref.ref(g["module"]) for g in self.groups}
-        self.groups = []
-        self._loaded = {}
-        self._skipped = []
+        vars(self).update(groups=[], _loaded={}, _skipped=[], _squashing=False)
 
     def _require_groups(
         self, method: str, way_out: str = "call prepare(model, config) first"
