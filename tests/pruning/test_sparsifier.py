@@ -620,7 +620,8 @@ def test_state_dict_is_plain_and_loading_does_not_change_it() -> None:
     sparsifier.enable_mask_update = False
     state = sparsifier.state_dict()
     assert type(state) is dict and type(state["state"]) is dict
-    assert set(state["groups"][0]) == {"tensor_fqn", "sparsity_level", "blocksize", "scores_init"}
+    settings = {"tensor_fqn", "sparsity_level", "blocksize", "gain", "scores_init"}
+    assert set(state["groups"][0]) == settings
     frozen = copy.deepcopy(state)
     _, other = prepared(sparsity_level=0.7)
     other.load_state_dict(state)
