@@ -15,7 +15,7 @@ Questions
 
 The CSV file has a row for each finished cell: a setting, method, block size, sparsity and seed. It is
 rewritten after each one, and a run whose file is there already (of whatever date) goes on where that
-stopped. ``--redo`` runs the cells of some methods again, a new ``--label`` begins anew. Every method is
+stopped. `--redo` runs the cells of some methods again, a new `--label` begins anew. Every method is
 given the same batches; methods are registered in benchmarks/judge/methods.py.
 """
 
@@ -45,7 +45,7 @@ CLOSING_SECONDS = 8.0
 
 
 def point(text: str) -> tuple[int, float]:
-    """Block size and sparsity from ``"32:0.9"``."""
+    """Block size and sparsity from `"32:0.9"`."""
     block, _, sparsity = text.partition(":")
     try:
         pair = int(block), float(sparsity)

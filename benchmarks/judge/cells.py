@@ -23,7 +23,7 @@ class Cell:
     """What one result belongs to.
 
     Attributes:
-        setting: what is the same for all methods compared, e.g. ``"gpu, 1200 steps"``.
+        setting: what is the same for all methods compared, e.g. `"gpu, 1200 steps"`.
         method: name of the way to find the mask.
         block: edge of the square blocks; 0 for the dense model.
         sparsity: fraction of blocks pruned; 0 for the dense model.
@@ -61,7 +61,7 @@ class Question(Protocol):
     higher_is_better: bool
 
     def check(self) -> None:
-        """Raises ``ImportError`` with the pip line if a package is missing."""
+        """Raises `ImportError` with the pip line if a package is missing."""
 
     def cells(self) -> list[Cell]:
         """Every cell, in the order in which they are run."""
@@ -73,7 +73,7 @@ class Question(Protocol):
         """Loads data and models, once for each worker."""
 
     def run(self, cell: Cell, tick: Tick) -> Row:
-        """Runs a cell; the row holds at least the metric and ``pruned`` (fraction of blocks)."""
+        """Runs a cell; the row holds at least the metric and `pruned` (fraction of blocks)."""
 
 
 def sweep(
@@ -86,7 +86,7 @@ def sweep(
 
     Args:
         settings: see :class:`Cell`.
-        methods: ``dense`` is run once for each setting and seed.
+        methods: `dense` is run once for each setting and seed.
         points: pairs of block size and sparsity.
         seeds: how many.
     """

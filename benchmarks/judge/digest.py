@@ -49,7 +49,7 @@ def points(question: Question, rows: Mapping[Cell, Row]) -> list[Point]:
 
 
 def loss_against(question: Question, better: Point, worse: Point) -> float:
-    """How much worse ``worse`` scores, in the mean over the seeds both have (or over all of each)."""
+    """How much worse `worse` scores, in the mean over the seeds both have (or over all of each)."""
     common = better.scores.keys() & worse.scores.keys()
     sign = 1 if question.higher_is_better else -1
     if common and len(common) == len(worse.scores):

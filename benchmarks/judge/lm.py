@@ -57,7 +57,7 @@ def corpus() -> tuple[Tensor, Tensor]:
 
 
 def windows(data: Tensor, starts: Tensor, length: int) -> Tensor:
-    """Token ids ``(len(starts), length + 1)``: inputs, and targets one to the right."""
+    """Token ids `(len(starts), length + 1)`: inputs, and targets one to the right."""
     positions = torch.arange(length + 1, device=data.device)
     return data[starts[:, None] + positions].long()
 
@@ -95,7 +95,7 @@ SIZES = {
     "small": Size(128, 3, 4, 96, 24, 2e-3, 120_000),
     "tiny": Size(32, 1, 2, 32, 4, 2e-3, 2_000),
 }
-"""``gpu``: 10.7 M parameters; ``small``: some minutes a cell on one core; ``tiny``: to try things out."""
+"""`gpu`: 10.7 M parameters; `small`: some minutes a cell on one core; `tiny`: to try things out."""
 
 
 class Block(nn.Module):
@@ -153,7 +153,7 @@ def next_byte_loss(model: nn.Module, window: Tensor) -> Tensor:
 
 @torch.no_grad()
 def bits_per_byte(model: nn.Module, data: Tensor, size: Size) -> float:
-    """Cross entropy on windows spread evenly over ``data``."""
+    """Cross entropy on windows spread evenly over `data`."""
     model.eval()
     count = max(1, min(size.validation, len(data)) // size.context)
     starts = torch.linspace(0, len(data) - size.context - 1, count, dtype=torch.float64)

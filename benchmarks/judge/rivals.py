@@ -1,4 +1,4 @@
-"""What the package is compared with: each in its plainest form, with ``step`` and ``squash_mask``.
+"""What the package is compared with: each in its plainest form, with `step` and `squash_mask`.
 
 Dimensions: N out_features, K in_features; R, C rows and columns of the block grid; b edge of a block.
 """
@@ -17,7 +17,7 @@ Config = list[dict[str, Any]]
 
 
 def masked_weights(model: nn.Module, config: Config) -> dict[str, nn.Parameter]:
-    """The weights of linears that the globs of ``config`` name, by FQN.
+    """The weights of linears that the globs of `config` name, by FQN.
 
     Raises:
         ValueError: if an entry names none.
@@ -37,7 +37,7 @@ def masked_weights(model: nn.Module, config: Config) -> dict[str, nn.Parameter]:
 
 
 def kept_blocks(n_blocks: int, sparsity_level: float) -> int:
-    """How many of ``n_blocks`` stay."""
+    """How many of `n_blocks` stay."""
     return max(1, round(n_blocks * (1 - sparsity_level)))
 
 
@@ -56,7 +56,7 @@ def block_norms(weight_NK: Tensor, blocksize: int) -> Tensor:
 
 
 def keep_largest(values_RC: Tensor, kept: int) -> Tensor:
-    """A float mask, 1 at the ``kept`` largest values."""
+    """A float mask, 1 at the `kept` largest values."""
     mask = torch.zeros(values_RC.numel(), device=values_RC.device)
     mask[values_RC.flatten().topk(kept).indices] = 1
     return mask.view_as(values_RC)
@@ -179,7 +179,7 @@ class GradualMagnitude:
 
 
 class TorchWeightNorm:
-    """``WeightNormSparsifier`` of `torch.ao.pruning` under its cubic scheduler, updated as the others.
+    """`WeightNormSparsifier` of `torch.ao.pruning` under its cubic scheduler, updated as the others.
 
     Args:
         model: prepared in place.

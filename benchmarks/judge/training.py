@@ -23,8 +23,8 @@ class Optimization:
         lr: the largest.
         weight_decay: of everything but scores.
         betas: of AdamW.
-        warmup: steps until ``lr`` is reached.
-        last: where the cosine ends, as a fraction of ``lr``.
+        warmup: steps until `lr` is reached.
+        last: where the cosine ends, as a fraction of `lr`.
         clip: largest norm of the gradients.
     """
 
@@ -36,7 +36,7 @@ class Optimization:
     clip: float = 1.0
 
     def factor(self, step: int, total_steps: int) -> float:
-        """Learning rate of a step as a fraction of ``lr``."""
+        """Learning rate of a step as a fraction of `lr`."""
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / total_steps)))
         return min(1.0, (step + 1) / self.warmup) * (self.last + (1 - self.last) * cosine)
 

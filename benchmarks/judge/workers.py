@@ -19,7 +19,7 @@ from benchmarks.judge.cells import Cell, Question, Results, Row
 
 
 def _work(question: Question, device: str, threads: int, pipe: Connection) -> None:
-    """Runs the cells that come through ``pipe`` until it closes."""
+    """Runs the cells that come through `pipe` until it closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends the workers
     torch.set_num_threads(threads)
     where = torch.device(device)
@@ -107,12 +107,12 @@ def run_cells(
     budget: float | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Row]:
-    """Runs every cell of the question that ``results`` does not have, and adds its row.
+    """Runs every cell of the question that `results` does not have, and adds its row.
 
     Args:
         question: what is asked.
         results: where rows go, each as soon as it is there.
-        devices: one entry a worker, e.g. ``["cuda:0", "cuda:1", "cuda:0", "cuda:1"]``.
+        devices: one entry a worker, e.g. `["cuda:0", "cuda:1", "cuda:0", "cuda:1"]`.
         threads: CPU threads of each worker.
         budget: seconds; a cell that by the finished ones would not end in time is not begun, and
             what still runs at the end is stopped. None: no limit.
