@@ -815,7 +815,7 @@ class Report:
         *,
         columns: Sequence[str] | None = None,
         note: str = "",
-        csv: bool = True,
+        to_csv: bool = True,
     ) -> None:
         """Adds, prints and saves a table.
 
@@ -824,9 +824,9 @@ class Report:
             rows: the CSV gets every key, whatever `columns` shows.
             columns: which keys to show.
             note: a paragraph above the table.
-            csv: False for a digest of numbers that a CSV file holds already.
+            to_csv: False for a digest of numbers that a CSV file holds already.
         """
-        if csv:
+        if to_csv:
             self.records.extend({"section": title, **row} for row in rows)
         block = f"## {title}\n\n"
         if note:

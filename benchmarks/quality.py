@@ -174,10 +174,10 @@ def write(
             compare(question, found, setting),
             note="Mean and standard deviation over seeds. Gap to dense: positive is worse. Beats random: by more than "
             "both spreads together.",
-            csv=False,
+            to_csv=False,
         )
     if left:
-        report.table(f"Left over: {len(left)} cells", left, csv=False)
+        report.table(f"Left over: {len(left)} cells", left, to_csv=False)
     if pictures and any(p.method not in (DENSE, FLOOR) for p in found):
         try:
             figure = draw(question, found, report.facts["device"].split(" (")[0])
