@@ -92,7 +92,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="processes, dealt out over the GPUs (eight of lm fit on an H200)",
     )  # fmt: skip
     parser.add_argument(
-        "--redo", nargs="+", default=[], metavar="METHOD", help="forget the finished cells of these"
+        "--redo", nargs="+", default=[], metavar="METHOD", help="run the cells of these again"
     )
     return parser.parse_args(arguments)
 
@@ -192,6 +192,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     device = pick_device(options)
     question = ask(options, device)
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    devices = [f"cuda:{i % gpus}" if gpus else "cpu" for i in range(options.workers)]
+    if options.minutes and options.workers > max(1, gpus):
+        raise SystemExit("--minutes measures time: take one worker a device")
+    threads = options.threads or max(1, (os.cpu_count() or 1) // options.workers)
     try:
         question.check()
     except ImportError as error:
@@ -206,10 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
     report.stem = earlier_stem(report)
     results = Results(report.directory / f"{report.stem}.csv")
     if options.redo:
-        results.forget([cell for cell in results.rows if cell.method in options.redo])
-    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    devices = [f"cuda:{i % gpus}" if gpus else "cpu" for i in range(options.workers)]
-    threads = options.threads or max(1, (os.cpu_count() or 1) // options.workers)
+        results.forget(cell for cell in question.cells() if cell.method in options.redo)
     left = run_cells(
         question,
         results,

@@ -235,6 +235,7 @@ class LanguageModel:
             batches=self.batches(cell.seed),
             loss_fn=next_byte_loss,
             total_steps=steps,
+            autocast=self._train.is_cuda,
             optimization=Optimization(lr=size.lr, weight_decay=0.1, betas=(0.9, 0.95)),
             tick=tick,
         )

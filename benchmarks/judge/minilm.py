@@ -16,6 +16,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -153,6 +154,14 @@ def load_encoder() -> tuple[nn.Module, Any]:
     return encoder, transformers.AutoTokenizer.from_pretrained(folder)
 
 
+def bfloat16_is_fast(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16: GPUs do, some CPUs do, and others take longer."""
+    if device.type != "cpu":
+        return True
+    flags = Path("/proc/cpuinfo")
+    return flags.exists() and bool({"amx_bf16", "avx512_bf16"} & set(flags.read_text().split()))
+
+
 def pooled(hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
     """Mean over the tokens that are no padding, of length 1, (B, D)."""
     weights_BT1 = mask_BT[..., None].to(hidden_BTD.dtype)
@@ -168,7 +177,8 @@ def embed(encoder: nn.Module, tokens: Sequence[Tokens], batch: int = 64) -> Tens
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
         inputs = pad([tokens[i] for i in chosen], device)
-        hidden = encoder(**inputs).last_hidden_state
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16_is_fast(device)):
+            hidden = encoder(**inputs).last_hidden_state.float()
         embeddings.update(zip(chosen, pooled(hidden, inputs["attention_mask"]), strict=True))
     return torch.stack([embeddings[i] for i in range(len(tokens))])
 
@@ -370,7 +380,8 @@ class Distilled(OneShot):
 
         train(
             trial, dense, [], 0.0, 0, batches=itertools.islice(self.batches(0), 8),
-            loss_fn=timed, total_steps=8, optimization=self.optimization, tick=tick,
+            loss_fn=timed, total_steps=8, optimization=self.optimization,
+            autocast=bfloat16_is_fast(next(trial.parameters()).device), tick=tick,
         )  # fmt: skip
         seconds = (ends[-1] - ends[2]) / (len(ends) - 3)
         return max(1, int(minutes * 60 / seconds))
@@ -394,6 +405,7 @@ class Distilled(OneShot):
             loss_fn=self.loss,
             total_steps=steps,
             optimization=self.optimization,
+            autocast=bfloat16_is_fast(next(student.parameters()).device),
             tick=tick,
         )
         seconds = time.monotonic() - start

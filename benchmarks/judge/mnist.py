@@ -141,6 +141,7 @@ class Mnist:
             batches=self.batches(cell.seed),
             loss_fn=loss_fn,
             total_steps=self._steps_of[cell.setting],
+            autocast=self._images.is_cuda,
             optimization=Optimization(lr=1e-3, weight_decay=0.05, warmup=40, last=0.02),
             tick=tick,
         )

@@ -52,6 +52,7 @@ def train(
     loss_fn: Callable[[nn.Module, Any], Tensor],
     total_steps: int,
     optimization: Optimization,
+    autocast: bool,
     tick: Tick,
 ) -> float:
     """Trains with masks and folds them into the weights.
@@ -63,9 +64,10 @@ def train(
         sparsity_level: fraction of blocks pruned.
         blocksize: edge of a block.
         batches: ends the training early if it ends first.
-        loss_fn: the loss of the model on a batch, computed under bfloat16 autocast on CUDA.
+        loss_fn: the loss of the model on a batch.
         total_steps: of the optimizer.
         optimization: how.
+        autocast: compute the loss in bfloat16 where it can be.
         tick: told where the training is, every 20 steps.
 
     Returns:
@@ -86,7 +88,7 @@ def train(
 
     model.train()
     for step, batch in zip(range(total_steps), batches, strict=False):
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             loss = loss_fn(model, batch)
         optimizer.zero_grad()
         loss.backward()

@@ -79,23 +79,27 @@ def _stop(worker: _Worker) -> None:
     worker.process.join()
 
 
-def seconds_per_work(question: Question, rows: dict[Cell, Row], device: str) -> float:
-    """The slowest of the finished cells on this device, in seconds for one unit of work.
+def seconds_needed(question: Question, rows: dict[Cell, Row], cell: Cell, device: str) -> float:
+    """An upper estimate for a cell, from the slowest finished one of its setting.
 
     Args:
         question: knows the work of a cell.
         rows: finished cells.
+        cell: to be run; if none of its setting is finished, the question's other settings serve.
         device: name of the hardware, as in the rows; threads in brackets do not count.
 
     Returns:
         0.0 if nothing is known yet.
     """
-    known = [
-        float(row["seconds"]) / question.work(cell)
-        for cell, row in rows.items()
-        if str(row.get("device")).split(" (")[0] == device.split(" (")[0] and "seconds" in row
-    ]
-    return max(known, default=0.0)
+    hardware = device.split(" (")[0]
+    rates: dict[str, list[float]] = {}
+    for other, row in rows.items():
+        if str(row.get("device")).split(" (")[0] == hardware:
+            rate = float(row["seconds"]) / question.work(other)
+            rates.setdefault(other.setting, []).append(rate)
+    asked = dict.fromkeys(cell.setting for cell in question.cells())
+    known = rates.get(cell.setting) or [r for s in asked for r in rates.get(s, [])]
+    return max(known, default=0.0) * question.work(cell)
 
 
 def run_cells(
@@ -136,7 +140,7 @@ def run_cells(
         """The next cell that fits into the time left; those that do not are left."""
         while todo:
             cell = todo.pop(0)
-            needs = seconds_per_work(question, results.rows, hardware) * question.work(cell)
+            needs = seconds_needed(question, results.rows, cell, hardware)
             spent = clock() - begin
             if budget is None or spent + needs <= budget:
                 return cell

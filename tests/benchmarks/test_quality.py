@@ -14,7 +14,7 @@ from benchmarks.judge.cells import Cell, Results, sweep
 from benchmarks.judge.digest import compare, points
 from benchmarks.judge.methods import METHODS, ONE_SHOT
 from benchmarks.judge.training import Optimization, pruned_blocks, train
-from benchmarks.judge.workers import run_cells, seconds_per_work
+from benchmarks.judge.workers import run_cells, seconds_needed
 from tests.benchmarks.toy_question import Toy
 
 CONFIG = [{"tensor_fqn": "layers.*.weight"}]
@@ -43,7 +43,8 @@ def fit(model, method, *, level=0.75, block=16, steps=40, tick=lambda text: None
     batches = ((x, torch.arange(8) % 4) for _ in range(steps))
     return train(
         model, method, CONFIG, level, block, batches=batches, loss_fn=cross_entropy,
-        total_steps=steps, optimization=Optimization(lr=1e-3, weight_decay=0.1, warmup=5), tick=tick,
+        total_steps=steps, optimization=Optimization(lr=1e-3, weight_decay=0.1, warmup=5),
+        autocast=False, tick=tick,
     )  # fmt: skip
 
 
@@ -280,8 +281,10 @@ def test_what_does_not_fit_into_the_budget_is_not_begun(tmp_path):
 
     first, second = question.cells()
     results.add(first, {"score": 1.0, "seconds": 1000.0, "device": device_name("cpu")})
-    assert seconds_per_work(question, results.rows, device_name("cpu")) == 500.0
-    assert seconds_per_work(question, results.rows, "another") == 0.0
+    # Settings that are not asked for now say nothing about those that are.
+    results.add(Cell("b", "works", 16, 0.9, 0), {**results.rows[first], "seconds": 5000.0})
+    assert seconds_needed(question, results.rows, second, device_name("cpu")) == 1000.0
+    assert seconds_needed(question, results.rows, second, "another") == 0.0
     left = run_cells(question, results, devices=["cpu"], threads=1, budget=900.0)
     assert [row["left"] for row in left] == [str(second)]
     assert left[0]["because"].startswith("needs about 1000 s")
@@ -478,6 +481,26 @@ def test_a_whole_run_goes_on_where_it_stopped(tmp_path, capsys):
     assert earlier.read_text() == text
     assert "1.2345" in earlier.with_suffix(".md").read_text()
     assert "2 cells finished, 0 left" in capsys.readouterr().out
+
+    quality.main([*command, "--redo", "random", "--budget", "0"])
+    assert [row["method"] for row in csv.DictReader(earlier.open())] == ["dense"]
+    assert "1 cells finished, 1 left" in capsys.readouterr().out
+
+
+def test_time_is_not_shared():
+    with pytest.raises(SystemExit, match="--minutes .* one worker a device"):
+        quality.main("minilm-distilled --minutes 1 --workers 2 --device cpu".split())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_cells_run_on_a_gpu(method):
+    cell = Cell("tiny, 30 steps", method, 16 * (method != "dense"), 0.9 * (method != "dense"), 0)
+    question = lm.LanguageModel("tiny", (30,), ((16, 0.9),), (method,))
+    question.load(torch.device("cuda"))
+    row = question.run(cell, lambda text: None)
+    assert 0 < row["bits_per_byte"] < 8
+    assert row["pruned"] == (0.0 if method == "dense" else 0.8611)
 
 
 @pytest.mark.parametrize(
