@@ -101,7 +101,7 @@ def sweep(
                 for method in methods
                 if method != DENSE
             ]
-    return cells
+    return list(dict.fromkeys(cells))
 
 
 class Results:

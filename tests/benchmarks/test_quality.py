@@ -202,7 +202,7 @@ CELL = Cell("1200 steps, a", "random", 32, 0.9, 1)
 
 
 def test_seeds_come_one_after_the_other_and_dense_once_each():
-    cells = sweep(["a"], ["dense", "random"], [(16, 0.8), (32, 0.9)], 2)
+    cells = sweep(["a"], ["dense", "random"], [(16, 0.8), (32, 0.9), (16, 0.8)], 2)
     assert [cell.seed for cell in cells] == [0, 0, 0, 1, 1, 1]
     assert [cell.method for cell in cells[:3]] == ["dense", "random", "random"]
     assert len(set(cells)) == 6
