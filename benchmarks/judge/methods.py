@@ -23,7 +23,12 @@ from benchmarks.judge.rivals import (
     kept_blocks,
     masked_weights,
 )
-from torchao_superblock import SupermaskSparsifier
+from torchao_superblock import (
+    MagnitudeSparsifier,
+    RigLSparsifier,
+    SpartanSparsifier,
+    SupermaskSparsifier,
+)
 
 Groups = list[dict[str, Any]]
 Method = Callable[[nn.Module, Config, float, int, int, float], tuple[Any, Groups]]
@@ -61,6 +66,11 @@ def one_shot(name: str) -> Callable[[OneShotMethod], OneShotMethod]:
     return enter
 
 
+def at(total_steps: int, fraction: float) -> int:
+    """A share of the training, in steps."""
+    return max(1, round(total_steps * fraction))
+
+
 # -------------------------------------------------------------------------------------------------
 # While training: rivals
 # -------------------------------------------------------------------------------------------------
@@ -95,11 +105,66 @@ def torch_weight_norm(model, config, level, blocksize, total_steps, weight_decay
 # -------------------------------------------------------------------------------------------------
 
 
-@method("supermask-defaults")
-def supermask_defaults(model, config, level, blocksize, total_steps, weight_decay):
-    sparsifier = SupermaskSparsifier(level, blocksize)
+def prepared(sparsifier, model, config, weight_decay):
     sparsifier.prepare(model, config)
     return sparsifier, sparsifier.param_groups(model, weight_decay=weight_decay)
+
+
+@method("supermask")
+def supermask(model, config, level, blocksize, total_steps, weight_decay):
+    ramp_steps, freeze_step = at(total_steps, 0.4), at(total_steps, 0.7)
+    sparsifier = SupermaskSparsifier(
+        level, blocksize, ramp_steps=ramp_steps, freeze_step=freeze_step
+    )
+    return prepared(sparsifier, model, config, weight_decay)
+
+
+@method("magnitude")
+def magnitude(model, config, level, blocksize, total_steps, weight_decay):
+    ramp_steps, freeze_step = at(total_steps, 0.4), at(total_steps, 0.7)
+    sparsifier = MagnitudeSparsifier(
+        level, blocksize, ramp_steps=ramp_steps, freeze_step=freeze_step
+    )
+    return prepared(sparsifier, model, config, weight_decay)
+
+
+@method("magnitude-weighted")
+def magnitude_weighted(model, config, level, blocksize, total_steps, weight_decay):
+    ramp_steps, freeze_step = at(total_steps, 0.4), at(total_steps, 0.7)
+    sparsifier = MagnitudeSparsifier(
+        level, blocksize, ramp_steps=ramp_steps, freeze_step=freeze_step, gradient_weighted=True
+    )
+    return prepared(sparsifier, model, config, weight_decay)
+
+
+@method("rigl")
+def rigl(model, config, level, blocksize, total_steps, weight_decay):
+    sparsifier = RigLSparsifier(
+        level,
+        blocksize,
+        freeze_step=at(total_steps, 0.75),
+        update_every=at(total_steps, 0.04),
+    )
+    return prepared(sparsifier, model, config, weight_decay)
+
+
+@method("spartan")
+def spartan(model, config, level, blocksize, total_steps, weight_decay):
+    ramp_steps, freeze_step = at(total_steps, 0.4), at(total_steps, 0.45)
+    sparsifier = SpartanSparsifier(level, blocksize, ramp_steps=ramp_steps, freeze_step=freeze_step)
+    return prepared(sparsifier, model, config, weight_decay)
+
+
+@method("random-scaled")
+def random_scaled(model, config, level, blocksize, total_steps, weight_decay):
+    """RigL that moves nothing: random blocks, evenly spread, with the gain. What is left of ours is the choice."""
+    sparsifier = RigLSparsifier(level, blocksize, freeze_step=total_steps, drop_fraction=0.0)
+    return prepared(sparsifier, model, config, weight_decay)
+
+
+@method("supermask-defaults")
+def supermask_defaults(model, config, level, blocksize, total_steps, weight_decay):
+    return prepared(SupermaskSparsifier(level, blocksize), model, config, weight_decay)
 
 
 # -------------------------------------------------------------------------------------------------
