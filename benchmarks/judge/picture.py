@@ -73,6 +73,8 @@ def draw(question: Question, found: Sequence[Point], where: str) -> Any:
                     )  # fmt: skip
         axis.set_xticks(levels, [f"{level:g}" for level in levels])
         axis.margins(x=0.15, y=0.12)
+        if len(levels) == 1:
+            axis.set_xlim(levels[0] - 0.1, levels[0] + 0.1)
         axis.set_title(f"{setting}, block {block}")
         axis.set_xlabel("sparsity")
     for axis in axes.flat[len(panels) :]:
