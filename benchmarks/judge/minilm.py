@@ -150,7 +150,10 @@ def load_encoder() -> tuple[nn.Module, Any]:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     folder = folder_of(ENCODER) / "model"
-    encoder = transformers.AutoModel.from_pretrained(folder).eval()
+    # Without dropout, which would be most of what a student that is nearly its teacher is told.
+    encoder = transformers.AutoModel.from_pretrained(
+        folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    ).eval()
     return encoder, transformers.AutoTokenizer.from_pretrained(folder)
 
 
