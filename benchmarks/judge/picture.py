@@ -30,16 +30,21 @@ def draw(question: Question, found: Sequence[Point], where: str) -> Any:
     """
     plt = pyplot()
     masked = [p for p in found if p.method not in (DENSE, FLOOR)]
-    panels = list(dict.fromkeys((p.setting, p.block) for p in masked))
+    settings = list(dict.fromkeys(p.setting for p in masked))
+    blocks = sorted({p.block for p in masked})
+    panels = [(setting, block) for setting in settings for block in blocks]
     methods = list(dict.fromkeys(p.method for p in masked))
     ours = [m for m in methods if m not in RIVALS]
-    columns = min(4, len(panels))
+    columns = len(blocks) if len(blocks) > 1 else min(4, len(settings))
     lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(
         lines, columns, figsize=(1 + 3.9 * columns, 1 + 3.2 * lines), squeeze=False
     )
     for axis, (setting, block) in zip(axes.flat, panels, strict=False):
         here = [p for p in masked if (p.setting, p.block) == (setting, block)]
+        if not here:
+            axis.set_axis_off()
+            continue
         levels = sorted({p.sparsity for p in here})
         # What one level's points are spread over: less than half the way to the next.
         gaps = [b - a for a, b in itertools.pairwise(levels)]
@@ -73,6 +78,8 @@ def draw(question: Question, found: Sequence[Point], where: str) -> Any:
                     )  # fmt: skip
         axis.set_xticks(levels, [f"{level:g}" for level in levels])
         axis.margins(x=0.15, y=0.12)
+        if len(levels) == 1:
+            axis.set_xlim(levels[0] - 0.1, levels[0] + 0.1)
         axis.set_title(f"{setting}, block {block}")
         axis.set_xlabel("sparsity")
     for axis in axes.flat[len(panels) :]:

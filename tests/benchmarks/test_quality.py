@@ -438,6 +438,12 @@ def test_a_student_like_its_teacher_has_no_loss():
     assert question.loss(Bag(), batch) > 0.5
 
 
+def test_methods_that_look_at_no_data_run_once():
+    question = minilm.OneShot({"mlp": ((32, 0.5),)}, ("dense", "random", "block-norm"), seeds=3)
+    methods = [cell.method for cell in question.cells()]
+    assert {m: methods.count(m) for m in methods} == {"dense": 1, "random": 3, "block-norm": 1}
+
+
 def test_passages_are_consecutive_sentences():
     sentences = [f"{i} " + "word " * 29 for i in range(5)]
     found = list(minilm.passages(sentences, words=60))
