@@ -33,6 +33,7 @@ from torchao_superblock.pruning.masks.base import (
 )
 from torchao_superblock.pruning.masks.given import GivenMask
 from torchao_superblock.pruning.ramp import Progress, Ramp, check_ramp
+from torchao_superblock.pruning.reading import read_masked_children_once, undo_read_once
 from torchao_superblock.pruning.squash import squash_tensors
 from torchao_superblock.pruning.summary import MaskedTensor, MaskSummary
 from torchao_superblock.pruning.targets import (
@@ -206,10 +207,12 @@ class BlockSparsifier(BaseSparsifier):
             for group, mask in zip(groups, masks, strict=True):
                 attach(group["module"], group["tensor_name"], mask)
                 attached.append(group)
+            read_masked_children_once(model)
             refuse_dense_checkpoints(model)
         except BaseException:
             for group in attached:
                 detach(group["module"], group["tensor_name"])
+            undo_read_once(model)
             accept_dense_checkpoints(model)
             raise
 

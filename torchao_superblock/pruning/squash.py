@@ -8,6 +8,7 @@ from torchao_superblock.common.sharding import GATHER_FIRST, is_dtensor, shardin
 from torchao_superblock.pruning.attach import detach
 from torchao_superblock.pruning.checkpoints import accept_dense_checkpoints
 from torchao_superblock.pruning.masks.base import BlockMask, named_masks
+from torchao_superblock.pruning.reading import undo_read_once
 
 
 def squash(model: nn.Module) -> nn.Module:
@@ -82,4 +83,5 @@ def squash_tensors(model: nn.Module, found: list[tuple[str, nn.Module, str, Bloc
     for _fqn, module, name, mask in found:
         mask.fold_(module.parametrizations[name].original)
         detach(module, name)
+    undo_read_once(model)
     accept_dense_checkpoints(model)
