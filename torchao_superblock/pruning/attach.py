@@ -6,26 +6,28 @@
 * Pickling, which parametrize refuses.
 * Removal from one copy: deep copies share their parametrized class, so parametrize's own removal
   takes the property away from all of them.
+* A property that evaluates the mask once a forward (see `reading.py`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from torchao_superblock.pruning.masks.base import BlockMask, find_mask, masks_of
+from torchao_superblock.pruning.reading import RAW, read_once, reader, rebuild_reader, scope
 
 _RESETS = ("reset_parameters", "_reset_parameters")
 
 
 def attach(module: nn.Module, tensor_name: str, mask: BlockMask) -> None:
     """Registers the mask on `module.<tensor_name>`; the Parameter stays the same object."""
+    if type(module).forward is not nn.Linear.forward:  # nn.Linear reads its weight just once
+        read_once(module)
     mask.followers = _names_after(module, tensor_name)
     if parametrize.is_parametrized(module):
         _own_class(module)
@@ -76,7 +78,7 @@ def _equip_class(module: nn.Module, tensor_names: list[str]) -> None:
     base = cls.__bases__[0]
     for name in tensor_names:
         evaluate = cls.__dict__[name]
-        setattr(cls, name, property(_reader(name, evaluate.fget), evaluate.fset))
+        setattr(cls, name, property(reader(name, evaluate.fget), evaluate.fset))
     equipment: dict[str, Any] = {
         "__reduce_ex__": _reduce_masked,
         "register_parameter": _assigning(base.register_parameter),
@@ -101,38 +103,12 @@ def _assigning(register: Callable[..., None]) -> Callable[..., None]:
     return assign_or_register
 
 
-_raw = threading.local()
-"""Whose reads return the weight under the mask, by thread: `(id of the module, tensor name)`."""
-
-
-@contextlib.contextmanager
-def _reading_raw(module: nn.Module, tensor_names: Iterable[str]) -> Iterator[None]:
-    """Within the block, reads of these tensors return the weight under the mask."""
-    keys = _raw.__dict__.setdefault("keys", set())
-    opened = {(id(module), name) for name in tensor_names} - keys
-    keys |= opened
-    try:
-        yield
-    finally:
-        keys -= opened
-
-
-def _reader(tensor_name: str, evaluate: Callable[[nn.Module], Tensor]) -> Callable[..., Tensor]:
-    def read(self: nn.Module) -> Tensor:
-        keys = getattr(_raw, "keys", None)
-        if keys and (id(self), tensor_name) in keys:
-            return self.parametrizations[tensor_name].original
-        return evaluate(self)
-
-    return read
-
-
 def _resetting(reset: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(reset)
     def reset_weight_then_scores(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         masks = masks_of(self)
         # Initialisers write in place: they have to see the weight itself, not a masked copy.
-        with _reading_raw(self, masks):
+        with scope(((self, name) for name in masks), RAW):
             result = reset(self, *args, **kwargs)
         for name, mask in masks.items():
             mask.reset_parameters(self.parametrizations[name].original)
@@ -143,12 +119,14 @@ def _resetting(reset: Callable[..., Any]) -> Callable[..., Any]:
 
 def _reduce_masked(self: nn.Module, protocol: int) -> tuple[Any, ...]:
     base = type(self).__bases__[0]
-    return _rebuild_masked, (base, list(self.parametrizations), list(masks_of(self))), self.__dict__
+    reads = "_reads_once" in base.__dict__
+    names, masked = list(self.parametrizations), list(masks_of(self))
+    return _rebuild, (base.__bases__[0] if reads else base, reads, names, masked), self.__dict__
 
 
-def _rebuild_masked(base: type[nn.Module], names: list[str], masked: list[str]) -> nn.Module:
+def _rebuild(base: type[nn.Module], reads: bool, names: list[str], masked: list[str]) -> nn.Module:
     """What pickle calls to make an empty module whose state it then fills in."""
-    module = base.__new__(base)
+    module = rebuild_reader(base) if reads else base.__new__(base)
     parametrize._inject_new_class(module)
     for name in names:
         parametrize._inject_property(module, name)

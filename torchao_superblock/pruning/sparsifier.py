@@ -29,6 +29,9 @@ from torchao_superblock.pruning.masks.base import (
     kept_blocks,
     named_masks,
 )
+from torchao_superblock.pruning.masks.given import GivenMask
+from torchao_superblock.pruning.ramp import Progress, Ramp, check_ramp
+from torchao_superblock.pruning.reading import read_masked_children_once
 from torchao_superblock.pruning.squash import check_foldable, fold
 from torchao_superblock.pruning.summary import MaskedTensor, MaskSummary
 from torchao_superblock.pruning.targets import (
@@ -75,18 +78,43 @@ class BlockSparsifier(BaseSparsifier):
         sparsity_level: fraction of blocks pruned, in `[0, 1)`; exactly
             `max(1, round(n_blocks * (1 - sparsity_level)))` blocks are kept.
         blocksize: int for square blocks or `(rows, cols)` = (out_features, in_features).
+        ramp_steps: with `n`, the level rises cubically from 0 to `sparsity_level` over the first `n`
+            calls of :meth:`step`; under a scheduler of torch the ramp scales the scheduler's level.
+            None for the level as it is.
+        freeze_step: the call of :meth:`step` at which the masks are frozen; not before the ramp
+            ends. None leaves it to :meth:`freeze`.
+        gain: exponent of what kept blocks are multiplied by, see :class:`BlockMask`; None is 0.5 on
+            a ramp and 0 without one. For optimizers whose steps do not depend on the size of
+            gradients (Adam and its kin); under SGD it multiplies the learning rate of a layer by
+            `density ** (-2 * gain)`, so give 0 there.
         **settings: of the kind of mask, see :attr:`BlockMask.SETTINGS`.
 
+    Attributes:
+        ramp: both numbers of steps.
+
     Raises:
-        ValueError: for a level outside `[0, 1)`, a block size below 1, a bad setting.
+        ValueError: for a level outside `[0, 1)`, a block size below 1, a bad setting, a freeze before
+            the end of the ramp.
         TypeError: for arguments of the wrong type.
     """
 
     mask_type: ClassVar[type[BlockMask]]
 
     def __init__(
-        self, sparsity_level: float = 0.8, blocksize: int | tuple[int, int] = 64, **settings: Any
+        self,
+        sparsity_level: float = 0.8,
+        blocksize: int | tuple[int, int] = 64,
+        *,
+        ramp_steps: int | None = None,
+        freeze_step: int | None = None,
+        gain: float | None = None,
+        **settings: Any,
     ) -> None:
+        self.ramp = check_ramp(ramp_steps, freeze_step, f"{type(self).__name__}: ")
+        self._steps = 0
+        if gain is None:
+            gain = 0.0 if ramp_steps is None else 0.5
+        settings["gain"] = gain
         checks = self.mask_type.settings()
         unknown = sorted(settings.keys() - checks.keys())
         if unknown:
@@ -100,6 +128,17 @@ class BlockSparsifier(BaseSparsifier):
         self._skipped: list[SkippedTensor] = []
         self._squashed: dict[str, weakref.ref[nn.Module]] = {}
         self._squashing = False  # begun and, if it was interrupted, to be finished
+
+    @classmethod
+    def require_freeze_step(cls, freeze_step: int | None, why: str) -> None:
+        """Raises if there is none; `why` says what the kind needs it for."""
+        if freeze_step is None:
+            raise ValueError(
+                f"{cls.__name__}: freeze_step is needed, since it {why}; for example 75 % of the calls of step()"
+            )
+
+    def check_group(self, group: Mapping[str, Any], where: str) -> None:
+        """Refuses settings of a group that do not go with those of the sparsifier; for subclasses."""
 
     @property
     def state(self) -> Mapping[str, dict[str, Any]]:
@@ -157,12 +196,15 @@ class BlockSparsifier(BaseSparsifier):
         # Before any scores are drawn: an error must not move the random number generator.
         for group in groups:
             where = f"prepare: {group['tensor_fqn']!r} "
-            self.mask_type.check_weight(_weight(group), group, where)
+            self.check_group(group, where)
+            if "mask" not in group:
+                self.mask_type.check_weight(_weight(group), group, where)
         prepared = {
             "model": model,
             "config": config,
             "groups": groups,
             "_loaded": {},
+            "_steps": 0,
             "_skipped": skipped,
             "_squashed": {},
             "_squashing": False,
@@ -172,6 +214,7 @@ class BlockSparsifier(BaseSparsifier):
             with all_or_nothing(model):
                 for group in groups:
                     attach(group["module"], group["tensor_name"], self._new_mask(group))
+                read_masked_children_once(model)
                 refuse_dense_checkpoints(model)
                 vars(self).update(prepared)
         except BaseException:
@@ -179,16 +222,18 @@ class BlockSparsifier(BaseSparsifier):
             raise
 
     def step(self, use_path: bool = True) -> None:
-        """Applies the groups' levels and renews the masks.
+        """Takes one step along the ramp: renews the masks, applies the groups' levels, freezes in time.
 
-        Does nothing while `enable_mask_update` is False (schedulers set it to True). Under FSDP2 call
-        it on every rank.
+        Call it once per step of the optimizer, before `zero_grad()`: some kinds of mask read
+        gradients. Does nothing while `enable_mask_update` is False (schedulers set it to True), and
+        the step does not count then. Under FSDP2 call it on every rank.
 
         Args:
             use_path: ignored; the base class has it.
 
         Raises:
-            RuntimeError: before `prepare` and after `squash_mask`.
+            RuntimeError: before `prepare` and after `squash_mask`, or where gradients that the masks
+                need are gone.
             ValueError: for a level outside `[0, 1)`; nothing has been changed then.
         """
         self._require_groups("step")
@@ -196,9 +241,13 @@ class BlockSparsifier(BaseSparsifier):
             return
         for group in self.groups:
             check_sparsity_level(group["sparsity_level"], f"step: {group['tensor_fqn']!r} has ")
+        self._require_gradients()
+        self._steps += 1
         for entry in self._loaded.values():
             entry.pop("mask", None)
         super().step(use_path)
+        if self._steps == self.ramp.freeze_step:
+            self.freeze()
 
     def update_mask(  # type: ignore[override]
         self,
@@ -212,8 +261,9 @@ class BlockSparsifier(BaseSparsifier):
         mask = find_mask(module, tensor_name)
         if mask is None:  # squash(part) has folded this one; the others go on
             return
-        mask.set_sparsity_level(sparsity_level)
-        mask.update(module.parametrizations[tensor_name].original)
+        weight = module.parametrizations[tensor_name].original
+        mask.update(weight, Progress(self._steps, self.ramp))
+        mask.apply_level(sparsity_level * self.ramp.fraction(self._steps), weight)
 
     def freeze(self) -> None:
         """Holds every mask as it is, until :meth:`unfreeze`.
@@ -225,8 +275,8 @@ class BlockSparsifier(BaseSparsifier):
             RuntimeError: before `prepare` and after `squash_mask`.
         """
         self._require_groups("freeze")
-        for _group, mask in self._masks():
-            mask.freeze()
+        for group, mask in self._masks():
+            mask.freeze(group["module"].parametrizations[group["tensor_name"]].original)
 
     def unfreeze(self) -> None:
         """Lets the masks follow scores and levels again.
@@ -289,7 +339,7 @@ class BlockSparsifier(BaseSparsifier):
             entries.append(
                 MaskedTensor(
                     fqn=group["tensor_fqn"],
-                    shape=mask.weight_shape,
+                    shape=mask.tensor_shape or mask.weight_shape,
                     blocksize=mask.blocksize,
                     grid=grid,
                     target_sparsity=float(group["sparsity_level"]),
@@ -442,6 +492,7 @@ class BlockSparsifier(BaseSparsifier):
             "state": {fqn: dict(entry) for fqn, entry in self.state.items()},
             "groups": groups,
             "enable_mask_update": self.enable_mask_update,
+            "step": self._steps,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
@@ -501,6 +552,7 @@ class BlockSparsifier(BaseSparsifier):
             }
             self._loaded[fqn] = {**self._loaded.get(fqn, {}), **entry}
         self.enable_mask_update = bool(state_dict.get("enable_mask_update", True))
+        self._steps = int(state_dict.get("step", 0))
 
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler replaces `step` by a wrapper bound to this very object; weak references and
@@ -511,8 +563,9 @@ class BlockSparsifier(BaseSparsifier):
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         names = state.pop("_squashed_names", [])
-        state.setdefault("_loaded", state.pop("state", {}))  # what version 0.1 has
-        state.setdefault("_squashing", False)
+        # What version 0.1 has, and has not.
+        state.setdefault("_loaded", state.pop("state", {}))
+        state = {"ramp": Ramp(), "_steps": 0, "_squashing": False, **state}
         self.__dict__.update(state)
         nothing = nn.Module()
         self._squashed = {name: weakref.ref(nothing) for name in names}
@@ -547,8 +600,23 @@ class BlockSparsifier(BaseSparsifier):
         raise RuntimeError(f"{method}: no model is prepared; {way_out}")
 
     def _new_mask(self, group: dict[str, Any]) -> BlockMask:
+        if "mask" in group:
+            return GivenMask(_weight(group), group["blocksize"], group["mask"])
         settings = {name: group[name] for name in self.mask_type.settings()}
+        settings["sparsity_level"] *= self.ramp.fraction(0)
         return self.mask_type(_weight(group), **settings)
+
+    def _require_gradients(self) -> None:
+        carriers = [mask for _group, mask in self._masks() if mask.carrier is not None]
+        if not carriers or any(mask.carrier.grad is not None for mask in carriers):
+            return
+        if all(mask.is_frozen for mask in carriers):
+            return
+        raise RuntimeError(
+            f"step: {type(self).__name__} reads what the backwards since the last step said of the blocks, and finds "
+            "no gradient. Call sparsifier.step() after loss.backward() and optimizer.step(), before "
+            "optimizer.zero_grad()"
+        )
 
     def _masks(self) -> Iterator[tuple[dict[str, Any], BlockMask]]:
         """The groups that still carry a mask: `squash` may have folded those of a part of the model."""

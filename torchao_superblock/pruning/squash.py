@@ -11,6 +11,7 @@ from torchao_superblock.common.sharding import GATHER_FIRST, is_dtensor, shardin
 from torchao_superblock.pruning.attach import detach
 from torchao_superblock.pruning.checkpoints import accept_dense_checkpoints
 from torchao_superblock.pruning.masks.base import BlockMask, named_masks
+from torchao_superblock.pruning.reading import undo_read_once
 
 Found = tuple[str, nn.Module, str, BlockMask]
 
@@ -55,9 +56,10 @@ def squash(model: nn.Module, *, masks_from: nn.Module | None = None) -> nn.Modul
         >>> squash(ema, masks_from=model)
     """
     found = list(named_masks(model))
-    if not found and accept_dense_checkpoints(model):
-        return model  # all that an interrupted squash had left to do
     if not found:
+        undo_read_once(model)
+        if accept_dense_checkpoints(model):
+            return model  # all that an interrupted squash had left to do
         raise RuntimeError(
             "squash: the model carries no block mask. It was never prepared, was squashed already, "
             "or is a copy made before prepare()"
@@ -118,6 +120,7 @@ def fold(model: nn.Module, found: list[Found]) -> None:
         with all_or_nothing(module, () if repeatable else (weight,)):
             mask.fold_(weight)
             detach(module, name)
+    undo_read_once(model)
     accept_dense_checkpoints(model)
 
 

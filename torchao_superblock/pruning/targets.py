@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,11 @@ from torchao_superblock.common.blocks import block_grid, check_blocksize
 from torchao_superblock.common.modules import parameter_owners, storage_address
 from torchao_superblock.common.names import nearest_names, without_wrapper_prefixes
 from torchao_superblock.common.sharding import is_dtensor
+from torchao_superblock.ops.block_mask import nonzero_blocks
 from torchao_superblock.pruning.masks.base import Check, find_mask
+
+_EXTRAS = ("mask", "types")
+"""What an entry may have besides its name and settings."""
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -97,14 +102,58 @@ def check_config(config: object, checks: Mapping[str, Check]) -> list[dict[str, 
                 f"'encoder.layers.0.mlp.0.weight', or a glob; it has {sorted(map(str, entry))}"
             )
         where = f"config[{i}] ({fqn!r}): "
-        unknown = sorted(str(key) for key in entry if key not in ("tensor_fqn", *checks))
+        unknown = sorted(str(key) for key in entry if key not in ("tensor_fqn", *_EXTRAS, *checks))
         if unknown:
             raise ValueError(
                 f"{where}unknown key {unknown[0]!r}; an entry has 'tensor_fqn' and any of "
-                f"{', '.join(map(repr, checks))}"
+                f"{', '.join(map(repr, (*checks, *_EXTRAS)))}"
             )
-        entries.append({"tensor_fqn": fqn, **check_settings(entry, checks, where)})
+        entries.append(
+            {
+                "tensor_fqn": fqn,
+                **check_settings(entry, checks, where),
+                **_check_extras(entry, where),
+            }
+        )
     return entries
+
+
+def _check_extras(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What an entry may say besides settings: a mask that is given, and types that a glob reaches."""
+    extras: dict[str, Any] = {}
+    if "mask" in entry:
+        mask = entry["mask"]
+        if not (isinstance(mask, Tensor) and mask.dtype == torch.bool) and mask != "weights":
+            raise TypeError(
+                f"{where}mask must be a bool tensor over the block grid, True = kept, or 'weights' for the blocks "
+                f"that are not zero now; got {mask.dtype if isinstance(mask, Tensor) else mask!r}"
+            )
+        if isinstance(mask, Tensor) and _is_glob(entry["tensor_fqn"]):
+            raise ValueError(
+                f"{where}a glob can name several weights, and a mask is for one: give its whole name, or "
+                "'weights' as the mask"
+            )
+        if "sparsity_level" in entry:
+            raise ValueError(
+                f"{where}it has a mask and sparsity_level={entry['sparsity_level']}: the mask alone says how many "
+                "blocks are kept; leave the level out"
+            )
+        extras["mask"] = mask
+    if "types" in entry:
+        types = entry["types"]
+        types = types if isinstance(types, tuple) else (types,)
+        if not types or not all(
+            isinstance(one, type) and issubclass(one, nn.Module) for one in types
+        ):
+            raise TypeError(
+                f"{where}types={entry['types']!r} must be a tuple of module types, such as (nn.Conv2d,)"
+            )
+        extras["types"] = types
+    return extras
+
+
+def _is_glob(pattern: str) -> bool:
+    return any(character in pattern for character in "*?[")
 
 
 def check_settings(
@@ -152,10 +201,13 @@ def resolve(
     for entry in config or ():
         pattern = entry["tensor_fqn"]
         settings = {key: value for key, value in entry.items() if key != "tensor_fqn"}
-        exact = not any(character in pattern for character in "*?[")
+        exact = not _is_glob(pattern)
+        types = settings.pop("types", ())
         # As it stands first: a model may have a part of its own that is called `module`.
-        matches = [site for site in sites if _matches(pattern.lstrip("."), site, exact)] or [
-            site for site in sites if _matches(without_wrapper_prefixes(pattern), site, exact)
+        matches = [site for site in sites if _matches(pattern.lstrip("."), site, exact, types)] or [
+            site
+            for site in sites
+            if _matches(without_wrapper_prefixes(pattern), site, exact, types)
         ]
         if not matches:
             raise ValueError(_no_match(pattern, exact, sites))
@@ -180,6 +232,8 @@ def resolve(
             shape = () if code == "uninitialized" else _shape(site)
             skipped.append(SkippedTensor(site.fqn, shape, code, reason))
             continue
+        if "mask" in group:
+            group |= _given_mask(site, group)
         groups.append(
             {
                 "tensor_fqn": site.fqn,
@@ -228,10 +282,39 @@ def _sites(model: nn.Module) -> Iterator[_Site]:
             yield site
 
 
-def _matches(pattern: str, site: _Site, exact: bool) -> bool:
+def _matches(pattern: str, site: _Site, exact: bool, types: tuple[type[nn.Module], ...]) -> bool:
     if exact:
         return pattern in site.names
-    return site.is_projection and any(fnmatch.fnmatchcase(name, pattern) for name in site.names)
+    reached = site.is_projection or (
+        isinstance(site.module, types) and site.tensor_name == "weight"
+    )
+    return reached and any(fnmatch.fnmatchcase(name, pattern) for name in site.names)
+
+
+def _given_mask(site: _Site, group: Mapping[str, Any]) -> dict[str, Any]:
+    """The mask of a group that is given one, and its level.
+
+    Raises:
+        ValueError: for a mask of another shape or without a block.
+    """
+    weight = site.parameter.detach().flatten(1)
+    blocksize = check_blocksize(group["blocksize"])
+    mask, grid = group["mask"], block_grid(weight.shape, blocksize)
+    if not isinstance(mask, Tensor):
+        if weight.is_meta:
+            raise ValueError(
+                f"cannot mask {site.fqn!r}: on the meta device it has no blocks to look at"
+            )
+        mask = nonzero_blocks(weight, blocksize)
+    if tuple(mask.shape) != grid:
+        raise ValueError(
+            f"cannot mask {site.fqn!r}: the mask has shape {tuple(mask.shape)}, and its grid of "
+            f"{blocksize[0]}x{blocksize[1]} blocks is {grid}"
+        )
+    kept = int(mask.sum())
+    if kept == 0:
+        raise ValueError(f"cannot mask {site.fqn!r}: the mask keeps no block; leave the tensor out")
+    return {"mask": mask.to(weight.device), "sparsity_level": 1 - kept / mask.numel()}
 
 
 def _no_match(pattern: str, exact: bool, sites: list[_Site]) -> str:
@@ -287,7 +370,15 @@ def _obstacle(
         kind = type(tensor).__name__
         return "tensor_subclass", f"it is a {kind}", "mask the plain weight before converting it"
     shape = tuple(tensor.shape)
-    if tensor.ndim != 2:
+    if isinstance(site.module, nn.Conv2d) and site.tensor_name == "weight":
+        if site.module.groups > 1:
+            return (
+                "grouped",
+                f"it is a convolution of {site.module.groups} groups, whose channels do not all meet",
+                "only convolutions with groups=1 have a grid of blocks",
+            )
+        shape = (shape[0], math.prod(shape[1:]))
+    elif tensor.ndim != 2:
         return (
             "not_2d",
             f"it has shape {shape}, and only 2-D weights have a grid of blocks",
