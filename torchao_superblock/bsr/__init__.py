@@ -1,7 +1,8 @@
 """Use the mask: block-sparse weights in BSR format and the layers that multiply only their stored blocks."""
 
 from torchao_superblock.bsr.linear import BSRLinear
-from torchao_superblock.bsr.serialization import load_bsr, save_bsr
+from torchao_superblock.bsr.load import load_bsr
+from torchao_superblock.bsr.save import save_bsr
 from torchao_superblock.bsr.swap import SwapEntry, SwapReport, swap_to_bsr, to_bsr_linear
 from torchao_superblock.bsr.weight import BSRWeight
 

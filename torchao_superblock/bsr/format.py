@@ -53,6 +53,8 @@ def block_grid(
     """``(R, C)`` of a ``(N, K)`` weight; ValueError unless it is made of whole blocks."""
     N, K = weight.shape if isinstance(weight, Tensor) else weight
     r, c = blocksize
+    if r < 1 or c < 1:
+        raise ValueError(f"blocksize must be at least 1, got {blocksize!r}")
     if N % r or K % c:
         raise ValueError(f"shape ({N}, {K}) is not a multiple of the block size {r}x{c}")
     return N // r, K // c
@@ -86,6 +88,33 @@ def dense_to_bsr(weight: Tensor, blocksize: tuple[int, int]) -> tuple[Tensor, Te
     row, col = mask.nonzero(as_tuple=True)
     values = weight.reshape(R, r, C, c)[row, :, col, :]
     return crow_indices, col.to(torch.int32), values.contiguous()
+
+
+def bsr_parts(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The blocks of a weight with the layout ``torch.sparse_bsr``.
+
+    Args:
+        weight: ``(N, K)``, with indices of int32 or int64.
+
+    Returns:
+        ``(crow_indices, col_indices, values)`` with int32 indices; a copy, detached. Whether the indices are sorted,
+        unique and within the shape is for :func:`check_bsr`.
+
+    Raises:
+        ValueError: an index does not fit into int32.
+    """
+    with torch.inference_mode(False):
+        weight = weight.detach()
+        parts = []
+        for label, index in (
+            ("crow_indices", weight.crow_indices()),
+            ("col_indices", weight.col_indices()),
+        ):
+            narrow = index.clone().to(torch.int32)
+            if not torch.equal(narrow.to(index.dtype), index):
+                raise ValueError(f"BSR weight: {label} hold numbers that do not fit into int32")
+            parts.append(narrow)
+        return parts[0], parts[1], weight.values().clone(memory_format=torch.contiguous_format)
 
 
 def bsr_to_dense(

@@ -11,7 +11,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
+from torchao_superblock.bsr.casting import cast_like
 from torchao_superblock.bsr.format import (
+    bsr_parts,
     bsr_to_dense,
     check_bsr,
     dense_to_bsr,
@@ -19,6 +21,7 @@ from torchao_superblock.bsr.format import (
     nonzero_blocks,
     parse_blocksize,
 )
+from torchao_superblock.bsr.undo import all_or_nothing
 from torchao_superblock.bsr.weight import BSRWeight, TracedBSRWeight
 from torchao_superblock.ops import ACTIVATIONS, bsr_linear, build_plan
 from torchao_superblock.ops.bsr_linear import DTYPES
@@ -68,19 +71,28 @@ def conversion_obstacle(linear: nn.Module) -> tuple[str, str] | None:
             "weight_subclass",
             f"its weight is a {type(weight.data).__name__}, not a plain tensor",
         )
+    if weight.layout not in (torch.strided, torch.sparse_bsr):
+        return (
+            "sparse_layout",
+            f"its weight has the layout {weight.layout}; make it dense, or weight.to_sparse_bsr(blocksize)",
+        )
     if tuple(weight.shape) != (linear.out_features, linear.in_features) or weight.numel() == 0:
         shape = (linear.out_features, linear.in_features)
         return (
             "odd_shape",
             f"its weight has shape {tuple(weight.shape)} where its features say {shape}",
         )
-    own = {"weight", "bias"}
-    extra = [*linear._modules, *linear._buffers, *(linear._parameters.keys() - own)]
-    if extra or "forward" in vars(linear):
-        what = f"{', '.join(sorted(extra))} of its own" if extra else "a forward of its own"
-        return "customised", f"it has {what}, which a BSRLinear would lose"
+    more = customisation(linear)
+    if more is not None:
+        return "customised", more
     if weight.is_meta:
         return "meta_device", "its weight is on the meta device and has no zeros to look at"
+    if weight.layout is torch.sparse_bsr:
+        try:
+            parts = bsr_parts(weight)
+            check_bsr(*parts, tuple(weight.shape), tuple(parts[2].shape[1:]), "its weight")
+        except (TypeError, ValueError) as error:
+            return "invalid_indices", str(error)
     if weight.dtype not in DTYPES:
         return "unsupported_dtype", f"its dtype is {weight.dtype}"
     bias = linear.bias
@@ -90,6 +102,23 @@ def conversion_obstacle(linear: nn.Module) -> tuple[str, str] | None:
             f"its bias ({bias.dtype}, {bias.device}) differs from its weight ({weight.dtype}, {weight.device})",
         )
     return None
+
+
+def customisation(linear: nn.Module) -> str | None:
+    """What a linear layer, dense or block-sparse, has that one in its place would lose; None if nothing."""
+    if "_hf_hook" in vars(linear):
+        return (
+            "accelerate's hooks move its weights to and from elsewhere (device_map, cpu_offload); call "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True) first, and dispatch the model afterwards"
+        )
+    own = {"weight", "bias"}
+    if isinstance(linear, BSRLinear):
+        own = {"values", "bias", "crow_indices", "col_indices", "plan"}
+    extra = [*linear._modules, *((linear._buffers | linear._parameters).keys() - own)]
+    if not extra and "forward" not in vars(linear):
+        return None
+    what = f"{', '.join(sorted(extra))} of its own" if extra else "a forward of its own"
+    return f"it has {what}, which a BSRLinear would lose"
 
 
 @torch.fx.wrap  # one call in a traced graph: what is decided in here is decided when the graph runs
@@ -247,7 +276,8 @@ class BSRLinear(nn.Module):
         ``training``, ``requires_grad``, device, dtype and hooks carry over; the ``bias`` Parameter is the same object.
 
         Args:
-            linear: an ``nn.Linear``.
+            linear: an ``nn.Linear``. If its weight has the layout ``torch.sparse_bsr``, the stored blocks are taken as
+                they are.
             blocksize: int, ``(rows, cols)``, or None to read it off the zeros
                 (:func:`torchao_superblock.bsr.format.infer_blocksize`).
 
@@ -264,6 +294,15 @@ class BSRLinear(nn.Module):
             error = {"not_squashed": RuntimeError, "meta_device": ValueError}.get(code, TypeError)
             raise error(f"cannot convert this linear layer to BSRLinear: {reason}")
         shape = tuple(linear.weight.shape)
+        stored = bsr_parts(linear.weight) if linear.weight.layout is torch.sparse_bsr else None
+        if stored is not None:
+            size = tuple(stored[2].shape[1:])
+            if blocksize is not None and parse_blocksize(blocksize) != size:
+                raise ValueError(
+                    f"cannot convert this linear layer to BSRLinear: its weight is stored in blocks of {size}, not of "
+                    f"{blocksize}; leave blocksize out"
+                )
+            blocksize = size
         if blocksize is None:
             blocksize = infer_blocksize(linear.weight)
             if blocksize is None:
@@ -278,7 +317,9 @@ class BSRLinear(nn.Module):
                 )
         blocksize = parse_blocksize(blocksize)
         with torch.inference_mode(False):  # tensors made in inference mode could never be trained
-            crow_indices, col_indices, values = dense_to_bsr(linear.weight, blocksize)
+            if stored is None:
+                stored = dense_to_bsr(linear.weight, blocksize)
+            crow_indices, col_indices, values = stored
             layer = cls(
                 linear.in_features,
                 linear.out_features,
@@ -388,23 +429,35 @@ class BSRLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         assign = local_metadata.get("assign_to_params_buffers", False)
-        with torch.inference_mode(False), torch.no_grad():
-            try:
-                self._make_room_for(state_dict, prefix, assign)
-            except (TypeError, ValueError) as error:
-                error_msgs.append(str(error))
-                return
-            super()._load_from_state_dict(
-                state_dict,
-                prefix,
-                local_metadata,
-                strict,
-                missing_keys,
-                unexpected_keys,
-                error_msgs,
-            )
-            if not self.crow_indices.is_meta:
-                self._set_indices(self.crow_indices, self.col_indices)
+        before = len(error_msgs), len(missing_keys)
+        own = [*self._parameters.values(), *self._buffers.values()]
+        own = [tensor for tensor in own if tensor is not None and not tensor.is_meta]
+        try:
+            with torch.inference_mode(False), torch.no_grad(), all_or_nothing(self, own):
+                try:
+                    self._make_room_for(state_dict, prefix, assign)
+                except (TypeError, ValueError) as error:
+                    error_msgs.append(str(error))
+                    raise _Refused from error
+                # In place, a tensor made in inference mode can be written nowhere else.
+                with torch.inference_mode(any(tensor.is_inference() for tensor in own)):
+                    super()._load_from_state_dict(
+                        state_dict,
+                        prefix,
+                        local_metadata,
+                        strict,
+                        missing_keys,
+                        unexpected_keys,
+                        error_msgs,
+                    )
+                if len(error_msgs) > before[0] or (strict and len(missing_keys) > before[1]):
+                    raise _Refused
+                if not self.values.is_contiguous():  # assigned
+                    self.values = _as_parameter(self.values)
+                if not self.crow_indices.is_meta:
+                    self._set_indices(self.crow_indices, self.col_indices)
+        except _Refused:  # torch raises once it has been through the whole model
+            pass
 
     def _make_room_for(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> None:
         """Check what is about to be loaded as a whole; resize what holds another number of blocks.
@@ -413,6 +466,11 @@ class BSRLinear(nn.Module):
             TypeError, ValueError: it must not be loaded; nothing has been changed.
         """
         name = prefix.removesuffix(".") or "BSRLinear"
+        if f"{prefix}parametrizations.weight.original" in state_dict:
+            raise ValueError(
+                f"{name}: the state dict holds a weight with its parametrization (a block mask?), but this layer "
+                "stores blocks; load it into the prepared model, call squash_mask() there, and swap that"
+            )
         if f"{prefix}weight" in state_dict:
             raise ValueError(
                 f"{name}: the state dict holds a dense weight, but this layer stores blocks; load it into the dense "
@@ -435,13 +493,10 @@ class BSRLinear(nn.Module):
             return  # nothing to check, or not enough to check it against
         if not assign:
             # The layer keeps its dtype and device; indices of another dtype are an error, not a cast.
-            new = {
-                key: tensor.to(
-                    device=own[key].device,
-                    dtype=own[key].dtype if tensor.is_floating_point() else tensor.dtype,
-                )
-                for key, tensor in new.items()
-            }
+            for key, tensor in new.items():
+                if key in ("values", "bias"):
+                    tensor = cast_like(tensor, own[key], f"{name}: {key}")
+                new[key] = tensor.to(own[key].device)
         if new["crow_indices"].shape != self.crow_indices.shape:
             raise ValueError(
                 f"{name}: crow_indices must have {len(self.crow_indices)} entries, the state dict holds "
@@ -453,6 +508,10 @@ class BSRLinear(nn.Module):
             values = self.values.new_empty(new["values"].shape)
             self.values = nn.Parameter(values, self.values.requires_grad)
             self.col_indices = self.col_indices.new_empty(new["col_indices"].shape)
+
+
+class _Refused(Exception):
+    """What was to be loaded must not be; the reason has been noted."""
 
 
 def _as_parameter(tensor: Tensor) -> nn.Parameter:

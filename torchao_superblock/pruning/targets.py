@@ -36,7 +36,7 @@ class SkippedTensor:
         fqn: its fully qualified name.
         shape: its shape.
         code: a short stable word: `smaller_than_block`, `one_block`, `shared`, `parametrized`,
-            `not_2d`, `dtype`, `tensor_subclass` or `uninitialized`.
+            `not_2d`, `dtype`, `layout`, `tensor_subclass` or `uninitialized`.
         reason: the same in a sentence.
     """
 
@@ -274,7 +274,7 @@ def _identity(parameter: Tensor) -> object:
     lazy = nn.parameter.is_lazy(parameter)
     if lazy or parameter.is_meta or is_traceable_wrapper_subclass(parameter):
         return id(parameter)
-    if parameter.numel() == 0:
+    if parameter.numel() == 0 or parameter.layout is not torch.strided:
         return id(parameter)
     return parameter.device, parameter.data_ptr()
 
@@ -335,6 +335,8 @@ def _obstacle(
     if is_traceable_wrapper_subclass(tensor):
         kind = type(tensor).__name__
         return "tensor_subclass", f"it is a {kind}", "mask the plain weight before converting it"
+    if tensor.layout is not torch.strided:
+        return "layout", f"it has the layout {tensor.layout}", "make it dense with to_dense() first"
     shape = tuple(tensor.shape)
     if tensor.ndim != 2:
         return (
