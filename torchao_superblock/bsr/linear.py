@@ -104,6 +104,13 @@ def conversion_obstacle(linear: nn.Module) -> tuple[str, str] | None:
     return None
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether one was set on the instance; that of its class, put back by who replaced it before, does not count."""
+    forward = vars(module).get("forward")
+    of_its_class = getattr(forward, "__func__", None) is type(module).forward
+    return forward is not None and not (of_its_class and forward.__self__ is module)
+
+
 def customisation(linear: nn.Module) -> str | None:
     """What a linear layer, dense or block-sparse, has that one in its place would lose; None if nothing."""
     if "_hf_hook" in vars(linear):
@@ -115,7 +122,7 @@ def customisation(linear: nn.Module) -> str | None:
     if isinstance(linear, BSRLinear):
         own = {"values", "bias", "crow_indices", "col_indices", "plan"}
     extra = [*linear._modules, *((linear._buffers | linear._parameters).keys() - own)]
-    if not extra and "forward" not in vars(linear):
+    if not extra and not has_own_forward(linear):
         return None
     what = f"{', '.join(sorted(extra))} of its own" if extra else "a forward of its own"
     return f"it has {what}, which a BSRLinear would lose"
@@ -435,7 +442,7 @@ class BSRLinear(nn.Module):
         try:
             with torch.inference_mode(False), torch.no_grad(), all_or_nothing(self, own):
                 try:
-                    self._make_room_for(state_dict, prefix, assign)
+                    self._make_room_for(state_dict, prefix, assign, strict)
                 except (TypeError, ValueError) as error:
                     error_msgs.append(str(error))
                     raise _Refused from error
@@ -459,7 +466,9 @@ class BSRLinear(nn.Module):
         except _Refused:  # torch raises once it has been through the whole model
             pass
 
-    def _make_room_for(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> None:
+    def _make_room_for(
+        self, state_dict: dict[str, Any], prefix: str, assign: bool, strict: bool
+    ) -> None:
         """Check what is about to be loaded as a whole; resize what holds another number of blocks.
 
         Raises:
@@ -486,6 +495,8 @@ class BSRLinear(nn.Module):
                 raise ValueError(
                     f"{name}: this layer is on the meta device; load with load_state_dict(..., assign=True)"
                 )
+        if strict and len(loaded) < len(own):
+            return  # will be refused
         new = own | loaded
         if not loaded or (
             any(tensor.is_meta for tensor in own.values()) and len(loaded) < len(own)

@@ -58,16 +58,17 @@ def save_bsr(model: nn.Module, path: str | os.PathLike[str]) -> None:
             shape = (module.out_features, module.in_features)
             indices = module.crow_indices, module.col_indices
             check_bsr(*indices, module.values, shape, module.blocksize, f"{where}: {fqn}")
-    tensors, aliases = _storable(model.state_dict(), where)
-    metadata = partial(to_metadata, describe(model, aliases))
     try:
+        tensors, aliases = _storable(model.state_dict(), where)
+        metadata = partial(to_metadata, describe(model, aliases))
         with replacing(path) as file:
             tensor_file.write_tensors(file, tensors, metadata)
     except OSError as error:
         text = f"save_bsr: {error.strerror or error}"
         raise OSError(error.errno, text, os.fspath(path)) from error
     except Exception as error:
-        error.add_note(f"while saving to {os.fspath(path)!r}")
+        if where not in str(error):
+            error.add_note(f"while saving to {os.fspath(path)!r}")
         raise
 
 

@@ -19,6 +19,7 @@ from torchao_superblock.bsr.linear import (
     activation_name,
     clean_fqn,
     has_hooks,
+    has_own_forward,
     parameter_owners,
     storage_address,
 )
@@ -128,7 +129,7 @@ def _sequentials(
         if (
             isinstance(module, nn.Sequential)
             and type(module).forward is nn.Sequential.forward
-            and "forward" not in vars(module)
+            and not has_own_forward(module)
         ):
             prefix = clean_fqn(fqn)
             yield f"{prefix}." if prefix else "", module, places
@@ -136,7 +137,7 @@ def _sequentials(
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module does what its class says, unwatched."""
-    return not has_hooks(module) and "forward" not in vars(module)
+    return not has_hooks(module) and not has_own_forward(module)
 
 
 def _is_free(module: nn.Module, places: Counter[nn.Module]) -> bool:
