@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.bsr.common import Model, prune
+from tests.injection import each_interruption
 from torchao_superblock import SupermaskSparsifier
 from torchao_superblock.bsr import load_bsr, save_bsr, swap_to_bsr
 from torchao_superblock.bsr.atomic_file import replacing
@@ -237,6 +239,26 @@ def test_a_full_disk_leaves_the_old_file(swapped, tmp_path):
     assert str(path) in str(caught.value)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_an_exception_anywhere_leaves_the_old_file_or_the_new(tmp_path, error):
+    path, model = tmp_path / "m.safetensors", nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    swap_to_bsr(model, 8, min_sparsity=0.0)
+    save_bsr(model, path)
+    new = path.read_bytes()
+
+    def prepare():
+        path.write_bytes(b"old")
+        return lambda: save_bsr(model, path)
+
+    contents = {b"old": 0, new: 0}
+    for _ in each_interruption(prepare, 61, error):
+        contents[path.read_bytes()] += 1
+        gc.collect()
+        save_bsr(model, path)
+        assert os.listdir(tmp_path) == [path.name]
+    assert contents[b"old"] > 0 and len(contents) == 2
 
 
 def test_a_kill_leaves_the_old_file_and_the_next_save_cleans_up(swapped, tmp_path):

@@ -48,9 +48,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     prefix = f".save_bsr-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}-"
     _remove_stale(directory, prefix)
     # Nobody may read the draft of a private file, not even while it is empty.
-    draft, handle = _create(directory, prefix, 0o666 if status is None else 0o600)
+    file = _create(directory, prefix, 0o666 if status is None else 0o600)
+    draft = file.name
     try:
-        with open(handle, "wb") as file:
+        with file:
             if status is not None:
                 if hasattr(os, "chown"):
                     with suppress(OSError):
@@ -74,18 +75,17 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             os.close(entry)
 
 
-def _create(directory: str, prefix: str, mode: int) -> tuple[str, int]:
-    """A new draft and its descriptor, locked for as long as its writer lives."""
+def _create(directory: str, prefix: str, mode: int) -> BinaryIO:
+    """A new draft, locked for as long as its writer lives."""
     while True:
         draft = os.path.join(directory, f"{prefix}{secrets.token_hex(4)}.part")
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        handle = os.open(draft, flags, mode)
+        file = open(draft, "xb", opener=lambda path, flags: os.open(path, flags, mode))
         if fcntl is not None:
             with suppress(OSError):  # a file system without locks
-                fcntl.flock(handle, fcntl.LOCK_EX)
-        if fcntl is None or os.fstat(handle).st_nlink:
-            return draft, handle
-        os.close(handle)  # before it was locked, another process took it for a stale one
+                fcntl.flock(file, fcntl.LOCK_EX)
+        if fcntl is None or os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # before it was locked, another process took it for a stale one
 
 
 def _remove_stale(directory: str, prefix: str) -> None:
@@ -98,9 +98,6 @@ def _remove_stale(directory: str, prefix: str) -> None:
             if fcntl is None:
                 os.unlink(draft)  # Windows refuses while it is open
                 continue
-            handle = os.open(draft, os.O_RDWR)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with open(draft, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 os.unlink(draft)
-            finally:
-                os.close(handle)
