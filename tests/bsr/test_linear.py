@@ -1,5 +1,6 @@
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -298,9 +299,30 @@ def test_a_missing_key_changes_nothing(missing):
     layer = small()
     before = remember(layer)
     state = {key: tensor for key, tensor in OTHER_PATTERN.items() if key != missing}
-    with pytest.raises(RuntimeError, match=f'Missing key.*"{missing}"'):
-        layer.load_state_dict(state)
-    assert_as_before(layer, before)
+    for strict in (True, False):  # torch does not say which, and nothing may be left out in silence
+        with pytest.raises(
+            RuntimeError, match=f"but not {missing}, and a layer is loaded as a whole"
+        ):
+            layer.load_state_dict(state, strict=strict)
+        assert_as_before(layer, before)
+
+
+def test_a_part_is_loaded_with_the_rest_filled_in():
+    layer = small()
+    state = {"bias": OTHER_PATTERN["bias"]}
+    with pytest.raises(RuntimeError, match=re.escape("model.state_dict() | state_dict")):
+        layer.load_state_dict(state, strict=False)
+    layer.load_state_dict(layer.state_dict() | state)
+    assert torch.equal(layer.bias, state["bias"])
+
+
+def test_a_state_dict_of_the_rest_of_a_model_leaves_the_layer_alone():
+    model = nn.ModuleDict({"bsr": small(), "head": nn.Linear(4, 2)})
+    before = remember(model["bsr"])
+    state = {"head.weight": torch.zeros(2, 4), "head.bias": torch.zeros(2)}
+    result = model.load_state_dict(state, strict=False)
+    assert len(result.missing_keys) == 4 and not result.unexpected_keys
+    assert_as_before(model["bsr"], before)
 
 
 def test_a_tensor_that_cannot_be_written_changes_nothing():

@@ -162,7 +162,8 @@ class BSRLinear(nn.Module):
     The indices are buffers and must not be averaged: with ``torch.optim.swa_utils.AveragedModel`` leave ``use_buffers``
     at False.
 
-    Loading a ``state_dict`` is atomic for the layer: bad content raises and changes nothing of it. Content with another
+    Loading a ``state_dict`` is atomic for the layer: bad content raises and changes nothing of it, and so does a part
+    of its tensors, with ``strict=False`` too. Content with another
     number of blocks replaces the ``values`` Parameter; build the optimizer after loading. A ``state_dict`` does not say
     which features were dropped: save and load a model that lost some with ``save_bsr`` and ``load_bsr``.
 
@@ -435,29 +436,25 @@ class BSRLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if not any(key.startswith(prefix) for key in state_dict):
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+            return
         assign = local_metadata.get("assign_to_params_buffers", False)
-        before = len(error_msgs), len(missing_keys)
+        n_errors = len(error_msgs)
         own = [*self._parameters.values(), *self._buffers.values()]
         own = [tensor for tensor in own if tensor is not None and not tensor.is_meta]
         try:
             with torch.inference_mode(False), torch.no_grad(), all_or_nothing(self, own):
                 try:
-                    self._make_room_for(state_dict, prefix, assign, strict)
+                    self._make_room_for(state_dict, prefix, assign)
                 except (TypeError, ValueError) as error:
                     error_msgs.append(str(error))
                     raise _Refused from error
                 # In place, a tensor made in inference mode can be written nowhere else.
                 with torch.inference_mode(any(tensor.is_inference() for tensor in own)):
-                    super()._load_from_state_dict(
-                        state_dict,
-                        prefix,
-                        local_metadata,
-                        strict,
-                        missing_keys,
-                        unexpected_keys,
-                        error_msgs,
-                    )
-                if len(error_msgs) > before[0] or (strict and len(missing_keys) > before[1]):
+                    super()._load_from_state_dict(state_dict, prefix, *rest)
+                if len(error_msgs) > n_errors:
                     raise _Refused
                 if not self.values.is_contiguous():  # assigned
                     self.values = _as_parameter(self.values)
@@ -466,9 +463,7 @@ class BSRLinear(nn.Module):
         except _Refused:  # torch raises once it has been through the whole model
             pass
 
-    def _make_room_for(
-        self, state_dict: dict[str, Any], prefix: str, assign: bool, strict: bool
-    ) -> None:
+    def _make_room_for(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> None:
         """Check what is about to be loaded as a whole; resize what holds another number of blocks.
 
         Raises:
@@ -495,13 +490,17 @@ class BSRLinear(nn.Module):
                 raise ValueError(
                     f"{name}: this layer is on the meta device; load with load_state_dict(..., assign=True)"
                 )
-        if strict and len(loaded) < len(own):
-            return  # will be refused
-        new = own | loaded
-        if not loaded or (
-            any(tensor.is_meta for tensor in own.values()) and len(loaded) < len(own)
-        ):
-            return  # nothing to check, or not enough to check it against
+        missing = [key for key in own if key not in loaded]
+        if missing:
+            # Whether torch will raise for a missing key is not known here, so a part is not loaded even if it will not.
+            if not all(_is_same(own[key], tensor) for key, tensor in loaded.items()):
+                raise ValueError(
+                    f"{name}: the state dict holds {', '.join(loaded)} but not {', '.join(missing)}, and a layer is "
+                    "loaded as a whole; to load a part, fill in the rest: "
+                    "model.load_state_dict(model.state_dict() | state_dict)"
+                )
+            return
+        new = loaded
         if not assign:
             # The layer keeps its dtype and device; indices of another dtype are an error, not a cast.
             for key, tensor in new.items():
@@ -519,6 +518,13 @@ class BSRLinear(nn.Module):
             values = self.values.new_empty(new["values"].shape)
             self.values = nn.Parameter(values, self.values.requires_grad)
             self.col_indices = self.col_indices.new_empty(new["col_indices"].shape)
+
+
+def _is_same(own: Tensor, loaded: Tensor) -> bool:
+    """Whether loading a tensor would change nothing."""
+    if own.is_meta or loaded.is_meta or (own.dtype, own.shape) != (loaded.dtype, loaded.shape):
+        return False
+    return torch.equal(own, loaded.to(own.device))
 
 
 class _Refused(Exception):
