@@ -635,7 +635,8 @@ def test_state_dict_is_plain_and_loading_does_not_change_it() -> None:
     sparsifier.enable_mask_update = False
     state = sparsifier.state_dict()
     assert type(state) is dict and type(state["state"]) is dict
-    assert set(state["groups"][0]) == {"tensor_fqn", "sparsity_level", "blocksize", "scores_init"}
+    settings = {"tensor_fqn", "sparsity_level", "blocksize", "gain", "scores_init"}
+    assert set(state["groups"][0]) == settings
     frozen = copy.deepcopy(state)
     _, other = prepared(sparsity_level=0.7)
     other.load_state_dict(state)
@@ -844,19 +845,17 @@ def test_preparing_twice_is_refused(config: Any) -> None:
 
 
 def test_an_error_half_way_through_prepare_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchao_superblock.pruning import sparsifier as module
-
     model = Model()
     before = snapshot(model)
-    attach, count = module.attach, []
+    register, count = parametrize.register_parametrization, []
 
-    def failing(*args: Any) -> None:
+    def failing(*args: Any, **kwargs: Any) -> None:
         count.append(1)
         if len(count) == 4:
             raise MemoryError
-        attach(*args)
+        register(*args, **kwargs)
 
-    monkeypatch.setattr(module, "attach", failing)
+    monkeypatch.setattr(parametrize, "register_parametrization", failing)
     with pytest.raises(MemoryError):
         prepared([{"tensor_fqn": "*"}], model)
     assert_unchanged(model, before)

@@ -1,5 +1,6 @@
 """Use the mask: block-sparse weights in BSR format and the layers that multiply only their stored blocks."""
 
+from torchao_superblock.bsr import legacy
 from torchao_superblock.bsr.linear import BSRLinear
 from torchao_superblock.bsr.load import load_bsr
 from torchao_superblock.bsr.save import save_bsr
@@ -16,3 +17,5 @@ __all__ = [
     "swap_to_bsr",
     "to_bsr_linear",
 ]
+
+legacy.install()

@@ -11,18 +11,12 @@ from torch import Tensor, nn
 
 from torchao_superblock.bsr import tensor_file
 from torchao_superblock.bsr.casting import cast_like
-from torchao_superblock.bsr.linear import (
-    LINEAR_TYPES,
-    BSRLinear,
-    FoldedActivation,
-    activation_name,
-    customisation,
-    has_block_mask,
-    replace_modules,
-    turn_off_nested_tensors,
-)
+from torchao_superblock.bsr.folded_activation import FoldedActivation, activation_name
+from torchao_superblock.bsr.linear import LINEAR_TYPES, BSRLinear, customisation
 from torchao_superblock.bsr.serialization import FORMAT, VERSIONS, Description, from_metadata
-from torchao_superblock.bsr.undo import all_or_nothing, overwrite
+from torchao_superblock.bsr.swap import turn_off_nested_tensors
+from torchao_superblock.common.all_or_nothing import all_or_nothing, overwrite
+from torchao_superblock.common.modules import block_masks_of, replace_modules
 
 
 def load_bsr(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -102,7 +96,7 @@ def _check_model(model: nn.Module, path: str) -> None:
                 f"load_bsr: {path!r}: {fqn or 'the model'!r} is wrapped in DistributedDataParallel, which would go on "
                 "reducing the dense weights; load into ddp.module and wrap it again"
             )
-        if has_block_mask(module):
+        if any(True for _ in block_masks_of(module)):
             raise RuntimeError(
                 f"load_bsr: {path!r}: the block mask of {fqn or 'the model'!r} is not squashed yet; load into a dense "
                 "or a swapped model"

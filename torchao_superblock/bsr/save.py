@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torchao_superblock.bsr import tensor_file
 from torchao_superblock.bsr.atomic_file import replacing
 from torchao_superblock.bsr.format import check_bsr
-from torchao_superblock.bsr.linear import BSRLinear, has_block_mask
+from torchao_superblock.bsr.linear import BSRLinear
 from torchao_superblock.bsr.serialization import describe, to_metadata
+from torchao_superblock.common.modules import block_masks_of
+from torchao_superblock.common.sharding import is_dtensor
 
 
 def save_bsr(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -49,7 +51,7 @@ def save_bsr(model: nn.Module, path: str | os.PathLike[str]) -> None:
             "its state_dict"
         )
     for fqn, module in model.named_modules():
-        if has_block_mask(module):
+        if any(True for _ in block_masks_of(module)):
             raise RuntimeError(
                 f"{where}: the block mask of {fqn or 'the model'!r} is not squashed yet; call "
                 "sparsifier.squash_mask(), or torchao_superblock.squash(model), first"
@@ -113,7 +115,7 @@ def _storable(state: dict[str, Any], where: str) -> tuple[dict[str, Tensor], dic
 
 def _obstacle(tensor: Tensor) -> str | None:
     """Why a tensor is more than dense numbers of a known kind, or None."""
-    if hasattr(tensor, "device_mesh"):  # a DTensor; importing it for isinstance takes half a second
+    if is_dtensor(tensor):
         return "is sharded (a DTensor)"
     if nn.parameter.is_lazy(tensor):
         return "has no shape yet; run the model once"

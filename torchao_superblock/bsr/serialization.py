@@ -17,8 +17,9 @@ from typing import Any
 
 from torch import nn
 
-from torchao_superblock.bsr.format import block_grid, parse_blocksize
-from torchao_superblock.bsr.linear import BSRLinear, FoldedActivation
+from torchao_superblock.bsr.folded_activation import FoldedActivation
+from torchao_superblock.bsr.linear import BSRLinear
+from torchao_superblock.common.blocks import parse_blocksize, whole_block_grid
 from torchao_superblock.ops import ACTIVATIONS
 
 FORMAT = "torchao_superblock.bsr"
@@ -118,7 +119,7 @@ def _check_layer(fqn: str, spec: dict[str, Any]) -> None:
     sizes = (*shape, *spec["dense_shape"])
     if len(sizes) != 4 or not all(type(size) is int and size > 0 for size in sizes):
         raise TypeError(f"the layer {fqn!r} is described by {spec}")
-    block_grid(shape, spec["blocksize"])
+    whole_block_grid(shape, spec["blocksize"])
     if spec["activation"] not in ACTIVATIONS or type(spec["bias"]) is not bool:
         raise ValueError(f"the layer {fqn!r} is described by {spec}")
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from torchao_superblock.bsr.undo import all_or_nothing
+from torchao_superblock.common.all_or_nothing import all_or_nothing
 
 
 class Failure(Exception):
