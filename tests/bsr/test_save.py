@@ -291,3 +291,22 @@ def test_a_save_that_goes_on_elsewhere_is_not_disturbed(swapped, tmp_path):
         load_bsr(Model(), path)
     assert path.read_bytes() == b"of the other one"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_content_is_on_the_disk_before_it_has_the_name(swapped, tmp_path, monkeypatch):
+    path, calls = tmp_path / "m.safetensors", []
+    fsync, replace = os.fsync, os.replace
+
+    def recorded_fsync(descriptor):
+        status = os.fstat(descriptor)
+        calls.append(("fsync", stat.S_ISDIR(status.st_mode), path.exists()))
+        fsync(descriptor)
+
+    def recorded_replace(source, target):
+        calls.append(("replace", os.path.getsize(source) > 10_000, path.exists()))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    save_bsr(swapped, path)
+    assert calls == [("fsync", False, False), ("replace", True, False), ("fsync", True, True)]
