@@ -27,7 +27,7 @@ from triton.runtime.errors import OutOfResources
 from torchao_superblock.ops import direct
 from torchao_superblock.ops import triton_kernels as kernels
 from torchao_superblock.ops.launch import OVERLAP, Kernel, can_overlap, watched
-from torchao_superblock.ops.plan import Plan, split_plan
+from torchao_superblock.ops.plan import Plan, build_plan, split_plan
 from torchao_superblock.ops.precision import allows_tf32
 from torchao_superblock.ops.triton_kernels import FMA, NATIVE, TF32, TF32X3
 
@@ -1124,7 +1124,7 @@ class traceable:
 
 
 def grad_x(
-    grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, plan: Tensor, n_block_cols: int
+    grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, plan: Tensor | None, n_block_cols: int
 ) -> Tensor:
     """``grad @ W``: the same product as the forward, over the transposed index.
 
@@ -1133,7 +1133,7 @@ def grad_x(
         crow: ``(R + 1,)`` int32.
         col: ``(nnz,)`` int32.
         values: ``(nnz, r, c)`` contiguous.
-        plan: packed plan.
+        plan: packed plan; None builds one.
         n_block_cols: C.
 
     Returns:
@@ -1146,6 +1146,8 @@ def grad_x(
     M = grad.shape[0]
     nnz, r, c = values.shape
     R = crow.shape[0] - 1
+    if plan is None:
+        plan = build_plan(crow, col, n_block_cols)
     parts = split_plan(plan, R, n_block_cols, nnz)
     if M >= HOPPER_TOKENS and _device(index).capability == 90:
         # A forward over the transposed index, once the blocks are transposed: a pass of a few microseconds.
@@ -1221,7 +1223,7 @@ def grad_values(
     x: Tensor,
     crow: Tensor,
     col: Tensor,
-    plan: Tensor,
+    plan: Tensor | None,
     block_rows: int,
     block_cols: int,
 ) -> Tensor:
@@ -1232,7 +1234,7 @@ def grad_values(
         x: ``(M, C * c)``, any strides.
         crow: ``(R + 1,)`` int32.
         col: ``(nnz,)`` int32.
-        plan: packed plan.
+        plan: packed plan; None builds one.
         block_rows: r.
         block_cols: c.
 
@@ -1247,6 +1249,8 @@ def grad_values(
     if nnz == 0:
         return grad.new_empty((0, r, c))
     R, C = crow.shape[0] - 1, x.shape[1] // c
+    if plan is None:
+        plan = build_plan(crow, col, C)
     parts = split_plan(plan, R, C, nnz)
     strides = (*_strides(grad), *_strides(x))
     precision = _precision(grad.dtype, index)
