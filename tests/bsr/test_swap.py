@@ -11,6 +11,7 @@ from tests.bsr.common import CountCalls, assert_unchanged, prune, prune_all, sna
 from tests.reference import relative_error
 from torchao_superblock.bsr import BSRLinear, swap_to_bsr, to_bsr_linear
 from torchao_superblock.bsr import swap as swap_module
+from torchao_superblock.ops.break_even import BreakEven
 
 
 def mlp() -> nn.Sequential:
@@ -101,9 +102,9 @@ def test_without_min_sparsity_the_break_even_table_decides(monkeypatch):
 
     def break_even(device_type, blocksize, dtype):
         asked.append((device_type, blocksize, dtype))
-        return 0.6
+        return BreakEven(0.6, True, device_type)
 
-    monkeypatch.setattr(swap_module, "break_even_sparsity", break_even)
+    monkeypatch.setattr(swap_module, "break_even", break_even)
     model = nn.Sequential(
         prune(nn.Linear(64, 64), 16, 0.75), prune(nn.Linear(64, 64), 16, 0.5), nn.Linear(64, 64)
     )
@@ -115,6 +116,17 @@ def test_without_min_sparsity_the_break_even_table_decides(monkeypatch):
     ]
     assert "break even at 60.0%" in report.skipped[0].reason
     assert asked == [("cpu", (16, 16), torch.float32)] * 2
+
+
+def test_a_guess_is_not_stated_as_a_fact(monkeypatch):
+    guess = BreakEven(0.9, False, "cuda (NVIDIA A100)")
+    monkeypatch.setattr(swap_module, "break_even", lambda *_: guess)
+    report = swap_to_bsr(nn.Sequential(prune(nn.Linear(64, 64), 16, 0.5)))
+    (entry,) = report.skipped
+    assert entry.code == "slower_than_dense"
+    assert "break even" not in entry.reason
+    for words in ("nobody has measured", "float32", "cuda (NVIDIA A100)", "guess", "min_sparsity"):
+        assert words in entry.reason, entry.reason
 
 
 def test_what_a_module_has_carries_over():

@@ -20,8 +20,8 @@ class IndexRecord:
 
     A stale plan beside a new index gives a right forward and wrong gradients. So a plan is used only with the very
     tensors it was made from, while nobody has written to them. To ask that costs a tenth of a microsecond, and nothing
-    of the device. If they were written to, what they hold is compared with a copy on the host, once after each write: on
-    a GPU that waits for the device.
+    of the device. If they were written to, what they hold is compared with a copy on the host, once after each write,
+    for which a GPU is waited for.
 
     What torch does not count is not seen here: writes by DistributedDataParallel's broadcast of buffers, to inference
     tensors and through ``.data``. Kernels do not depend on it: those of the CPU use no plan for gradients, and those of

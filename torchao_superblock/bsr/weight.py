@@ -19,10 +19,9 @@ from torch import Tensor
 from torchao_superblock.bsr.format import bsr_to_dense
 from torchao_superblock.ops import bsr_linear
 
-
 _ADVICE = (
-    "call the layer itself or torch.nn.functional.linear(x, layer.weight, layer.bias), train layer.values, or get a dense "
-    "copy with layer.to_dense()"
+    "call the layer itself or torch.nn.functional.linear(x, layer.weight, layer.bias), train layer.values, or get a "
+    "dense copy with layer.to_dense()"
 )
 
 

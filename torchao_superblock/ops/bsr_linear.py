@@ -89,8 +89,8 @@ def bsr_linear(
         activation: one of ``"none"``, ``"relu"``, ``"gelu"``, ``"gelu_tanh"``, ``"silu"``.
         plan: from :func:`torchao_superblock.ops.build_plan`; None builds what a backward needs at each call. A plan of
             another index slows a forward down; gradients are right on a CPU, which uses none, and NaN on a GPU.
-        in_features: K, to have x checked. A stored weight does not say how wide it is (its last block columns may hold no
-            block), so without this and without a plan, columns of x beyond it count as multiplied with zeros.
+        in_features: K, to have x checked. A stored weight does not say how wide it is (its last block columns may hold
+            no block), so without this and without a plan, columns of x beyond it count as multiplied with zeros.
 
     Returns:
         ``(..., N)``, contiguous, dtype of ``x``.
