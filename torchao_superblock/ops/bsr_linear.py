@@ -23,6 +23,7 @@ from torchao_superblock.ops import direct
 from torchao_superblock.ops.activations import ACTIVATIONS
 from torchao_superblock.ops.aot import register_decomposition
 from torchao_superblock.ops.flops import register_formulas
+from torchao_superblock.ops.forks import watch_forks
 from torchao_superblock.ops.plan import build_plan, plan_fits, plan_length
 
 NAMESPACE = "torchao_superblock"
@@ -46,6 +47,7 @@ _library.define(
     tags=_TAGS,
 )
 register_formulas()
+watch_forks()
 _forward_op = torch.ops.torchao_superblock.bsr_linear.default
 _grad_x_op = torch.ops.torchao_superblock.bsr_linear_grad_x.default
 _grad_values_op = torch.ops.torchao_superblock.bsr_linear_grad_values.default

@@ -2,7 +2,7 @@
 
 A forked child has none of its parent's threads, but the memory of their pool: whoever hands work to that waits for
 ever. The compiled kernel watches for forks once it is loaded, but a parent that never called it may have filled torch's
-pool all the same. So this watches from the moment this package is imported.
+pool all the same. So this watches from the moment the op is defined.
 """
 
 import os
@@ -15,10 +15,12 @@ def _note() -> None:
     _in_child = True
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note)
+def watch_forks() -> None:
+    """Take note of forks from now on."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_note)
 
 
 def in_forked_child() -> bool:
-    """True in a child that ``os.fork`` (or ``multiprocessing``) made after this package was imported."""
+    """True in a child that ``os.fork`` (or ``multiprocessing``) made since :func:`watch_forks`."""
     return _in_child
