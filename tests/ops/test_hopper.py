@@ -14,7 +14,7 @@ from functools import partial
 import pytest
 import torch
 
-from tests.reference import assert_replays, block_mask, random_bsr, relative_error
+from tests.reference import EXTREMES, assert_replays, block_mask, random_bsr, relative_error
 from torchao_superblock.ops import build_plan, hopper
 from torchao_superblock.ops.plan import is_mixed
 
@@ -1033,6 +1033,21 @@ def test_float32_activations_match_float64(set_precision, activation, precision,
     _hopper_or_skip()
     set_precision(precision)
     _check(9000, 832, 768, blocksize, torch.float32, bound, activation=activation)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_at_extremes_are_torch_s(activation, dtype):
+    _hopper_or_skip()
+    _, crow, col, values = random_bsr(768, 768, 64, 0.8, dtype, "cuda")
+    bias = torch.tensor(EXTREMES, device="cuda").repeat(768)[:768].to(dtype)
+    x = torch.zeros(9000, 768, device="cuda", dtype=dtype)
+    y = hopper.forward(x, crow, col, values, bias, activation, None)
+    expected = ACTIVATIONS[activation](bias.double()).to(dtype)
+    if dtype != torch.float32 and activation == "gelu":
+        expected = torch.where(bias == -torch.inf, 0, expected)
+    torch.testing.assert_close(y, expected.expand(9000, -1), equal_nan=True, atol=6e-5, rtol=2e-2)
 
 
 @pytest.mark.gpu
