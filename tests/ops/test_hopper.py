@@ -1036,6 +1036,24 @@ def test_float32_activations_match_float64(set_precision, activation, precision,
 
 
 @pytest.mark.gpu
+def test_a_gradient_by_the_plan_of_another_index_is_nan():
+    """Where the Gluon kernel computes it. A forward takes no more than its order of work from the plan."""
+    _hopper_or_skip()
+    _, crow, col, values = random_bsr(1024, 1024, 64, 0.8, torch.bfloat16, "cuda")
+    _, other_crow, other_col, _ = random_bsr(1024, 1024, 64, 0.8, seed=1, device="cuda")
+    own, other = (
+        build_plan(*index, 16, (64, 64)) for index in ((crow, col), (other_crow, other_col))
+    )
+    x = torch.randn(16384, 1024, device="cuda").to(torch.bfloat16)
+    assert cuda.hopper_kernel(x, crow, col, values, None, "none", own, 0) is not None
+    right = cuda.grad_x(x, crow, col, values, own, 16)
+    assert right.isfinite().all()
+    assert cuda.grad_x(x, crow, col, values, other, 16).isnan().all()
+    y = cuda.forward(x, crow, col, values, None, "none", own)
+    assert torch.equal(y, cuda.forward(x, crow, col, values, None, "none", other))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_at_extremes_are_torch_s(activation, dtype):
