@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.reference import EXTREMES, assert_replays, block_mask, random_bsr, relative_error
-from torchao_superblock.ops import build_plan, hopper
+from torchao_superblock.ops import build_plan, cuda, hopper
 from torchao_superblock.ops.plan import is_mixed
 
 triton = pytest.importorskip("triton", reason="needs Triton")
