@@ -1,5 +1,6 @@
 """``BSRLinear``: ``nn.Linear`` with its weight in BSR format."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torchao_superblock.bsr.format import (
     infer_blocksize,
     nonzero_blocks,
 )
+from torchao_superblock.bsr.index_record import IndexRecord
 from torchao_superblock.bsr.weight import BSRWeight, TracedBSRWeight
 from torchao_superblock.common.all_or_nothing import all_or_nothing
 from torchao_superblock.common.blocks import parse_blocksize
@@ -118,7 +120,7 @@ def _run(
     values: Tensor,
     bias: Tensor | None,
     activation: str,
-    plan: Tensor,
+    plan: Tensor | None,
 ) -> Tensor:
     shape = x.shape
     if not shape or shape[-1] != in_features:
@@ -140,7 +142,9 @@ class BSRLinear(nn.Module):
     kept in the canonical order of :mod:`torchao_superblock.bsr.format`, which is also what ``state_dict`` holds.
 
     The indices are buffers and must not be averaged: with ``torch.optim.swa_utils.AveragedModel`` leave ``use_buffers``
-    at False.
+    at False. A forward raises RuntimeError if they were written in place and hold another pattern than before (only
+    ``load_state_dict`` may change it); other index tensors in their place, as ``torch.func.functional_call`` puts
+    there, are used as they are.
 
     Loading a ``state_dict`` is atomic for the layer: bad content raises and changes nothing of it, and so does a part
     of its tensors, with ``strict=False`` too. Content with another
@@ -178,6 +182,7 @@ class BSRLinear(nn.Module):
     """
 
     _dense_shape: tuple[int, int] | None = None
+    _index_record: IndexRecord | None = None  # what `plan` was made from
 
     def __init__(
         self,
@@ -254,6 +259,24 @@ class BSRLinear(nn.Module):
         n_block_cols = self.in_features // self.blocksize[1]
         plan = build_plan(crow_indices, col_indices, n_block_cols, self.blocksize)
         self.register_buffer("plan", plan, persistent=False)
+        self._index_record = IndexRecord(self.crow_indices, self.col_indices)
+
+    def _plan_for(self, crow_indices: Tensor, col_indices: Tensor, plan: Tensor) -> Tensor | None:
+        """``plan`` if it was made from these tensors, else None."""
+        record = self._index_record
+        return plan if record is not None and record.matches(crow_indices, col_indices) else None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BSRLinear":
+        record, crow_indices, col_indices = self._index_record, self.crow_indices, self.col_indices
+        super()._apply(fn, recurse)
+        if (
+            record is not None
+            and record.crow_indices is crow_indices
+            and record.col_indices is col_indices
+        ):
+            # `fn` made copies of the plan and of what it was made from.
+            self._index_record = record.moved(self.crow_indices, self.col_indices)
+        return self
 
     @classmethod
     def from_dense(
@@ -324,14 +347,12 @@ class BSRLinear(nn.Module):
     @property
     def weight(self) -> BSRWeight | TracedBSRWeight:
         """A stand-in for the ``(N, K)`` weight: works in ``F.linear``, knows its shape, dtype and device."""
-        stand_in = TracedBSRWeight if torch.compiler.is_compiling() else BSRWeight
-        return stand_in(
-            (self.out_features, self.in_features),
-            self.crow_indices,
-            self.col_indices,
-            self.values,
-            self.plan,
-        )
+        shape = (self.out_features, self.in_features)
+        crow_indices, col_indices, values, _, plan = self._tensors()
+        if torch.compiler.is_compiling():
+            return TracedBSRWeight(shape, crow_indices, col_indices, values, plan)
+        plan = self._plan_for(crow_indices, col_indices, plan)
+        return BSRWeight(shape, crow_indices, col_indices, values, plan)
 
     @property
     def nnz(self) -> int:
@@ -375,6 +396,7 @@ class BSRLinear(nn.Module):
                 bias = parameters["bias"] if "bias" in parameters else self.bias
             except KeyError:  # parametrized, or kept elsewhere by what shards the model
                 crow_indices, col_indices, values, bias, plan = self._tensors()
+            plan = self._plan_for(crow_indices, col_indices, plan)
         return _run(
             x,
             self.in_features,

@@ -21,7 +21,7 @@ from torchao_superblock.common.modules import (
 )
 from torchao_superblock.common.names import without_compile_prefix
 from torchao_superblock.common.swappable import shape_obstacle
-from torchao_superblock.ops.break_even import break_even_sparsity
+from torchao_superblock.ops.break_even import break_even
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,8 @@ def swap_to_bsr(
         model: any module, not itself an ``nn.Linear``.
         blocksize: int or ``(rows, cols)`` for all layers; None reads each layer's off its zeros.
         min_sparsity: a layer with a smaller fraction of zero blocks is skipped. None means "where it is faster than
-            dense": a table of measured break-even points by device, block size and dtype.
+            dense": a table of measured break-even points by device, block size and dtype. Where nobody measured, it
+            takes a cautious 0.9 and the report says so.
         filter_fn: ``filter_fn(module, fqn) -> bool``; a layer for which it is False is skipped.
         fuse_activations: let a swapped layer of an ``nn.Sequential`` apply the activation that directly follows it
             (``nn.ReLU``, ``nn.GELU`` or ``nn.SiLU``), where that gives the same result: no hook sits between the two
@@ -238,15 +239,26 @@ def _judge(
         return entry("shape_not_multiple", unfit)
     sparsity = 1.0 - nonzero_blocks(linear.weight, blocksize).float().mean().item()
     if min_sparsity is not None:
-        needed, code, rule = min_sparsity, "too_few_zero_blocks", "min_sparsity is"
+        needed, code = min_sparsity, "too_few_zero_blocks"
+        rule = f"min_sparsity is {needed:.1%}"
     elif sparsity == 0.0:
         return entry("too_few_zero_blocks", "no block of its weight is all zeros", sparsity)
     else:
-        device = linear.weight.device
-        needed = break_even_sparsity(device.type, blocksize, linear.weight.dtype)
-        code, rule = "slower_than_dense", f"on {device.type} blocks of this size break even at"
+        needed, measured, where = break_even(
+            linear.weight.device.type, blocksize, linear.weight.dtype
+        )
+        code, rule = (
+            "slower_than_dense",
+            f"on {where} blocks of this size break even at {needed:.1%}",
+        )
+        if not measured:
+            dtype = str(linear.weight.dtype).removeprefix("torch.")
+            rule = (
+                f"and nobody has measured from where on {dtype} blocks of this size are faster than dense on {where}: "
+                f"{needed:.1%} is a cautious guess; pass min_sparsity to decide yourself"
+            )
     if sparsity < needed:
-        return entry(code, f"{sparsity:.1%} of its blocks are zero, {rule} {needed:.1%}", sparsity)
+        return entry(code, f"{sparsity:.1%} of its blocks are zero, {rule}", sparsity)
     return entry("swapped", f"{sparsity:.1%} of its blocks are zero", sparsity)
 
 
