@@ -53,11 +53,18 @@ setup(
     packages=find_packages(include=["torchao_superblock", "torchao_superblock.*"]),
     package_data={"torchao_superblock": ["py.typed"]},
     ext_modules=[cpu_kernel()],
-    install_requires=["torch>=2.11", "numpy", "safetensors>=0.4"],
+    install_requires=["torch>=2.11", "numpy"],
     extras_require={
         "torchao": TORCHAO,
         "examples": EXAMPLES,
         "quality": QUALITY,
-        "test": ["pytest>=8", "expecttest>=0.2", "hypothesis>=6.100", "ruff>=0.6", *EXAMPLES],
+        "test": [
+            "pytest>=8",
+            "expecttest>=0.2",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "safetensors>=0.4",
+            *EXAMPLES,
+        ],
     },
 )

@@ -71,6 +71,11 @@ TOLERANCE = {
 }
 
 
+# Where formulas of activations overflow, cancel or meet 0 * infinity.
+EXTREMES = [float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 1e20, -1e20, 1e13, -1e13, 100.0]
+EXTREMES += [-100.0, -90.0, -88.7, -87.4, -87.3, -30.0, -14.0, 1e-30, -1e-30, 0.0, -0.0]
+
+
 def assert_replays(function: Callable[[], Tensor], expected: Tensor) -> None:
     """Captured in a CUDA graph, ``function`` returns ``expected`` at every replay."""
     graph = torch.cuda.CUDAGraph()

@@ -275,6 +275,21 @@ blocks.1.mlp.2.weight               32x64   8x16   4x4   90.0%   87.5%
     assert str(SupermaskSparsifier().summary()) == "no block masks: call prepare() first"
 
 
+@pytest.mark.parametrize("layout", ["to_sparse_csr", "to_sparse_csc", "to_sparse"])
+def test_tensors_with_a_sparse_layout_are_skipped_or_left_alone(layout: str) -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    model.register_buffer("graph", getattr(torch.eye(32), layout)())
+    model.free = nn.Parameter(getattr(torch.eye(32), layout)())
+    model[0].weight = nn.Parameter(getattr(model[0].weight.detach(), layout)())
+    sparsifier = SupermaskSparsifier(blocksize=16)
+    sparsifier.prepare(model, config=None)
+    assert [group["tensor_fqn"] for group in sparsifier.groups] == ["1.weight"]
+    (skipped,) = sparsifier.summary().skipped
+    assert (skipped.fqn, skipped.code) == ("0.weight", "layout")
+    with pytest.raises(ValueError, match="cannot mask 'free': it has the layout torch.sparse_"):
+        SupermaskSparsifier(blocksize=16).prepare(model, config=[{"tensor_fqn": "free"}])
+
+
 # -------------------------------------------------------------------------------------------------
 # Training
 # -------------------------------------------------------------------------------------------------

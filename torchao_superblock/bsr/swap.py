@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Real
 
+import torch
 from torch import nn
 
 from torchao_superblock.bsr import sequential
@@ -11,7 +12,7 @@ from torchao_superblock.bsr.format import infer_blocksize, nonzero_blocks
 from torchao_superblock.bsr.layers import twin_of
 from torchao_superblock.bsr.linear import BSRLinear, conversion_obstacle
 from torchao_superblock.common.all_or_nothing import all_or_nothing
-from torchao_superblock.common.blocks import parse_blocksize
+from torchao_superblock.common.blocks import parse_blocksize, whole_block_grid
 from torchao_superblock.common.modules import (
     block_masks_of,
     parameter_owners,
@@ -20,7 +21,7 @@ from torchao_superblock.common.modules import (
 )
 from torchao_superblock.common.names import without_compile_prefix
 from torchao_superblock.common.swappable import shape_obstacle
-from torchao_superblock.ops.break_even import break_even_sparsity
+from torchao_superblock.ops.break_even import break_even
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,10 @@ class SwapEntry:
         blocksize: ``(rows, cols)``, or None where none was found.
         sparsity: fraction of blocks that hold only zeros, or None where it was not looked at.
         reason: a sentence.
-        code: a short stable word: ``swapped``, or why not: ``customised``, ``filtered_out``, ``linear_subclass``,
-            ``meta_device``, ``odd_shape``, ``parametrized``, ``shape_not_multiple``, ``sharded``,
-            ``slower_than_dense``, ``tied_weight``, ``too_few_zero_blocks``, ``uninitialized``, ``unsupported_dtype``,
-            ``weight_subclass``.
+        code: a short stable word: ``swapped``, or why not: ``customised``, ``filtered_out``, ``invalid_indices``,
+            ``linear_subclass``, ``meta_device``, ``odd_shape``, ``other_blocksize``, ``parametrized``,
+            ``shape_not_multiple``, ``sharded``, ``slower_than_dense``, ``sparse_layout``, ``tied_weight``,
+            ``too_few_zero_blocks``, ``uninitialized``, ``unsupported_dtype``, ``weight_subclass``.
     """
 
     fqn: str
@@ -118,14 +119,16 @@ def swap_to_bsr(
 ) -> SwapReport:
     """Replace, in place, every linear layer with enough zero blocks by a :class:`BSRLinear`.
 
-    The weights are looked at as they are: where the zeros come from does not matter. If anything fails, the model is as
+    The weights are looked at as they are: where the zeros come from does not matter. A weight with the layout
+    ``torch.sparse_bsr`` becomes a :class:`BSRLinear` with the blocks that it stores. If anything fails, the model is as
     it was. An optimizer built before holds the dense weights: build it again to fine-tune the stored blocks.
 
     Args:
         model: any module, not itself an ``nn.Linear``.
         blocksize: int or ``(rows, cols)`` for all layers; None reads each layer's off its zeros.
         min_sparsity: a layer with a smaller fraction of zero blocks is skipped. None means "where it is faster than
-            dense": a table of measured break-even points by device, block size and dtype.
+            dense": a table of measured break-even points by device, block size and dtype. Where nobody measured, it
+            takes a cautious 0.9 and the report says so.
         filter_fn: ``filter_fn(module, fqn) -> bool``; a layer for which it is False is skipped.
         fuse_activations: let a swapped layer of an ``nn.Sequential`` apply the activation that directly follows it
             (``nn.ReLU``, ``nn.GELU`` or ``nn.SiLU``), where that gives the same result: no hook sits between the two
@@ -227,6 +230,8 @@ def _judge(
     others = [owner for owner in owners[storage_address(linear.weight)] if owner != f"{fqn}.weight"]
     if others:
         return entry("tied_weight", f"its weight is shared with {', '.join(others)}")
+    if linear.weight.layout is torch.sparse_bsr:
+        return _judge_stored(linear, fqn, blocksize, min_sparsity)
     if blocksize is None:
         blocksize = infer_blocksize(linear.weight)
     unfit = shape_obstacle(shape, blocksize)
@@ -234,16 +239,52 @@ def _judge(
         return entry("shape_not_multiple", unfit)
     sparsity = 1.0 - nonzero_blocks(linear.weight, blocksize).float().mean().item()
     if min_sparsity is not None:
-        needed, code, rule = min_sparsity, "too_few_zero_blocks", "min_sparsity is"
+        needed, code = min_sparsity, "too_few_zero_blocks"
+        rule = f"min_sparsity is {needed:.1%}"
     elif sparsity == 0.0:
         return entry("too_few_zero_blocks", "no block of its weight is all zeros", sparsity)
     else:
-        device = linear.weight.device
-        needed = break_even_sparsity(device.type, blocksize, linear.weight.dtype)
-        code, rule = "slower_than_dense", f"on {device.type} blocks of this size break even at"
+        needed, measured, where = break_even(
+            linear.weight.device.type, blocksize, linear.weight.dtype
+        )
+        code, rule = (
+            "slower_than_dense",
+            f"on {where} blocks of this size break even at {needed:.1%}",
+        )
+        if not measured:
+            dtype = str(linear.weight.dtype).removeprefix("torch.")
+            rule = (
+                f"and nobody has measured from where on {dtype} blocks of this size are faster than dense on {where}: "
+                f"{needed:.1%} is a cautious guess; pass min_sparsity to decide yourself"
+            )
     if sparsity < needed:
-        return entry(code, f"{sparsity:.1%} of its blocks are zero, {rule} {needed:.1%}", sparsity)
+        return entry(code, f"{sparsity:.1%} of its blocks are zero, {rule}", sparsity)
     return entry("swapped", f"{sparsity:.1%} of its blocks are zero", sparsity)
+
+
+def _judge_stored(
+    linear: nn.Linear, fqn: str, blocksize: tuple[int, int] | None, min_sparsity: float | None
+) -> SwapEntry:
+    """Decide about a layer whose weight is a ``torch.sparse_bsr`` tensor: there is no dense product to compare with."""
+    shape = (linear.out_features, linear.in_features)
+    values = linear.weight.values()
+    size = tuple(values.shape[1:])
+    R, C = whole_block_grid(shape, size)
+    sparsity = 1.0 - values.shape[0] / (R * C)
+
+    def entry(code: str, reason: str) -> SwapEntry:
+        return SwapEntry(fqn, shape, size, sparsity, reason, code)
+
+    if blocksize not in (None, size):
+        return entry(
+            "other_blocksize", f"its weight is stored in blocks of {size}, not {blocksize}"
+        )
+    if min_sparsity is not None and sparsity < min_sparsity:
+        return entry(
+            "too_few_zero_blocks",
+            f"{sparsity:.1%} of its blocks are not stored, min_sparsity is {min_sparsity:.1%}",
+        )
+    return entry("swapped", f"{sparsity:.1%} of its blocks are not stored")
 
 
 def _replace(

@@ -19,6 +19,11 @@ from torch import Tensor
 from torchao_superblock.bsr.format import bsr_to_dense
 from torchao_superblock.ops import bsr_linear
 
+_ADVICE = (
+    "call the layer itself or torch.nn.functional.linear(x, layer.weight, layer.bias), train layer.values, or get a "
+    "dense copy with layer.to_dense()"
+)
+
 
 def _without_dispatch(function: Callable) -> Callable:
     """The same function with its ``has_torch_function`` check answering False.
@@ -64,9 +69,7 @@ class _StandIn:
         # Not a TypeError: Python's operators would swallow it and print their own words.
         name = getattr(func, "__qualname__", None) or getattr(func, "__name__", str(func))
         raise NotImplementedError(
-            f"the weight of a BSRLinear is stored as blocks and does not support {name}; call the layer itself or "
-            "torch.nn.functional.linear(x, layer.weight, layer.bias), train layer.values, or get a dense copy with "
-            "layer.to_dense()"
+            f"the weight of a BSRLinear is stored as blocks and does not support {name}; {_ADVICE}"
         )
 
     def to_dense(self) -> Tensor:
@@ -129,6 +132,11 @@ class BSRWeight(_StandIn, Tensor):
             device=values.device,
             requires_grad=values.requires_grad,
         )
+        # C++ that asks no __torch_function__ (to_dlpack for one) would read the wrapper's storage, which is nowhere.
+        with torch._C.DisableTorchFunctionSubclass():
+            torch._C._set_storage_data_ptr_access_error_msg(
+                self.untyped_storage()._cdata, _NO_STORAGE
+            )
         self.crow_indices = crow_indices
         self.col_indices = col_indices
         self.values = values
@@ -151,7 +159,9 @@ class BSRWeight(_StandIn, Tensor):
     @classmethod
     def _other(cls, func: Callable, args: tuple, kwargs: dict) -> Any:
         # Asking what a tensor is (getters and the likes of size()) is answered by the wrapper itself.
-        if func in _METADATA or getattr(func, "__name__", "") == "__get__":
+        if func in _METADATA or (
+            getattr(func, "__name__", "") == "__get__" and func not in _OF_PARAMETERS
+        ):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         return super()._other(func, args, kwargs)
@@ -160,6 +170,17 @@ class BSRWeight(_StandIn, Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return _StandIn._other(func, args, kwargs or {})
 
+
+_NO_STORAGE = (
+    f"the weight of a BSRLinear is stored as blocks and has no memory of its own; {_ADVICE}"
+)
+
+# What optimizers and clipping ask of a parameter: an answer would let them pass it by in silence.
+_OF_PARAMETERS = {
+    Tensor.is_leaf.__get__,
+    Tensor.retains_grad.__get__,
+    Tensor.grad.__get__,
+}
 
 _METADATA = {
     Tensor.size,

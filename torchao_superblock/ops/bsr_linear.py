@@ -22,6 +22,8 @@ from torch import Tensor
 from torchao_superblock.ops import direct
 from torchao_superblock.ops.activations import ACTIVATIONS
 from torchao_superblock.ops.aot import register_decomposition
+from torchao_superblock.ops.flops import register_formulas
+from torchao_superblock.ops.forks import watch_forks
 from torchao_superblock.ops.plan import build_plan, plan_fits, plan_length
 
 NAMESPACE = "torchao_superblock"
@@ -44,6 +46,8 @@ _library.define(
     "SymInt block_rows, SymInt block_cols, Tensor? plan=None) -> Tensor",
     tags=_TAGS,
 )
+register_formulas()
+watch_forks()
 _forward_op = torch.ops.torchao_superblock.bsr_linear.default
 _grad_x_op = torch.ops.torchao_superblock.bsr_linear_grad_x.default
 _grad_values_op = torch.ops.torchao_superblock.bsr_linear_grad_values.default
@@ -64,6 +68,8 @@ def bsr_linear(
     out_features: int | None = None,
     activation: str = "none",
     plan: Tensor | None = None,
+    *,
+    in_features: int | None = None,
 ) -> Tensor:
     """Linear layer with a weight in BSR (block compressed sparse row) format: ``activation(x @ weight.T + bias)``.
 
@@ -83,7 +89,10 @@ def bsr_linear(
         out_features: N, if the last block row is ragged; None means ``R * r``. K may be ragged as well: what a block
             holds beyond column K is ignored.
         activation: one of ``"none"``, ``"relu"``, ``"gelu"``, ``"gelu_tanh"``, ``"silu"``.
-        plan: from :func:`torchao_superblock.ops.build_plan`; None builds what a backward needs at each call.
+        plan: from :func:`torchao_superblock.ops.build_plan`; None builds what a backward needs at each call. A plan of
+            another index slows a forward down; gradients are right on a CPU, which uses none, and NaN on a GPU.
+        in_features: K, to have x checked. A stored weight does not say how wide it is (its last block columns may hold
+            no block), so without this and without a plan, columns of x beyond it count as multiplied with zeros.
 
     Returns:
         ``(..., N)``, contiguous, dtype of ``x``.
@@ -99,6 +108,11 @@ def bsr_linear(
         >>> bsr_linear(torch.ones(1, 4), crow, col, w[None, :, :2])
         tensor([[3., 7.]])
     """
+    if in_features is not None and (x.dim() < 1 or x.shape[-1] != in_features):
+        raise ValueError(
+            f"bsr_linear: x must have in_features={in_features} features in its last dimension, got shape "
+            f"{tuple(x.shape)}"
+        )
     args = (x, crow_indices, col_indices, values, bias, out_features, activation, plan)
     if torch.compiler.is_compiling():
         return _forward_op(*args)
@@ -175,7 +189,8 @@ def _check_forward(
     """Check all that can be checked without reading data; return (N, C)."""
     if values.dim() != 3 or values.shape[1] < 1 or values.shape[2] < 1:
         raise ValueError(
-            f"bsr_linear: values must have shape (nnz, block_rows, block_cols), got {tuple(values.shape)}"
+            "bsr_linear: values must have shape (nnz, block_rows, block_cols) with blocks of at least 1x1, got "
+            f"{tuple(values.shape)}"
         )
     nnz, r, c = values.shape
     if x.dim() < 1:
@@ -291,14 +306,12 @@ def _grad_x(
     lead = grad.shape[:-1]
     if math.prod(lead) == 0 or in_features == 0:
         return grad.new_empty((*lead, in_features))
-    if plan is None:
-        plan = build_plan(crow_indices, col_indices, C)
     grad_x = backend.grad_x(
         _flatten(grad, R * r),
         crow_indices.contiguous(),
         col_indices.contiguous(),
         values.contiguous(),
-        plan.contiguous(),
+        plan if plan is None else plan.contiguous(),
         C,
     )
     return _crop(grad_x, lead, in_features)
@@ -324,14 +337,12 @@ def _grad_values(
         )
     if nnz == 0 or math.prod(x.shape[:-1]) == 0:
         return grad.new_zeros((nnz, block_rows, block_cols))
-    if plan is None:
-        plan = build_plan(crow_indices, col_indices, C)
     return backend.grad_values(
         _flatten(grad, R * block_rows),
         _flatten(x, C * block_cols),
         crow_indices.contiguous(),
         col_indices.contiguous(),
-        plan.contiguous(),
+        plan if plan is None else plan.contiguous(),
         block_rows,
         block_cols,
     )
@@ -511,7 +522,8 @@ def _backward(ctx, grad):
         z = _contract(x, crow_indices, col_indices, values, bias, ctx.out_features, plan)
         grad = _activation_backward(ctx.activation, grad, z)
     grad_x = grad_values = grad_bias = None
-    if plan is None and (ctx.needs_input_grad[0] or ctx.needs_input_grad[3]):
+    # One plan for both, where gradients need one at all.
+    if plan is None and x.is_cuda and ctx.needs_input_grad[0] and ctx.needs_input_grad[3]:
         plan = build_plan(crow_indices, col_indices, -(-x.shape[-1] // values.shape[2]))
     if ctx.needs_input_grad[0]:
         grad_x = _contract_grad_x(grad, crow_indices, col_indices, values, x.shape[-1], plan)
@@ -520,7 +532,8 @@ def _backward(ctx, grad):
             grad, x, crow_indices, col_indices, values.shape[1], values.shape[2], plan
         )
     if ctx.has_bias and ctx.needs_input_grad[4]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        # Not -1, which is ambiguous where there are no features.
+        grad_bias = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1]).sum(0)
     return grad_x, None, None, grad_values, grad_bias, None, None, None
 
 

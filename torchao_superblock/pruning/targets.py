@@ -36,7 +36,7 @@ class SkippedTensor:
         fqn: its fully qualified name.
         shape: its shape.
         code: a short stable word: `smaller_than_block`, `one_block`, `shared`, `parametrized`,
-            `not_2d`, `dtype`, `tensor_subclass` or `uninitialized`.
+            `not_2d`, `dtype`, `layout`, `tensor_subclass` or `uninitialized`.
         reason: the same in a sentence.
     """
 
@@ -369,6 +369,8 @@ def _obstacle(
     if is_traceable_wrapper_subclass(tensor):
         kind = type(tensor).__name__
         return "tensor_subclass", f"it is a {kind}", "mask the plain weight before converting it"
+    if tensor.layout is not torch.strided:
+        return "layout", f"it has the layout {tensor.layout}", "make it dense with to_dense() first"
     shape = tuple(tensor.shape)
     if isinstance(site.module, nn.Conv2d) and site.tensor_name == "weight":
         if site.module.groups > 1:

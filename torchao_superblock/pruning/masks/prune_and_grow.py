@@ -64,7 +64,7 @@ class PruneAndGrowMask(BlockMask):
         sparsity_level: float = 0.8,
         gain: float = 0.0,
         update_every: int = 100,
-        drop_fraction: float = 0.3,
+        drop_fraction: float = 0.1,
     ) -> None:
         object.__setattr__(self, "update_every", update_every)
         object.__setattr__(self, "drop_fraction", drop_fraction)
@@ -160,7 +160,7 @@ class RigLSparsifier(BlockSparsifier):
         ramp_steps: int | None = None,
         gain: float = 0.5,
         update_every: int = 100,
-        drop_fraction: float = 0.3,
+        drop_fraction: float = 0.1,
     ) -> None:
         self.require_freeze_step(freeze_step, "moves blocks until then, fewer and fewer")
         super().__init__(
