@@ -119,7 +119,7 @@ def read(*tensors: Tensor) -> list | None:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
     for tensor in tensors:
-        if tensor.device.type != "cpu" or type(tensor) is not Tensor:
+        if not tensor.is_cpu or type(tensor) is not Tensor:
             return None
     try:
         return [tensor.tolist() for tensor in tensors]
