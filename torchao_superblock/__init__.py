@@ -3,6 +3,7 @@
 sparsifier.prepare(model, config)  ->  train as before  ->  sparsifier.squash_mask()  ->  swap_to_bsr(model)
 """
 
+from torchao_superblock.allocation import allocate
 from torchao_superblock.bsr import (
     BSRLinear,
     BSRWeight,
@@ -13,16 +14,24 @@ from torchao_superblock.bsr import (
     to_bsr_linear,
 )
 from torchao_superblock.ops import backends, tune
-from torchao_superblock.pruning import SupermaskSparsifier, squash
+from torchao_superblock.pruning import (
+    SupermaskSparsifier,
+    prune_one_shot,
+    sensitivity,
+    squash,
+)
 
 __all__ = [
     "BSRLinear",
     "BSRWeight",
     "SupermaskSparsifier",
     "SwapReport",
+    "allocate",
     "backends",
     "load_bsr",
+    "prune_one_shot",
     "save_bsr",
+    "sensitivity",
     "squash",
     "swap_to_bsr",
     "to_bsr_linear",

@@ -3,6 +3,13 @@
 What leaves this folder is an ordinary dense weight whose pruned blocks are exactly zero.
 """
 
+from torchao_superblock.pruning.one_shot import (
+    OneShotReport,
+    PrunedTensor,
+    Sensitivity,
+    prune_one_shot,
+    sensitivity,
+)
 from torchao_superblock.pruning.sparsifier import CubicSL, LambdaSL, SupermaskSparsifier
 from torchao_superblock.pruning.squash import squash
 from torchao_superblock.pruning.summary import MaskedTensor, MaskSummary
@@ -14,8 +21,13 @@ __all__ = [
     "LambdaSL",
     "MaskSummary",
     "MaskedTensor",
+    "OneShotReport",
+    "PrunedTensor",
+    "Sensitivity",
     "SkippedTensor",
     "Supermask",
     "SupermaskSparsifier",
+    "prune_one_shot",
+    "sensitivity",
     "squash",
 ]
