@@ -9,6 +9,7 @@ outermost finished modules (of every block of a transformer, say), for every bat
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -93,7 +94,8 @@ class Forwards:
     def __enter__(self) -> Forwards:
         with ExitStack() as stack:
             stack.enter_context(_eval_mode(self.model))
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if "torch._dynamo" in sys.modules:  # seconds to import, and nothing is compiled without
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             for module in self.model.modules():
                 if isinstance(module, torch.jit.ScriptModule):
                     continue
