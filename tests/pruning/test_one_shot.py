@@ -109,7 +109,7 @@ def test_pruned_places_are_plain_zeros():
 def test_the_second_layer_aims_at_the_dense_outputs_from_the_pruned_inputs():
     model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 8))
     dense, x = copy.deepcopy(model), correlated(300, 12)
-    prune(model, x.split(100), solve_dtype=torch.float64)
+    prune(model, x.split(100), damping=0.01, solve_dtype=torch.float64)
     with torch.no_grad():
         x_dense, x_pruned = dense[:2](x), model[:2](x)
     assert not torch.allclose(x_dense, x_pruned, atol=1e-2)
@@ -138,7 +138,7 @@ def test_repair_beats_zeroing_the_same_blocks():
 def test_inputs_far_from_zero_lose_no_digits():
     model = nn.Sequential(nn.Linear(16, 8))
     dense, x = copy.deepcopy(model), torch.randn(400, 16) + 1000
-    prune(model, x.split(100))
+    prune(model, x.split(100), damping=0.01)
     own = dense[0].bias.detach()
     mask, weight, _ = reference(dense[0].weight.detach(), own, x, x, 0.5, (4, 4), 0.01)
     assert torch.equal(kept_of(model[0].weight, 4, 4), mask)
@@ -259,7 +259,15 @@ def test_cross_attention_solves_query_rows_and_memory_rows_by_their_own_inputs()
     prune(model, [(x, memory)], 0.0, 4, [{"tensor_fqn": name}], damping=0.5)
     # At level 0 and equal streams the best weights are the dense ones.
     torch.testing.assert_close(model.get_parameter(name), dense.get_parameter(name))
-    prune(model, [(x, memory)], 0.5, 4, [{"tensor_fqn": name}], solve_dtype=torch.float64)
+    prune(
+        model,
+        [(x, memory)],
+        0.5,
+        4,
+        [{"tensor_fqn": name}],
+        damping=0.01,
+        solve_dtype=torch.float64,
+    )
     weight, bias = model.get_parameter(name).double(), model.attention.in_proj_bias.double()
     old, old_bias = dense.get_parameter(name).double(), dense.attention.in_proj_bias.double()
     for rows, given in ((slice(0, 8), x), (slice(8, 24), memory)):
@@ -346,7 +354,7 @@ def test_a_module_used_twice_is_solved_for_both_uses():
 
     model, x = Twice(), correlated(200, 8)
     dense = copy.deepcopy(model)
-    prune(model, [x], solve_dtype=torch.float64)
+    prune(model, [x], damping=0.01, solve_dtype=torch.float64)
     with torch.no_grad():
         both = torch.cat([x, dense.block(x)])
     linear = dense.block[0]

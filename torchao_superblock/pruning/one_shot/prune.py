@@ -35,7 +35,7 @@ def prune_one_shot(
     refine_steps: int = 0,
     mask_fn: Callable[[Any], Tensor | None] | None = None,
     progress: bool = True,
-    damping: float = 0.01,
+    damping: float = 0.3,
     solve_dtype: torch.dtype | None = None,
 ) -> OneShotReport:
     """Prunes blocks of a pretrained model and repairs what is left, from a few batches of inputs.
@@ -80,7 +80,9 @@ def prune_one_shot(
             used. Inputs without a sequence, of a pooled layer say, count whole.
         progress: show a bar, if tqdm is installed.
         damping: pull of each weight towards its dense value, as a fraction of the mean second
-            moment of the layer's inputs. Larger is safer with few tokens.
+            moment of the layer's inputs. The fewer tokens, the more of it: with 4,000 of them for
+            MiniLM 0.2 to 0.6 was best where all linears are pruned, and 0.01 to 0.3 no different
+            for its MLPs alone.
         solve_dtype: `torch.float32` or `torch.float64`, of moments and solutions. None: float64 for
             a model in float64, else float32.
 
@@ -334,9 +336,9 @@ def _write(calibration: Calibration) -> None:
 def check_damping(damping: object, caller: str) -> None:
     """Refuses what is no positive number."""
     if isinstance(damping, bool) or not isinstance(damping, numbers.Real):
-        raise TypeError(f"{caller}: damping={damping!r} must be a number above 0, such as 0.01")
+        raise TypeError(f"{caller}: damping={damping!r} must be a number above 0, such as 0.3")
     if not 0 < damping < float("inf"):
-        raise ValueError(f"{caller}: damping={damping!r} must be above 0, such as 0.01")
+        raise ValueError(f"{caller}: damping={damping!r} must be above 0, such as 0.3")
 
 
 def check_solve_dtype(

@@ -86,7 +86,7 @@ def sensitivity(
     *,
     mask_fn: Callable[[Any], Tensor | None] | None = None,
     progress: bool = True,
-    damping: float = 0.01,
+    damping: float = 0.3,
     solve_dtype: torch.dtype | None = None,
 ) -> Sensitivity:
     """Measures how the loss moves when one layer alone is pruned in one shot and repaired.
