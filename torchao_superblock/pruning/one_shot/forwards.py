@@ -9,6 +9,7 @@ outermost finished modules (of every block of a transformer, say), for every bat
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -169,6 +170,7 @@ class Forwards:
         before = module.__dict__.get("forward", _NOTHING)
         inner = module.forward
 
+        @functools.wraps(inner)  # its signature may be asked for
         def forward(*args, **kwargs):
             if self._run is None:
                 return inner(*args, **kwargs)

@@ -70,8 +70,9 @@ def prune_one_shot(
             glob) and perhaps a `sparsity_level`, a `blocksize` or `"exclude": True` of their own.
             None: every `nn.Linear`.
         allocation: `"uniform"`: every weight at its level. `"global"`: the same number of blocks
-            over all, taken where they cost the smallest share of a layer's outputs. See
-            :func:`torchao_superblock.allocate` for levels by the loss that they cost.
+            over all, taken where they cost the smallest share of a layer's outputs in the dense
+            model; one more pass. See :func:`torchao_superblock.allocate` for levels by the loss that
+            they cost.
         refine_steps: with a positive number, so many steps of Adam afterwards on the kept weights
             and biases of one part of the model at a time (a block of a transformer: the elements of
             the outermost `nn.ModuleList` or `nn.Sequential`), towards the dense part's outputs.
