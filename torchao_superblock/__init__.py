@@ -15,6 +15,9 @@ from torchao_superblock.bsr import (
 )
 from torchao_superblock.ops import backends, tune
 from torchao_superblock.pruning import (
+    MagnitudeSparsifier,
+    RigLSparsifier,
+    SpartanSparsifier,
     SupermaskSparsifier,
     prune_one_shot,
     sensitivity,
@@ -24,6 +27,9 @@ from torchao_superblock.pruning import (
 __all__ = [
     "BSRLinear",
     "BSRWeight",
+    "MagnitudeSparsifier",
+    "RigLSparsifier",
+    "SpartanSparsifier",
     "SupermaskSparsifier",
     "SwapReport",
     "allocate",

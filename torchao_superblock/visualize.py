@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.utils import parametrize
 
 from torchao_superblock.bsr import BSRLinear, SwapReport
-from torchao_superblock.bsr.format import infer_blocksize, parse_blocksize
+from torchao_superblock.bsr.format import infer_blocksize
+from torchao_superblock.common.blocks import parse_blocksize
+from torchao_superblock.ops.block_mask import nonzero_blocks
 from torchao_superblock.pruning import Sensitivity
+from torchao_superblock.pruning.masks.base import masks_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,32 +90,21 @@ def _masks_of(module: nn.Module, blocksize: tuple[int, int] | None) -> list[tupl
         )
         mask[rows, module.col_indices.cpu().long()] = True
         return [("weight", mask, (module.out_features, module.in_features), (r, c))]
-    found = []
-    if parametrize.is_parametrized(module):
-        for name, parametrizations in module.parametrizations.items():
-            for entry in parametrizations:
-                if getattr(entry, "_is_block_mask", False):
-                    shape = tuple(parametrizations.original.shape)
-                    found.append((name, entry.block_mask(), shape, entry.blocksize))
+    found: list[tuple[Any, ...]] = [
+        (name, mask.block_mask(), mask.weight_shape, mask.blocksize)
+        for name, mask in masks_of(module).items()
+    ]
     names = {nn.Linear: "weight", nn.MultiheadAttention: "in_proj_weight"}
     for kind, name in names.items():
         weight = module._parameters.get(name) if isinstance(module, kind) else None
         if weight is None or not weight.is_floating_point() or weight.is_meta:
             continue
         size = blocksize or infer_blocksize(weight.detach())
-        mask = None if size is None else _nonzero_blocks(weight.detach(), size)
+        mask = None if size is None else nonzero_blocks(weight.detach(), size)
         # All zeros is how a layer starts (torchvision's classifier), not what pruning leaves.
         if mask is not None and mask.any() and not mask.all():
             found.append((name, mask, tuple(weight.shape), size))
     return found
-
-
-def _nonzero_blocks(weight: Tensor, blocksize: tuple[int, int]) -> Tensor:
-    """Which blocks hold something, a ragged last row and column of blocks included."""
-    r, c = blocksize
-    n, k = weight.shape
-    padded = F.pad(weight != 0, (0, -k % c, 0, -n % r))
-    return padded.unflatten(1, (-1, c)).unflatten(0, (-1, r)).any(dim=3).any(dim=1)
 
 
 def plot_block_masks(

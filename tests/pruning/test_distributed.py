@@ -10,6 +10,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,14 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from torchao_superblock.pruning import Supermask, SupermaskSparsifier, squash
+from torchao_superblock.pruning import (
+    MagnitudeSparsifier,
+    RigLSparsifier,
+    SpartanSparsifier,
+    Supermask,
+    SupermaskSparsifier,
+    squash,
+)
 
 WORLD = 2
 
@@ -106,6 +114,59 @@ def check_ddp(rank: int, frozen: bool) -> None:
     assert all(held) if frozen else not all(held)
 
 
+RAMPED: dict[str, Callable[[], Any]] = {
+    "supermask": lambda: SupermaskSparsifier(0.75, (8, 3), ramp_steps=6, freeze_step=9),
+    "magnitude": lambda: MagnitudeSparsifier(0.75, (8, 3), ramp_steps=6, update_every=2),
+    "weighted": lambda: MagnitudeSparsifier(
+        0.75, (8, 3), ramp_steps=6, update_every=2, gradient_weighted=True
+    ),
+    "rigl": lambda: RigLSparsifier(0.75, (8, 3), freeze_step=9, update_every=2, drop_fraction=0.5),
+    "spartan": lambda: SpartanSparsifier(0.75, (8, 3), ramp_steps=6, freeze_step=9, update_every=2),
+}
+"""Five block rows on two ranks: uneven shards."""
+
+
+def check_kind(rank: int, kind: str, shard: bool) -> None:
+    """Two ranks with half a batch each do what one process does with the whole."""
+    results = []
+    for alone in (True, False):
+        model = make_model()
+        torch.manual_seed(1)
+        sparsifier = RAMPED[kind]()
+        sparsifier.prepare(model, [{"tensor_fqn": "[02].weight"}])
+        run = model
+        if not alone and shard:
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = init_device_mesh("cpu", (WORLD,))
+            fully_shard(model[0], mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        elif not alone:
+            run = DistributedDataParallel(model)
+        optimizer = torch.optim.AdamW(sparsifier.param_groups(run, weight_decay=0.1), lr=1e-2)
+        for i in range(10):
+            optimizer.zero_grad()
+            x = torch.randn(16, 24, generator=torch.Generator().manual_seed(i))
+            x = x if alone else x.chunk(WORLD)[rank]
+            run(x).square().mean().backward()
+            optimizer.step()
+            sparsifier.step()
+        states = [entry["mask"] for entry in sparsifier.state.values()]
+        x = torch.randn(4, 24, generator=torch.Generator().manual_seed(99))
+        results.append((states, run(x).detach(), [int(mask.sum()) for mask in states]))
+    (masks, out, counts), (other_masks, other_out, other_counts) = results
+    assert all(same_on_all_ranks(mask.to(torch.uint8)) for mask in other_masks)
+    assert same_on_all_ranks(other_out)
+    assert counts == other_counts
+    if kind not in (
+        "weighted",
+        "rigl",
+    ):  # squares are averaged over ranks, not taken of the average
+        assert all(torch.equal(a, b) for a, b in zip(masks, other_masks, strict=True))
+        torch.testing.assert_close(out, other_out, rtol=1e-3, atol=1e-4)
+
+
 def check_prepare_inside_ddp(rank: int) -> None:
     ddp = DistributedDataParallel(make_model())
     with pytest.raises(RuntimeError, match=r"(?s)'0\.weight' is wrapped in Distributed.*first"):
@@ -114,9 +175,13 @@ def check_prepare_inside_ddp(rank: int) -> None:
 
 
 def check_fsdp(rank: int, bfloat16: bool) -> None:
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        set_model_state_dict,
+    )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from torch.distributed.tensor import DTensor
 
     model = make_model()
     sparsifier = SupermaskSparsifier(0.5, (8, 3))  # 5 block rows on 2 ranks: uneven shards
@@ -162,15 +227,21 @@ def check_fsdp(rank: int, bfloat16: bool) -> None:
     moved = [not torch.equal(a, b) for a, b in zip(states, masks_of(dense_twin), strict=True)]
     assert any(moved), "training never changed a mask, the test would prove nothing"
 
-    sparsifier.squash_mask()
-
-    for i, width in ((0, 40), (2, 24)):
-        weight = model[i].weight
-        assert isinstance(weight, DTensor) and not hasattr(model[i], "parametrizations")
-        assert torch.equal(weight.full_tensor() != 0, used[width])
+    for squashing in (sparsifier.squash_mask, lambda: squash(model)):
+        with pytest.raises(RuntimeError, match=r"(?s)'0\.weight' is sharded.*full_state_dict=True"):
+            squashing()
     torch.testing.assert_close(model(x).detach(), last, rtol=0, atol=0)
-    model(x).float().sum().backward()  # FSDP2 goes on working with the plain weights
-    assert all(parameter.grad is not None for parameter in model[2].parameters())
+    assert len(sparsifier.groups) == 2
+
+    # The public way: gather, load into a prepared copy that is not sharded, squash that.
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    state = get_model_state_dict(model, options=options)
+    set_model_state_dict(dense_twin, state, options=options)
+    squash(dense_twin)
+    for i, width in ((0, 40), (2, 24)):
+        assert torch.equal(dense_twin[i].weight != 0, used[width])
+    out = dense_twin.to(torch.bfloat16 if bfloat16 else torch.float32)(x.to(last.dtype))
+    torch.testing.assert_close(out.to(last.dtype), last)
 
 
 def check_prepare_sharded(rank: int) -> None:
@@ -212,16 +283,13 @@ def check_squash_at_once(rank: int) -> None:
     expected = copy.deepcopy(model)
     mesh = init_device_mesh("cpu", (WORLD,))
     fully_shard(model[0], mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    sparsifier.freeze()
-    sparsifier.squash_mask()  # no forward has initialised FSDP2 yet
-    squash(expected)
-    assert type(model[0]).__name__ == "FSDPLinear"
-    assert torch.equal(model[0].weight.full_tensor(), expected[0].weight)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
     x = torch.randn(2, 24)
-    torch.testing.assert_close(model(x), expected(x))
-    state = {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
-    expected.load_state_dict(state)
+    for _ in range(2):  # after a forward the root's weights look like plain ones
+        with pytest.raises(RuntimeError, match=r"(?s)weight' is sharded.*Nothing was folded"):
+            squash(model)
+        sparsifier.freeze()
+        torch.testing.assert_close(model(x), expected(x))
 
 
 CHECKS: dict[str, Callable[[int], None]] = {
@@ -233,7 +301,22 @@ CHECKS: dict[str, Callable[[int], None]] = {
     "prepare_sharded": check_prepare_sharded,
     "gathered_state_dict": check_gathered_state_dict,
     "squash_at_once": check_squash_at_once,
+    **{
+        f"{kind}_{'fsdp' if shard else 'ddp'}": functools.partial(
+            check_kind, kind=kind, shard=shard
+        )
+        for kind in RAMPED
+        for shard in (False, True)
+    },
 }
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", list(RAMPED))
+def test_every_kind_of_mask_is_the_same_on_every_rank(
+    run: Callable[[str], None], kind: str, way: str
+) -> None:
+    run(f"{kind}_{way}")
 
 
 @pytest.mark.parametrize("name", ["ddp", "ddp_frozen"])
@@ -248,7 +331,9 @@ def test_preparing_a_ddp_model_is_refused(run: Callable[[str], None]) -> None:
 
 
 @pytest.mark.parametrize("name", ["fsdp_bfloat16", "fsdp_float32"])
-def test_fsdp2_squashes_the_mask_of_the_last_forward(run: Callable[[str], None], name: str) -> None:
+def test_fsdp2_gathered_and_squashed_has_the_mask_of_the_last_forward(
+    run: Callable[[str], None], name: str
+) -> None:
     run(name)
 
 
@@ -260,5 +345,5 @@ def test_fsdp2_state_dict_serves_an_unsharded_model(run: Callable[[str], None]) 
     run("gathered_state_dict")
 
 
-def test_fsdp2_squash_before_any_forward(run: Callable[[str], None]) -> None:
+def test_fsdp2_squash_is_refused_before_and_after_a_forward(run: Callable[[str], None]) -> None:
     run("squash_at_once")

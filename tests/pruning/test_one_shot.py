@@ -633,6 +633,12 @@ def test_nan_weights_are_named():
         prune(model, [correlated(10, 8)])
 
 
+def test_a_convolution_is_refused_by_name():
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=r"'0.weight' has shape \(8, 8, 1, 1\); only weights that"):
+        prune(model, [torch.randn(9, 8, 1, 1)], config=[{"tensor_fqn": "0.weight"}])
+
+
 def test_a_forward_that_differs_from_call_to_call_is_refused():
     class Alternating(nn.Module):
         def __init__(self):
@@ -660,7 +666,12 @@ def test_a_forward_that_differs_from_call_to_call_is_refused():
         (
             {"config": [{"tensor_fqn": "0.weight", "scores_init": "weight_norm"}]},
             ValueError,
-            "'scores_init', which means nothing",
+            "unknown key 'scores_init'",
+        ),
+        (
+            {"config": [{"tensor_fqn": "0.weight", "mask": "weights"}]},
+            ValueError,
+            "has 'mask', which means nothing",
         ),
         ({"allocation": "best"}, ValueError, "allocation='best' is unknown"),
         ({"refine_steps": -1}, ValueError, "refine_steps=-1 must not be negative"),

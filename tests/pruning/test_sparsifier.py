@@ -620,7 +620,8 @@ def test_state_dict_is_plain_and_loading_does_not_change_it() -> None:
     sparsifier.enable_mask_update = False
     state = sparsifier.state_dict()
     assert type(state) is dict and type(state["state"]) is dict
-    assert set(state["groups"][0]) == {"tensor_fqn", "sparsity_level", "blocksize", "scores_init"}
+    settings = {"tensor_fqn", "sparsity_level", "blocksize", "gain", "scores_init"}
+    assert set(state["groups"][0]) == settings
     frozen = copy.deepcopy(state)
     _, other = prepared(sparsity_level=0.7)
     other.load_state_dict(state)
@@ -829,19 +830,17 @@ def test_preparing_twice_is_refused(config: Any) -> None:
 
 
 def test_an_error_half_way_through_prepare_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchao_superblock.pruning import sparsifier as module
-
     model = Model()
     before = snapshot(model)
-    attach, count = module.attach, []
+    register, count = parametrize.register_parametrization, []
 
-    def failing(*args: Any) -> None:
+    def failing(*args: Any, **kwargs: Any) -> None:
         count.append(1)
         if len(count) == 4:
             raise MemoryError
-        attach(*args)
+        register(*args, **kwargs)
 
-    monkeypatch.setattr(module, "attach", failing)
+    monkeypatch.setattr(parametrize, "register_parametrization", failing)
     with pytest.raises(MemoryError):
         prepared([{"tensor_fqn": "*"}], model)
     assert_unchanged(model, before)
@@ -1099,3 +1098,20 @@ def zero_blocks(weight: torch.Tensor, size: int) -> int:
     """How many blocks of a weight are all zeros."""
     rows, cols = (n // size for n in weight.shape)
     return int((weight.detach().view(rows, size, cols, size) == 0).all(3).all(1).sum())
+
+
+def test_pickles_that_name_the_modules_of_version_0_1_load() -> None:
+    model, sparsifier = prepared()
+    # Protocol 0 spells names out, so that they can be turned back into those of then.
+    pickled = pickle.dumps((model, sparsifier), protocol=0)
+    today = b"torchao_superblock.pruning.masks.supermask\n"
+    assert today + b"Supermask\n" in pickled and today + b"SupermaskSparsifier\n" in pickled
+    pickled = pickled.replace(
+        today + b"SupermaskSparsifier\n",
+        b"torchao_superblock.pruning.sparsifier\nSupermaskSparsifier\n",
+    ).replace(today, b"torchao_superblock.pruning.supermask\n")
+    other, other_sparsifier = pickle.loads(pickled)
+    assert torch.equal(other(tokens()), model(tokens()))
+    other_sparsifier.step()
+    other_sparsifier.squash_mask()
+    torch.testing.assert_close(other(tokens()), model(tokens()))

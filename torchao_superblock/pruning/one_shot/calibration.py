@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchao_superblock.common.blocks import check_blocksize
+from torchao_superblock.pruning.masks.base import check_sparsity_level
 from torchao_superblock.pruning.one_shot.capture import Call, Target, find_bias
 from torchao_superblock.pruning.one_shot.forwards import Forwards, Stream
 from torchao_superblock.pruning.one_shot.moments import Moments
@@ -18,7 +20,8 @@ from torchao_superblock.pruning.targets import SkippedTensor, check_config, reso
 Part = tuple[Target, int]
 """A target and the first of a range of its rows that are always called together."""
 
-_SETTINGS = ("tensor_fqn", "sparsity_level", "blocksize", "exclude")
+_CHECKS = {"sparsity_level": check_sparsity_level, "blocksize": check_blocksize}
+_KEYS = ("tensor_fqn", *_CHECKS, "exclude")
 
 
 def find_targets(
@@ -36,9 +39,9 @@ def find_targets(
         ValueError: see :func:`torchao_superblock.pruning.targets.resolve`; a setting that means
             nothing here; a weight with values that are not finite.
     """
-    entries = check_config(config)
+    entries = check_config(config, _CHECKS)
     for i, entry in enumerate(entries or ()):
-        unknown = [key for key in entry if key not in _SETTINGS]
+        unknown = [key for key in entry if key not in _KEYS]
         if unknown:
             raise ValueError(
                 f"{caller}: config[{i}] ({entry['tensor_fqn']!r}) has {unknown[0]!r}, which means "
@@ -49,12 +52,16 @@ def find_targets(
     for group in groups:
         weight = getattr(group["module"], group["tensor_name"])
         fqn = group["tensor_fqn"]
+        if weight.ndim != 2:
+            raise ValueError(
+                f"{caller}: {fqn!r} has shape {tuple(weight.shape)}; only weights that F.linear "
+                "multiplies with can be repaired. Leave it out of the config"
+            )
         if weight.is_meta:
             raise ValueError(f"{caller}: {fqn!r} is on the meta device and has no values")
         if not bool(weight.detach().isfinite().all()):
             raise ValueError(f"{caller}: {fqn!r} contains NaN or infinity")
-        size = group["blocksize"]
-        blocksize = (size, size) if isinstance(size, int) else tuple(size)
+        blocksize = check_blocksize(group["blocksize"])
         targets.append(Target(fqn, weight, blocksize, group["sparsity_level"]))
     return targets, skipped
 
@@ -169,8 +176,7 @@ class Calibration:
             more = f" (and {len(unreached) - 1} more)" if len(unreached) > 1 else ""
             raise ValueError(
                 f"{self.caller}: no batch reaches {unreached[0]!r}{more}: F.linear is never called "
-                "with it. Give batches that do, or leave it out with "
-                f"{{'tensor_fqn': {unreached[0]!r}, 'exclude': True}}"
+                "with it. Give batches that do, or leave it out of the config"
             )
         if any(mask is not None for mask in self._masks) and not self._mask_used:
             shape = next(tuple(mask.shape) for mask in self._masks if mask is not None)

@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from torchao_superblock.ops.block_mask import block_grid
+from torchao_superblock.common.blocks import BlockSize, block_grid
+from torchao_superblock.pruning.masks.base import check_sparsity_level, kept_blocks
 from torchao_superblock.pruning.one_shot.calibration import Calibration, Part, find_targets
 from torchao_superblock.pruning.one_shot.capture import Target
 from torchao_superblock.pruning.one_shot.moments import Moments
 from torchao_superblock.pruning.one_shot.refine import find_parts, refine
 from torchao_superblock.pruning.one_shot.report import OneShotReport, PrunedTensor, RefinedPart
 from torchao_superblock.pruning.one_shot.solve import Problem, block_costs, choose_blocks, repair
-from torchao_superblock.pruning.supermask import BlockSize, check_sparsity_level, kept_blocks
 
 ALLOCATIONS = ("uniform", "global")
 
@@ -67,7 +67,7 @@ def prune_one_shot(
         sparsity_level: fraction of the blocks of each weight to prune, in `[0, 1)`.
         blocksize: int for square blocks, or `(rows, cols)`.
         config: which weights, as for a sparsifier's `prepare`: entries with a `tensor_fqn` (or a
-            glob) and perhaps a `sparsity_level`, a `blocksize` or `"exclude": True` of their own.
+            glob) and perhaps a `sparsity_level` or a `blocksize` of their own.
             None: every `nn.Linear`.
         allocation: `"uniform"`: every weight at its level. `"global"`: the same number of blocks
             over all, taken where they cost the smallest share of a layer's outputs in the dense

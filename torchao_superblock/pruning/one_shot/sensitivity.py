@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchao_superblock.common.blocks import BlockSize
+from torchao_superblock.pruning.masks.base import check_sparsity_level
 from torchao_superblock.pruning.one_shot.calibration import Calibration, find_targets
 from torchao_superblock.pruning.one_shot.prune import (
     Layers,
@@ -18,7 +20,6 @@ from torchao_superblock.pruning.one_shot.prune import (
     shown,
 )
 from torchao_superblock.pruning.summary import _by, _table
-from torchao_superblock.pruning.supermask import BlockSize, check_sparsity_level
 from torchao_superblock.pruning.targets import SkippedTensor
 
 
