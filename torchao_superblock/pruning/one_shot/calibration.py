@@ -342,3 +342,5 @@ class Calibration:
             expected = parameter.data_ptr() + (begin + call.start) * parameter.element_size()
             if call.bias is None or call.bias.data_ptr() != expected:
                 target.bias = None
+        if call.bias is not None and target.bias is None:
+            target.foreign_bias = True

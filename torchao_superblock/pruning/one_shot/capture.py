@@ -34,6 +34,7 @@ class Target:
         sparsity_level: fraction of its blocks to prune.
         bias: what its outputs are shifted by: a parameter and the index of the first element of it
             that belongs to row 0; None where there is none that the weight has to itself.
+        foreign_bias: whether there is a bias, but not of its own.
         cuts: the rows at which a call begins or ends: cross attention calls with slices of one
             packed weight, and each slice sees inputs of its own.
     """
@@ -43,6 +44,7 @@ class Target:
     blocksize: tuple[int, int]
     sparsity_level: float
     bias: tuple[nn.Parameter, int] | None = None
+    foreign_bias: bool = False
     cuts: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:

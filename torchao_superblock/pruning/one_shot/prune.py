@@ -308,8 +308,8 @@ def _entry(target: Target, solution: Solution) -> PrunedTensor:
     shape = (target.weight.shape[0], target.weight.shape[1])
     kept = int(solution.mask.sum())
     notes = []
-    if target.bias is None:
-        notes.append("no bias of its own to repair")
+    if target.foreign_bias:
+        notes.append("its bias is not its own and stays")
     if not solution.paired:
         notes.append("own outputs as target: other tokens reach it once pruned")
     return PrunedTensor(
