@@ -71,8 +71,10 @@ def prune_one_shot(
             None: every `nn.Linear`.
         allocation: `"uniform"`: every weight at its level. `"global"`: the same number of blocks
             over all, taken where they cost the smallest share of a layer's outputs in the dense
-            model; one more pass. See :func:`torchao_superblock.allocate` for levels by the loss that
-            they cost.
+            model, which takes one more pass. For layers of unlike roles these shares do not compare:
+            it kept more of MiniLM at 0.5 with all linears (59 against 53 % of the way from nothing
+            to dense) and much less at 0.3 with its MLPs alone (59 against 81 %). Levels by the loss
+            that they cost come from :func:`torchao_superblock.allocate`.
         refine_steps: with a positive number, so many steps of Adam afterwards on the kept weights
             and biases of one part of the model at a time (a block of a transformer: the elements of
             the outermost `nn.ModuleList` or `nn.Sequential`), towards the dense part's outputs.
