@@ -1,7 +1,7 @@
 """Pictures of block masks, swap reports and sensitivities.
 
 Needs matplotlib, which is imported when a picture is asked for and not before. The figures belong
-to no window: save them with ``figure.savefig("masks.png")``, or return them from a notebook cell.
+to no window: save them with `figure.savefig("masks.png")`, or return them from a notebook cell.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class LayerMask:
     """The block mask of one weight.
 
     Attributes:
-        fqn: of the tensor, e.g. ``"encoder.layers.0.mlp.0.weight"``.
-        mask: bool ``(R, C)`` over the block grid, True = kept; on the CPU.
+        fqn: of the tensor, e.g. `"encoder.layers.0.mlp.0.weight"`.
+        mask: bool `(R, C)` over the block grid, True = kept; on the CPU.
         shape: of the weight.
-        blocksize: ``(rows, cols)``.
+        blocksize: `(rows, cols)`.
     """
 
     fqn: str
@@ -63,7 +63,7 @@ def block_masks(
         blocksize: of squashed weights; None reads each one's off its zeros.
 
     Returns:
-        One entry a weight, in the order of ``model.named_modules()``; weights without a zero block are left out.
+        One entry a weight, in the order of `model.named_modules()`; weights without a zero block are left out.
 
     Example:
         >>> linear = nn.Linear(64, 64)
@@ -250,7 +250,7 @@ def _draw_mask(axes: Any, mask: Tensor, pixels: float) -> None:
 
 
 def _pattern(names: list[str]) -> tuple[str, list[str]]:
-    """What names share, with ``*`` where they differ, and what stands there in each.
+    """What names share, with `*` where they differ, and what stands there in each.
 
     >>> _pattern(["layer_0.up.weight", "layer_1.up.weight"])
     ('layer_*.up.weight', ['0', '1'])
