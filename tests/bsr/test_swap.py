@@ -13,9 +13,8 @@ from tests.bsr.common import CountCalls, assert_unchanged, prune, prune_all, sna
 from tests.injection import each_interruption
 from tests.reference import relative_error
 from torchao_superblock.bsr import BSRLinear, swap_to_bsr, to_bsr_linear
-from torchao_superblock.bsr import swap as swap_module
 from torchao_superblock.bsr.folded_activation import FoldedActivation
-from torchao_superblock.ops.break_even import BreakEven, break_even
+from torchao_superblock.ops.break_even import break_even
 
 
 def mlp() -> nn.Sequential:

@@ -149,7 +149,7 @@ def test_only_ahead_of_time_compilers_see_the_kernels(
 
 
 class Launcher:
-    """Stands for a compiled kernel's ``run``: records what it is asked to launch."""
+    """Stands for a compiled kernel's `run`: records what it is asked to launch."""
 
     def __init__(self, launches: list[tuple]) -> None:
         self.launches = launches

@@ -1,8 +1,8 @@
 """The grid on which the plain Triton kernels are checked, wherever they run.
 
-On a GPU the cases are ordinary tests (``test_cuda.py``). Without one they run in Triton's interpreter, which must be
-switched on before a kernel is defined: ``test_triton.py`` runs this file in a process of its own,
-``TRITON_INTERPRET=1 python -m tests.ops.triton_cases GROUP``.
+On a GPU the cases are ordinary tests (`test_cuda.py`). Without one they run in Triton's interpreter, which must be
+switched on before a kernel is defined: `test_triton.py` runs this file in a process of its own,
+`TRITON_INTERPRET=1 python -m tests.ops.triton_cases GROUP`.
 
 Legend: M tokens, R x C the block grid, r x c the block size.
 """

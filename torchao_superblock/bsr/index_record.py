@@ -24,13 +24,13 @@ class IndexRecord:
     for which a GPU is waited for.
 
     What torch does not count is not seen here: writes by DistributedDataParallel's broadcast of buffers, to inference
-    tensors and through ``.data``; and compiled code asks nothing. Kernels do not depend on it: those of the CPU use no
+    tensors and through `.data`; and compiled code asks nothing. Kernels do not depend on it: those of the CPU use no
     plan for gradients, and CUDA's gradients are NaN if the plan is not of the index. What an average made of an index
     is used as it is there.
 
     Args:
-        crow_indices: ``(R + 1,)`` int32.
-        col_indices: ``(nnz,)`` int32.
+        crow_indices: `(R + 1,)` int32.
+        col_indices: `(nnz,)` int32.
     """
 
     __slots__ = ("col_indices", "crow_indices", "host", "versions")

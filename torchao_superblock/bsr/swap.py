@@ -30,14 +30,14 @@ class SwapEntry:
 
     Attributes:
         fqn: its fully qualified name.
-        shape: ``(out_features, in_features)``.
-        blocksize: ``(rows, cols)``, or None where none was found.
+        shape: `(out_features, in_features)`.
+        blocksize: `(rows, cols)`, or None where none was found.
         sparsity: fraction of blocks that hold only zeros, or None where it was not looked at.
         reason: a sentence.
-        code: a short stable word: ``swapped``, or why not: ``customised``, ``filtered_out``, ``invalid_indices``,
-            ``linear_subclass``, ``meta_device``, ``odd_shape``, ``other_blocksize``, ``parametrized``,
-            ``shape_not_multiple``, ``sharded``, ``slower_than_dense``, ``sparse_layout``, ``tied_weight``,
-            ``too_few_zero_blocks``, ``uninitialized``, ``unsupported_dtype``, ``weight_subclass``.
+        code: a short stable word: `swapped`, or why not: `customised`, `filtered_out`, `invalid_indices`,
+            `linear_subclass`, `meta_device`, `odd_shape`, `other_blocksize`, `parametrized`,
+            `shape_not_multiple`, `sharded`, `slower_than_dense`, `sparse_layout`, `tied_weight`,
+            `too_few_zero_blocks`, `uninitialized`, `unsupported_dtype`, `weight_subclass`.
     """
 
     fqn: str
@@ -89,11 +89,11 @@ def to_bsr_linear(linear: nn.Linear, blocksize: int | tuple[int, int] | None = N
     """Convert one linear layer, or raise with the reason; the same as :meth:`BSRLinear.from_dense`.
 
     Args:
-        linear: an ``nn.Linear`` whose weight has blocks of zeros. It is left as it is.
-        blocksize: int, ``(rows, cols)``, or None to read it off the zeros.
+        linear: an `nn.Linear` whose weight has blocks of zeros. It is left as it is.
+        blocksize: int, `(rows, cols)`, or None to read it off the zeros.
 
     Returns:
-        A :class:`BSRLinear` that computes the same, with a copy of the stored blocks and the same ``bias`` Parameter.
+        A :class:`BSRLinear` that computes the same, with a copy of the stored blocks and the same `bias` Parameter.
 
     Raises:
         TypeError, ValueError, RuntimeError: it cannot be converted; the message says why and what to do.
@@ -120,21 +120,21 @@ def swap_to_bsr(
     """Replace, in place, every linear layer with enough zero blocks by a :class:`BSRLinear`.
 
     The weights are looked at as they are: where the zeros come from does not matter. A weight with the layout
-    ``torch.sparse_bsr`` becomes a :class:`BSRLinear` with the blocks that it stores. If anything fails, the model is as
+    `torch.sparse_bsr` becomes a :class:`BSRLinear` with the blocks that it stores. If anything fails, the model is as
     it was. An optimizer built before holds the dense weights: build it again to fine-tune the stored blocks.
 
     Args:
-        model: any module, not itself an ``nn.Linear``.
-        blocksize: int or ``(rows, cols)`` for all layers; None reads each layer's off its zeros.
+        model: any module, not itself an `nn.Linear`.
+        blocksize: int or `(rows, cols)` for all layers; None reads each layer's off its zeros.
         min_sparsity: a layer with a smaller fraction of zero blocks is skipped. None means "where it is faster than
             dense": a table of measured break-even points by device, block size and dtype. Where nobody measured, it
             takes a cautious 0.9 and the report says so.
-        filter_fn: ``filter_fn(module, fqn) -> bool``; a layer for which it is False is skipped.
-        fuse_activations: let a swapped layer of an ``nn.Sequential`` apply the activation that directly follows it
-            (``nn.ReLU``, ``nn.GELU`` or ``nn.SiLU``), where that gives the same result: no hook sits between the two
+        filter_fn: `filter_fn(module, fqn) -> bool`; a layer for which it is False is skipped.
+        fuse_activations: let a swapped layer of an `nn.Sequential` apply the activation that directly follows it
+            (`nn.ReLU`, `nn.GELU` or `nn.SiLU`), where that gives the same result: no hook sits between the two
             and the layer has no other place in the model. An identity keeps the activation's place, so names stay as
             they are. In a training step the activation runs on its own all the same.
-        drop_dead_features: make two swapped layers of an ``nn.Sequential``, with nothing but activations and dropout
+        drop_dead_features: make two swapped layers of an `nn.Sequential`, with nothing but activations and dropout
             between them, narrower by the features that need not be computed: those that the second layer stores no
             block for, and those that the first layer stores none for. The latter are the same for every input, and what
             the second layer makes of them goes into its bias (they stay if it has none or cannot hold it, or if a
@@ -144,13 +144,13 @@ def swap_to_bsr(
             report's shapes are those before.
 
     Returns:
-        A :class:`SwapReport` that accounts for every ``nn.Linear`` of the model.
+        A :class:`SwapReport` that accounts for every `nn.Linear` of the model.
 
     Raises:
         RuntimeError: a block mask is not squashed yet.
-        ValueError: ``model`` is itself an ``nn.Linear`` (it cannot be replaced in place), or ``min_sparsity`` is
-            outside [0, 1], or ``blocksize`` is below 1, or the model is wrapped in DistributedDataParallel.
-        TypeError: ``model`` is not a module, or ``blocksize`` is not an int or a pair.
+        ValueError: `model` is itself an `nn.Linear` (it cannot be replaced in place), or `min_sparsity` is
+            outside [0, 1], or `blocksize` is below 1, or the model is wrapped in DistributedDataParallel.
+        TypeError: `model` is not a module, or `blocksize` is not an int or a pair.
 
     Example:
         >>> sparsifier.squash_mask()  # doctest: +SKIP
@@ -265,7 +265,7 @@ def _judge(
 def _judge_stored(
     linear: nn.Linear, fqn: str, blocksize: tuple[int, int] | None, min_sparsity: float | None
 ) -> SwapEntry:
-    """Decide about a layer whose weight is a ``torch.sparse_bsr`` tensor: there is no dense product to compare with."""
+    """Decide about a layer whose weight is a `torch.sparse_bsr` tensor: there is no dense product to compare with."""
     shape = (linear.out_features, linear.in_features)
     values = linear.weight.values()
     size = tuple(values.shape[1:])
@@ -309,7 +309,7 @@ def _replace(
 
 
 def turn_off_nested_tensors(model: nn.Module) -> list[str]:
-    """Set ``use_nested_tensor = False`` on each ``nn.TransformerEncoder`` around a BSRLinear; return their FQNs.
+    """Set `use_nested_tensor = False` on each `nn.TransformerEncoder` around a BSRLinear; return their FQNs.
 
     An encoder decides on nested tensors from its first layer alone, and BSRLinear has no kernel for them.
     """

@@ -1,10 +1,10 @@
-"""``BSRWeight``: the tensor that stands in for a swapped layer's ``.weight``.
+"""`BSRWeight`: the tensor that stands in for a swapped layer's `.weight`.
 
-Much code reads a child's weight instead of calling the child: ``nn.TransformerEncoderLayer`` does to decide on its fast
-path, ``nn.MultiheadAttention`` hands ``out_proj.weight`` to ``F.multi_head_attention_forward``, torchvision's Swin
-hands ``qkv.weight`` to ``F.linear``. A dense stand-in would be silently slow and a ``torch.sparse_bsr`` one would crash
-in some of them. This one answers what a weight is asked (shape, dtype, device), makes ``F.linear`` call the
-block-sparse op, and refuses everything else with advice. Having a ``__torch_function__`` is also what turns torch's
+Much code reads a child's weight instead of calling the child: `nn.TransformerEncoderLayer` does to decide on its fast
+path, `nn.MultiheadAttention` hands `out_proj.weight` to `F.multi_head_attention_forward`, torchvision's Swin
+hands `qkv.weight` to `F.linear`. A dense stand-in would be silently slow and a `torch.sparse_bsr` one would crash
+in some of them. This one answers what a weight is asked (shape, dtype, device), makes `F.linear` call the
+block-sparse op, and refuses everything else with advice. Having a `__torch_function__` is also what turns torch's
 fast paths off.
 """
 
@@ -26,10 +26,10 @@ _ADVICE = (
 
 
 def _without_dispatch(function: Callable) -> Callable:
-    """The same function with its ``has_torch_function`` check answering False.
+    """The same function with its `has_torch_function` check answering False.
 
-    ``F.multi_head_attention_forward`` hands itself to ``__torch_function__`` when an argument has one. Running its own
-    body from there, so that the ``F.linear`` inside meets the BSRWeight, needs a copy that does not hand over again.
+    `F.multi_head_attention_forward` hands itself to `__torch_function__` when an argument has one. Running its own
+    body from there, so that the `F.linear` inside meets the BSRWeight, needs a copy that does not hand over again.
     """
     copy = types.FunctionType(
         function.__code__,
@@ -46,7 +46,7 @@ _multi_head_attention_forward = _without_dispatch(F.multi_head_attention_forward
 
 
 class _StandIn:
-    """What the two stand-ins share. Attributes: ``crow_indices, col_indices, values, plan`` and ``shape``."""
+    """What the two stand-ins share. Attributes: `crow_indices, col_indices, values, plan` and `shape`."""
 
     crow_indices: Tensor
     col_indices: Tensor
@@ -73,7 +73,7 @@ class _StandIn:
         )
 
     def to_dense(self) -> Tensor:
-        """The dense ``(N, K)`` weight; differentiable in ``values``."""
+        """The dense `(N, K)` weight; differentiable in `values`."""
         return bsr_to_dense(self.crow_indices, self.col_indices, self.values, tuple(self.shape))
 
 
@@ -97,17 +97,17 @@ def _linear(input: Tensor, weight: _StandIn, bias: Tensor | None = None) -> Tens
 
 
 class BSRWeight(_StandIn, Tensor):
-    """A ``(N, K)`` weight in BSR format that works in ``F.linear``.
+    """A `(N, K)` weight in BSR format that works in `F.linear`.
 
-    Has the shape, dtype, device and ``requires_grad`` of the weight, and :meth:`to_dense`. ``F.linear`` (also inside
-    ``F.multi_head_attention_forward``) calls :func:`torchao_superblock.ops.bsr_linear`, with gradients reaching
-    ``values``. Every other function raises NotImplementedError with advice.
+    Has the shape, dtype, device and `requires_grad` of the weight, and :meth:`to_dense`. `F.linear` (also inside
+    `F.multi_head_attention_forward`) calls :func:`torchao_superblock.ops.bsr_linear`, with gradients reaching
+    `values`. Every other function raises NotImplementedError with advice.
 
     Args:
-        shape: ``(N, K)``.
-        crow_indices: ``(R + 1,)`` int32.
-        col_indices: ``(nnz,)`` int32.
-        values: ``(nnz, r, c)``.
+        shape: `(N, K)`.
+        crow_indices: `(R + 1,)` int32.
+        col_indices: `(nnz,)` int32.
+        values: `(nnz, r, c)`.
         plan: from :func:`torchao_superblock.ops.build_plan`, or None.
 
     Example:
@@ -201,9 +201,9 @@ _METADATA = {
 
 
 class TracedBSRWeight(_StandIn):
-    """What ``BSRLinear.weight`` is while ``torch.compile`` or ``torch.export`` traces.
+    """What `BSRLinear.weight` is while `torch.compile` or `torch.export` traces.
 
-    Dynamo cannot trace the making of a wrapper tensor, but follows a plain object with ``__torch_function__``.
+    Dynamo cannot trace the making of a wrapper tensor, but follows a plain object with `__torch_function__`.
     """
 
     def __init__(

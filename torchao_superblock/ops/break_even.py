@@ -1,6 +1,6 @@
-"""From which block sparsity on the op is faster than a dense linear layer: the table behind ``min_sparsity=None``.
+"""From which block sparsity on the op is faster than a dense linear layer: the table behind `min_sparsity=None`.
 
-The numbers come from ``benchmarks/bsr_linear.py``, which sweeps the sparsity for each block size and reports the point
+The numbers come from `benchmarks/bsr_linear.py`, which sweeps the sparsity for each block size and reports the point
 at which dense and block-sparse take the same time; each entry here is that point for the slower of the two MLP shapes
 of ViT-B/16, rounded up to a multiple of 0.05.
 """
@@ -79,11 +79,11 @@ def break_even(
     dtype: torch.dtype,
     capability: tuple[int, int] | None = None,
 ) -> BreakEven:
-    """Sparsity from which ``bsr_linear`` is faster than ``F.linear``, measured, or a cautious guess.
+    """Sparsity from which `bsr_linear` is faster than `F.linear`, measured, or a cautious guess.
 
     Args:
-        device_type: ``"cpu"`` or ``"cuda"``.
-        blocksize: ``(rows, cols)``.
+        device_type: `"cpu"` or `"cuda"`.
+        blocksize: `(rows, cols)`.
         dtype: dtype of the weight.
         capability: CUDA compute capability; None asks the current device.
 

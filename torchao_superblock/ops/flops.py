@@ -1,7 +1,7 @@
-"""What ``torch.utils.flop_counter`` counts for the op and its gradients: two for each stored element and token.
+"""What `torch.utils.flop_counter` counts for the op and its gradients: two for each stored element and token.
 
 That module imports Triton and takes longer to load than this package, so the formulas are registered once somebody else
-loads it: a ``FlopCounterMode`` copies the registry when it is made, and a first call of the op would be too late.
+loads it: a `FlopCounterMode` copies the registry when it is made, and a first call of the op would be too late.
 """
 
 import importlib.abc
@@ -82,7 +82,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def register_formulas() -> None:
-    """Register the formulas as soon as ``torch.utils.flop_counter`` is there."""
+    """Register the formulas as soon as `torch.utils.flop_counter` is there."""
     counter = sys.modules.get(_COUNTER)
     if counter is None:
         sys.meta_path.insert(0, _Finder())

@@ -22,5 +22,5 @@ def watch_forks() -> None:
 
 
 def in_forked_child() -> bool:
-    """True in a child that ``os.fork`` (or ``multiprocessing``) made since :func:`watch_forks`."""
+    """True in a child that `os.fork` (or `multiprocessing`) made since :func:`watch_forks`."""
     return _in_child

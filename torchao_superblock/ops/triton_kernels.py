@@ -1,17 +1,17 @@
 """Plain Triton kernels: one block-sparse matrix product, its weight gradient in two forms, and a few small helpers.
 
 They run on every NVIDIA GPU that Triton supports, can be traced into an exported program, and run in Triton's
-interpreter, which is how they are tested on machines without a GPU. ``cuda.py`` decides how they are launched.
+interpreter, which is how they are tested on machines without a GPU. `cuda.py` decides how they are launched.
 
-What limits them: an x tile that was loaded for one stored block feeds only ``r`` outputs, so the product re-reads x
-from the L2 cache, about ``nnz * M * c`` elements in all. Everything here serves to keep those reads wide, in flight and
-few: asynchronous copies several steps ahead, tall tiles of tokens (each re-reads ``values`` once), programs that run
+What limits them: an x tile that was loaded for one stored block feeds only `r` outputs, so the product re-reads x
+from the L2 cache, about `nnz * M * c` elements in all. Everything here serves to keep those reads wide, in flight and
+few: asynchronous copies several steps ahead, tall tiles of tokens (each re-reads `values` once), programs that run
 together share their tokens, and small blocks are gathered into one wide step.
 
 Legend: M tokens, N out features, K in features, R x C the block grid, r x c the block size, nnz stored blocks;
 BM x BN the output tile of a program, BK how far it steps along the nonzeros of its block row.
 
-Integers stand for names in the launch parameters (``ACTIVATION``, ``PRECISION``): they survive every compiler.
+Integers stand for names in the launch parameters (`ACTIVATION`, `PRECISION`): they survive every compiler.
 """
 
 import triton
@@ -57,7 +57,7 @@ def _activate(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _tf32_high(x):
-    """The TF32 number nearest to x. ``x - _tf32_high(x)`` is exact and holds the other 12 bits."""
+    """The TF32 number nearest to x. `x - _tf32_high(x)` is exact and holds the other 12 bits."""
     bits = x.to(tl.uint32, bitcast=True)
     high = ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
     # Rounded, a GPU's own NaN (0x7fffffff) would carry into its sign and become -0.
