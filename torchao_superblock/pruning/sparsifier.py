@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
@@ -28,7 +27,6 @@ from torchao_superblock.pruning.masks.base import (
     BlockMask,
     check_sparsity_level,
     find_mask,
-    kept_blocks,
     named_masks,
 )
 from torchao_superblock.pruning.squash import squash_tensors
@@ -277,25 +275,7 @@ class BlockSparsifier(BaseSparsifier):
 
         Reads the masks back to the host. Under FSDP2 call it on every rank.
         """
-        entries = []
-        for group, mask in self._masks():
-            grid = mask.grid
-            if mask.held_mask.is_meta:
-                kept = kept_blocks(math.prod(grid), group["sparsity_level"])
-            else:
-                kept = int(mask.block_mask().sum())
-            entries.append(
-                MaskedTensor(
-                    fqn=group["tensor_fqn"],
-                    shape=mask.weight_shape,
-                    blocksize=mask.blocksize,
-                    grid=grid,
-                    target_sparsity=float(group["sparsity_level"]),
-                    sparsity=1 - kept / math.prod(grid),
-                    kept=kept,
-                    frozen=mask.is_frozen,
-                )
-            )
+        entries = [MaskedTensor.of(group, mask) for group, mask in self._masks()]
         return MaskSummary(entries, list(self._skipped))
 
     # ---------------------------------------------------------------------------------------------

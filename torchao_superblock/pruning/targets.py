@@ -17,6 +17,7 @@ from torchao_superblock.common.blocks import block_grid, check_blocksize
 from torchao_superblock.common.modules import parameter_owners, storage_address
 from torchao_superblock.common.names import nearest_names, without_wrapper_prefixes
 from torchao_superblock.common.sharding import is_dtensor
+from torchao_superblock.common.weights import is_hidden, other_weights
 from torchao_superblock.pruning.masks.base import Check, find_mask
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -25,13 +26,14 @@ _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weig
 
 @dataclass(frozen=True)
 class SkippedTensor:
-    """A weight that a glob, or no config at all, reached and that is not masked.
+    """A weight that a glob, or no config at all, may be thought to reach and that is not masked.
 
     Attributes:
         fqn: its fully qualified name.
         shape: its shape.
         code: a short stable word: `smaller_than_block`, `one_block`, `shared`, `parametrized`,
-            `not_2d`, `dtype`, `tensor_subclass` or `uninitialized`.
+            `not_a_parameter`, `not_2d`, `dtype`, `tensor_subclass` or `uninitialized`; `excluded` by
+            an entry; `not_plain_linear`, `not_linear` or `embedding` where it had to be named.
         reason: the same in a sentence.
     """
 
@@ -48,6 +50,7 @@ class _Site:
     module: nn.Module
     tensor_name: str
     fqn: str
+    is_other_weight: bool = False
     names: list[str] = field(default_factory=list)
 
     @property
@@ -63,6 +66,16 @@ class _Site:
         if isinstance(self.module, nn.Linear):
             return self.tensor_name == "weight"
         return isinstance(self.module, nn.MultiheadAttention) and self.tensor_name in _PROJECTIONS
+
+    @property
+    def is_plain_linear(self) -> bool:
+        kind = parametrize.type_before_parametrizations(self.module)
+        return kind is nn.Linear and self.tensor_name == "weight"
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether a glob, or no config at all, may be thought to reach it."""
+        return self.is_projection or self.is_other_weight
 
 
 def check_config(config: object, checks: Mapping[str, Check]) -> list[dict[str, Any]] | None:
@@ -97,14 +110,28 @@ def check_config(config: object, checks: Mapping[str, Check]) -> list[dict[str, 
                 f"'encoder.layers.0.mlp.0.weight', or a glob; it has {sorted(map(str, entry))}"
             )
         where = f"config[{i}] ({fqn!r}): "
-        unknown = sorted(str(key) for key in entry if key not in ("tensor_fqn", *checks))
+        unknown = sorted(str(key) for key in entry if key not in ("tensor_fqn", "exclude", *checks))
         if unknown:
             raise ValueError(
                 f"{where}unknown key {unknown[0]!r}; an entry has 'tensor_fqn' and any of "
-                f"{', '.join(map(repr, checks))}"
+                f"{', '.join(map(repr, (*checks, 'exclude')))}"
             )
-        entries.append({"tensor_fqn": fqn, **check_settings(entry, checks, where)})
+        settings = check_settings(entry, checks, where)
+        if _check_exclude(entry.get("exclude", False), settings, where):
+            settings = {"exclude": True}
+        entries.append({"tensor_fqn": fqn, **settings})
     return entries
+
+
+def _check_exclude(exclude: object, settings: Mapping[str, Any], where: str) -> bool:
+    if not isinstance(exclude, bool):
+        raise TypeError(f"{where}exclude={exclude!r} must be True or False")
+    if exclude and settings:
+        raise ValueError(
+            f"{where}an entry that excludes has no use for {', '.join(map(repr, settings))}: remove "
+            "one of the two"
+        )
+    return exclude
 
 
 def check_settings(
@@ -136,43 +163,23 @@ def resolve(
     """
     sites = list(_sites(model))
     owners = parameter_owners(model, without_wrapper_prefixes)
-    # key -> (site, settings, whether it was named exactly)
-    chosen: dict[tuple[int, str], tuple[_Site, dict[str, Any], bool]] = {}
-    if config is None:
-        for site in sites:
-            plain = parametrize.type_before_parametrizations(site.module) is nn.Linear
-            if plain and site.tensor_name == "weight":
-                chosen[site.key] = (site, {}, False)
-        if not chosen:
-            raise ValueError(
-                f"nothing to prune: {type(model).__name__} has no nn.Linear (subclasses are not "
-                "counted when config is None). Name the weights: "
-                "config=[{'tensor_fqn': '...'}]"
-            )
-    for entry in config or ():
-        pattern = entry["tensor_fqn"]
-        settings = {key: value for key, value in entry.items() if key != "tensor_fqn"}
-        exact = not any(character in pattern for character in "*?[")
-        # As it stands first: a model may have a part of its own that is called `module`.
-        matches = [site for site in sites if _matches(pattern.lstrip("."), site, exact)] or [
-            site for site in sites if _matches(without_wrapper_prefixes(pattern), site, exact)
-        ]
-        if not matches:
-            raise ValueError(_no_match(pattern, exact, sites))
-        for site in matches:
-            earlier = chosen.pop(site.key, None)
-            if earlier is not None and earlier[2]:
-                raise ValueError(
-                    f"{site.fqn!r} is configured twice: {pattern!r} names a tensor that an earlier "
-                    "entry names exactly. Remove one of them, or put the glob before the exact name "
-                    "to override it"
-                )
-            chosen[site.key] = (site, settings, exact)
-
     groups, skipped = [], []
-    for site, settings, exact in chosen.values():
+    everything = config is None or all("exclude" in entry for entry in config)
+    chosen = _choose(config or (), sites, [site for site in sites if everything and site.is_weight])
+    if everything and not any(site.is_plain_linear for site in sites):
+        raise ValueError(
+            f"nothing to prune: {type(model).__name__} has no nn.Linear (subclasses are not counted "
+            "when no entry names a weight). Name the weights: config=[{'tensor_fqn': '...'}]"
+        )
+    for site, settings, exact in chosen:
         group = {**defaults, **settings}
-        obstacle = _obstacle(site, check_blocksize(group["blocksize"]), owners)
+        reached = site.is_plain_linear if everything else site.is_projection
+        if "exclude" in settings:
+            obstacle = "excluded", settings["exclude"], ""
+        elif exact or reached:
+            obstacle = _obstacle(site, check_blocksize(group["blocksize"]), owners)
+        else:
+            obstacle = _out_of_reach(site)
         if obstacle is not None:
             code, reason, way_out = obstacle
             if exact:
@@ -195,6 +202,64 @@ def resolve(
     return groups, skipped
 
 
+def _choose(
+    entries: Sequence[Mapping[str, Any]], sites: list[_Site], everything: list[_Site]
+) -> list[tuple[_Site, dict[str, Any], bool]]:
+    """What entries reach: the site, its settings, and whether it was named as it stands.
+
+    Of two entries the later one decides. Where that excludes, the settings are the reason alone.
+
+    Args:
+        entries: from :func:`check_config`.
+        sites: all of the model.
+        everything: what is reached before the first entry.
+    """
+    chosen = {site.key: (site, {}, False) for site in everything}
+    too_early: dict[tuple[int, str], str] = {}
+    for entry in entries:
+        pattern = entry["tensor_fqn"]
+        settings = {key: value for key, value in entry.items() if key != "tensor_fqn"}
+        excludes = "exclude" in settings
+        if excludes:
+            settings = {"exclude": f"the entry {pattern!r} excludes it"}
+        matches, exact = _find(pattern, sites, excludes)
+        if not matches:
+            raise ValueError(_no_match(pattern, exact, sites))
+        for site in matches:
+            earlier = chosen.get(site.key)
+            if earlier is not None and not (exact or excludes or site.is_projection):
+                continue  # a glob that could not mask it does not override what names it
+            if earlier is not None and earlier[2]:
+                raise ValueError(
+                    f"{site.fqn!r} is configured twice: {pattern!r} names a tensor that an earlier "
+                    "entry names exactly. Remove one of them, or put the glob before the exact name "
+                    "to override it"
+                )
+            if excludes and earlier is None:
+                too_early[site.key] = pattern
+                continue
+            if site.key in too_early and site.is_projection and not exact:
+                raise ValueError(
+                    f"{site.fqn!r} is excluded by {too_early[site.key]!r} and reached by the later "
+                    f"entry {pattern!r}, and the later of two entries decides. Put the one that "
+                    "excludes it after the one that reaches it"
+                )
+            chosen.pop(site.key, None)
+            chosen[site.key] = (site, settings, exact and not excludes)
+    return list(chosen.values())
+
+
+def _find(pattern: str, sites: list[_Site], excludes: bool) -> tuple[list[_Site], bool]:
+    """The sites that a pattern means, and whether it is their name as it stands rather than a glob."""
+    # As it stands first: a part of a model may be called `module`, or have brackets in its name.
+    for exact in (True, False):
+        for text in (pattern.lstrip("."), without_wrapper_prefixes(pattern)):
+            matches = [site for site in sites if _matches(text, site, exact, excludes)]
+            if any(exact or excludes or site.is_projection for site in matches):
+                return matches, exact
+    return [], not any(character in pattern for character in "*?[")
+
+
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 
 
@@ -210,9 +275,12 @@ def _sites(model: nn.Module) -> Iterator[_Site]:
         own = list(module._parameters)
         if parametrize.is_parametrized(module):
             own += list(module.parametrizations)
+        if isinstance(module, nn.Linear) and is_hidden(module):
+            own.append("weight")
+        others = {name for name, _ in other_weights(module)}
         for name in own:
             key = (id(module), name)
-            site = found.setdefault(key, _Site(module, name, clean + name))
+            site = found.setdefault(key, _Site(module, name, clean + name, name in others))
             site.names += [real + name, clean + name]
         for name, child in module._modules.items():
             if child is None or (name == "parametrizations" and isinstance(child, nn.ModuleDict)):
@@ -224,14 +292,17 @@ def _sites(model: nn.Module) -> Iterator[_Site]:
 
     walk(model, "", "")
     for site in found.values():
-        if site.parameter is not None or parametrize.is_parametrized(site.module, site.tensor_name):
+        parametrized = parametrize.is_parametrized(site.module, site.tensor_name)
+        hidden = site.tensor_name == "weight" and is_hidden(site.module)
+        if site.parameter is not None or parametrized or hidden:
             yield site
 
 
-def _matches(pattern: str, site: _Site, exact: bool) -> bool:
+def _matches(pattern: str, site: _Site, exact: bool, anything: bool) -> bool:
     if exact:
         return pattern in site.names
-    return site.is_projection and any(fnmatch.fnmatchcase(name, pattern) for name in site.names)
+    reachable = anything or site.is_weight
+    return reachable and any(fnmatch.fnmatchcase(name, pattern) for name in site.names)
 
 
 def _no_match(pattern: str, exact: bool, sites: list[_Site]) -> str:
@@ -255,6 +326,21 @@ def _shape(site: _Site) -> tuple[int, ...]:
         return tuple(getattr(site.module, site.tensor_name).shape)
 
 
+def _out_of_reach(site: _Site) -> tuple[str, str, str]:
+    """Why a glob, or no config at all, leaves this weight alone: code, reason and way out."""
+    kind = parametrize.type_before_parametrizations(site.module).__name__
+    name_it = "name it exactly to mask it"
+    if site.is_projection:
+        way_out = "name it or use a glob"
+        return "not_plain_linear", f"{kind} is not reached without a config: {way_out}", way_out
+    ndim = len(_shape(site))
+    if ndim != 2:
+        return "not_2d", f"{kind} holds it with {ndim} dimensions, and a mask takes 2", ""
+    if isinstance(site.module, nn.Embedding | nn.EmbeddingBag):
+        return "embedding", f"an embedding is not reached in passing: {name_it}", name_it
+    return "not_linear", f"{kind} is no nn.Linear: {name_it}", name_it
+
+
 def _obstacle(
     site: _Site, blocksize: tuple[int, int], owners: dict[tuple[object, int], list[str]]
 ) -> tuple[str, str, str] | None:
@@ -269,6 +355,13 @@ def _obstacle(
             "or squash_mask() before preparing it again"
         )
     tensor = site.parameter
+    if tensor is None and not parametrize.is_parametrized(site.module, site.tensor_name):
+        return (
+            "not_a_parameter",
+            "it is no Parameter: others compute it before each forward (torch.nn.utils.prune or "
+            "weight_norm)",
+            "make it one first, with torch.nn.utils.prune.remove or remove_weight_norm",
+        )
     if tensor is None:
         kinds = {type(p).__name__ for p in site.module.parametrizations[site.tensor_name]}
         return (
