@@ -3,7 +3,8 @@
 `torch.nn.utils.parametrize` supplies the mechanism. What is added to it here:
 
 * `reset_parameters()` that reaches the weight under the mask, and the scores.
-* Pickling, which parametrize refuses.
+* Reads that notice what is written into their results.
+* Pickling, which parametrize refuses, and copies of modules that keep what they read.
 * Removal from one copy: deep copies share their parametrized class, so parametrize's own removal
   takes the property away from all of them.
 """
@@ -11,6 +12,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from torchao_superblock.pruning.masks.base import BlockMask, find_mask, masks_of
+from torchao_superblock.pruning.written import forget_lost_write, read_watched
 
 _RESETS = ("reset_parameters", "_reset_parameters")
 
@@ -29,7 +32,12 @@ def attach(module: nn.Module, tensor_name: str, mask: BlockMask) -> None:
     mask.followers = _names_after(module, tensor_name)
     # `unsafe` skips a trial forward; there is nothing to find out, and a meta weight has no values.
     parametrize.register_parametrization(module, tensor_name, mask, unsafe=True)
-    _equip_class(module, [tensor_name])
+    equip(module)
+
+
+def equip(module: nn.Module) -> None:
+    """Gives the class of a masked module what parametrize alone leaves out; again is allowed."""
+    _equip_class(module, list(masks_of(module)))
 
 
 def detach(module: nn.Module, tensor_name: str) -> None:
@@ -41,9 +49,13 @@ def detach(module: nn.Module, tensor_name: str) -> None:
     module.__class__ = type(cls.__name__, cls.__bases__, own)
     parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=False)
     _move_before(module, tensor_name, mask.followers if mask is not None else ())
+    forget_lost_write(module, tensor_name)
     if parametrize.is_parametrized(module) and not masks_of(module):
-        for name in type(module).__dict__.get("_equipped", ()):
-            delattr(type(module), name)
+        for name, before in type(module).__dict__.get("_equipped", {}).items():
+            if before is None:
+                delattr(type(module), name)
+            else:
+                setattr(type(module), name, before)
 
 
 def _names_after(module: nn.Module, tensor_name: str) -> tuple[str, ...]:
@@ -67,7 +79,8 @@ def _equip_class(module: nn.Module, tensor_names: list[str]) -> None:
     base = cls.__bases__[0]
     for name in tensor_names:
         evaluate = cls.__dict__[name]
-        setattr(cls, name, property(_reader(name, evaluate.fget), evaluate.fset))
+        if not hasattr(evaluate.fget, "_reads_mask"):
+            setattr(cls, name, property(_reader(name, evaluate.fget), _writer(name, evaluate.fset)))
     equipment: dict[str, Any] = {
         "__reduce_ex__": _reduce_masked,
         "register_parameter": _assigning(base.register_parameter),
@@ -75,9 +88,13 @@ def _equip_class(module: nn.Module, tensor_names: list[str]) -> None:
     for name in _RESETS:
         if hasattr(base, name):
             equipment[name] = _resetting(getattr(base, name))
+    if "__deepcopy__" in cls.__dict__:  # parametrize's; a class that has its own keeps it
+        equipment["__deepcopy__"] = _copy_masked
+    before = {name: cls.__dict__.get(name) for name in (*equipment, "_equipped")}
     for name, value in equipment.items():
         setattr(cls, name, value)
-    cls._equipped = (*equipment, "_equipped")
+    if "_equipped" not in cls.__dict__:
+        cls._equipped = before
 
 
 def _assigning(register: Callable[..., None]) -> Callable[..., None]:
@@ -113,9 +130,20 @@ def _reader(tensor_name: str, evaluate: Callable[[nn.Module], Tensor]) -> Callab
         keys = getattr(_raw, "keys", None)
         if keys and (id(self), tensor_name) in keys:
             return self.parametrizations[tensor_name].original
-        return evaluate(self)
+        return read_watched(self, tensor_name, evaluate)
 
+    read._reads_mask = True
     return read
+
+
+def _writer(
+    tensor_name: str, assign: Callable[[nn.Module, Tensor], None]
+) -> Callable[[nn.Module, Tensor], None]:
+    def write(self: nn.Module, value: Tensor) -> None:
+        assign(self, value)
+        forget_lost_write(self, tensor_name)
+
+    return write
 
 
 def _resetting(reset: Callable[..., Any]) -> Callable[..., Any]:
@@ -127,6 +155,7 @@ def _resetting(reset: Callable[..., Any]) -> Callable[..., Any]:
             result = reset(self, *args, **kwargs)
         for name, mask in masks.items():
             mask.reset_parameters(self.parametrizations[name].original)
+            forget_lost_write(self, name)
         return result
 
     return reset_weight_then_scores
@@ -134,7 +163,26 @@ def _resetting(reset: Callable[..., Any]) -> Callable[..., Any]:
 
 def _reduce_masked(self: nn.Module, protocol: int) -> tuple[Any, ...]:
     base = type(self).__bases__[0]
-    return _rebuild_masked, (base, list(self.parametrizations), list(masks_of(self))), self.__dict__
+    state = base.__getstate__(self)  # parametrize's own refuses
+    if isinstance(state, dict):
+        state = {name: _without_history(value) for name, value in state.items()}
+    return _rebuild_masked, (base, list(self.parametrizations), list(masks_of(self))), state
+
+
+def _without_history(value: Any) -> Any:
+    """Weights that a module read and keeps, as recurrent ones do, without the graph that made them."""
+    if isinstance(value, Tensor) and not value.is_leaf:
+        return value.detach()
+    if type(value) is list and any(isinstance(v, Tensor) and not v.is_leaf for v in value):
+        return [_without_history(item) for item in value]
+    return value
+
+
+def _copy_masked(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    rebuild, arguments, state = self.__reduce_ex__(4)
+    copied = memo[id(self)] = rebuild(*arguments)
+    copied.__setstate__(copy.deepcopy(state, memo))
+    return copied
 
 
 def _rebuild_masked(base: type[nn.Module], names: list[str], masked: list[str]) -> nn.Module:

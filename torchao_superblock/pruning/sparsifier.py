@@ -29,6 +29,7 @@ from torchao_superblock.pruning.masks.base import (
     find_mask,
     named_masks,
 )
+from torchao_superblock.pruning.replaced import Links, follow, refuse_adapters
 from torchao_superblock.pruning.squash import squash_tensors
 from torchao_superblock.pruning.summary import MaskedTensor, MaskSummary
 from torchao_superblock.pruning.targets import (
@@ -37,6 +38,7 @@ from torchao_superblock.pruning.targets import (
     check_settings,
     resolve,
 )
+from torchao_superblock.pruning.written import refuse_lost_write
 
 __all__ = ["BlockSparsifier", "CubicSL", "LambdaSL"]
 
@@ -83,6 +85,8 @@ class BlockSparsifier(BaseSparsifier):
     """
 
     mask_type: ClassVar[type[BlockMask]]
+
+    _links: Links | None = None
 
     def __init__(
         self, sparsity_level: float = 0.8, blocksize: int | tuple[int, int] = 64, **settings: Any
@@ -153,6 +157,7 @@ class BlockSparsifier(BaseSparsifier):
         config = check_config(config, self.mask_type.settings())
         groups, skipped = resolve(model, config, self.defaults)
         _refuse_ddp(model, groups)
+        refuse_adapters(model, {g["module"]: g["tensor_fqn"] for g in groups}, "prepare")
         # Before any scores are drawn: an error must not move the random number generator.
         for group in groups:
             where = f"prepare: {group['tensor_fqn']!r} "
@@ -177,6 +182,7 @@ class BlockSparsifier(BaseSparsifier):
         self._loaded = {}
         self._skipped = skipped
         self._squashed = {}
+        self._links = None
 
     def step(self, use_path: bool = True) -> None:
         """Applies the groups' levels and renews the masks.
@@ -188,14 +194,18 @@ class BlockSparsifier(BaseSparsifier):
             use_path: ignored; the base class has it.
 
         Raises:
-            RuntimeError: before `prepare` and after `squash_mask`.
+            RuntimeError: before `prepare` and after `squash_mask`; if a masked module was replaced by
+                one without a mask, or became the base of an adapter; if a masked weight was written
+                in place.
             ValueError: for a level outside `[0, 1)`; nothing has been changed then.
         """
         self._require_groups("step")
         if not self.enable_mask_update:
             return
         for group in self.groups:
-            check_sparsity_level(group["sparsity_level"], f"step: {group['tensor_fqn']!r} has ")
+            where = f"step: {group['tensor_fqn']!r}"
+            check_sparsity_level(group["sparsity_level"], f"{where} has ")
+            refuse_lost_write(group["module"], group["tensor_name"], f"{where}: ")
         for entry in self._loaded.values():
             entry.pop("mask", None)
         super().step(use_path)
@@ -274,7 +284,12 @@ class BlockSparsifier(BaseSparsifier):
         """What is masked how far, and what was skipped and why; prints as a table.
 
         Reads the masks back to the host. Under FSDP2 call it on every rank.
+
+        Raises:
+            RuntimeError: if a masked module was replaced by one without a mask, or became the base of
+                an adapter.
         """
+        self._follow("summary")
         entries = [MaskedTensor.of(group, mask) for group, mask in self._masks()]
         return MaskSummary(entries, list(self._skipped))
 
@@ -408,6 +423,7 @@ class BlockSparsifier(BaseSparsifier):
 
         The scores are in the model's own state dict, and so is the mask of its next forward.
         """
+        self._follow("state_dict")
         groups = []
         for group in self.groups:
             saved = {key: group[key] for key in ("tensor_fqn", *self.mask_type.settings())}
@@ -480,7 +496,8 @@ class BlockSparsifier(BaseSparsifier):
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler replaces `step` by a wrapper bound to this very object; weak references and
         # that wrapper stay behind.
-        state = {k: v for k, v in self.__dict__.items() if k not in ("step", "_squashed")}
+        local = ("step", "_squashed", "_links")
+        state = {k: v for k, v in self.__dict__.items() if k not in local}
         return {**state, "_squashed_names": list(self._squashed)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -514,6 +531,7 @@ class BlockSparsifier(BaseSparsifier):
     ) -> None:
         self._notice_squash()
         if self.groups:
+            self._follow(method)
             return
         if self._squashed:
             raise RuntimeError(
@@ -521,6 +539,11 @@ class BlockSparsifier(BaseSparsifier):
                 "call prepare(model, config) to start again"
             )
         raise RuntimeError(f"{method}: no model is prepared; {way_out}")
+
+    def _follow(self, method: str) -> None:
+        """Takes note of modules that were replaced since the last call."""
+        if self.groups:
+            self._links = follow(self.model, self.groups, self._links, method)
 
     def _new_mask(self, group: dict[str, Any]) -> BlockMask:
         settings = {name: group[name] for name in self.mask_type.settings()}

@@ -8,6 +8,8 @@ from torchao_superblock.common.sharding import GATHER_FIRST, is_dtensor, shardin
 from torchao_superblock.pruning.attach import detach
 from torchao_superblock.pruning.checkpoints import accept_dense_checkpoints
 from torchao_superblock.pruning.masks.base import BlockMask, named_masks
+from torchao_superblock.pruning.replaced import refuse_adapters
+from torchao_superblock.pruning.written import refuse_lost_write
 
 
 def squash(model: nn.Module) -> nn.Module:
@@ -29,8 +31,9 @@ def squash(model: nn.Module) -> nn.Module:
 
     Raises:
         RuntimeError: if the model carries no block mask, a weight carries another parametrization
-            on top of its mask, or a masked weight is sharded: gather the full state dict, load it
-            into a prepared copy that is not, and squash that.
+            on top of its mask, is the base of an adapter or was written in place, or a masked weight
+            is sharded: gather the full state dict, load it into a prepared copy that is not, and
+            squash that.
         ValueError: if scores are NaN. The model is unchanged after an error.
 
     Example:
@@ -59,7 +62,9 @@ def squash_tensors(model: nn.Module, found: list[tuple[str, nn.Module, str, Bloc
         RuntimeError: see :func:`squash`.
         ValueError: see :func:`squash`.
     """
+    refuse_adapters(model, {module: fqn for fqn, module, *_ in found}, "squash")
     for fqn, module, name, mask in found:
+        refuse_lost_write(module, name, f"squash: {fqn!r}: ")
         parametrizations = module.parametrizations[name]
         if len(parametrizations) > 1:
             others = [type(p).__name__ for p in parametrizations if p is not mask]

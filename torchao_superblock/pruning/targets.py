@@ -298,6 +298,14 @@ def _sites(model: nn.Module) -> Iterator[_Site]:
             yield site
 
 
+def find_module(model: nn.Module, tensor_fqn: str) -> nn.Module | None:
+    """The module whose tensor has this name, with wrapper prefixes or without; None if there is none."""
+    for site in _sites(model):
+        if tensor_fqn in site.names:
+            return site.module
+    return None
+
+
 def _matches(pattern: str, site: _Site, exact: bool, anything: bool) -> bool:
     if exact:
         return pattern in site.names

@@ -38,6 +38,8 @@ class MaskWeight(torch.autograd.Function):
     grad_scores[R, C] = sum over the block of grad * weight, or 0 while frozen
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         weight: Tensor, scores: Tensor, mask: Tensor, live: Tensor, blocksize: tuple[int, int]
