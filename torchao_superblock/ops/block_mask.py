@@ -11,7 +11,7 @@ columns of a block. The last block row and column are smaller where N or K is no
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -74,10 +74,11 @@ def mask_weight(weight: Tensor, mask: Tensor, blocksize: tuple[int, int]) -> Ten
         return kernels.mask_weight(weight, mask, blocksize)
     if is_whole(weight.shape, blocksize):
         return _mask_blocks(weight, mask, blocksize)
-    return _put_together(
-        (rows.start, _mask_blocks(weight[rows, cols], mask[block_rows, block_cols], block))
-        for rows, cols, block_rows, block_cols, block in regions(weight.shape, blocksize)
-    )
+    parts = []
+    for rows, cols, block_rows, block_cols, block in regions(weight.shape, blocksize):
+        part = _mask_blocks(weight[rows, cols], mask[block_rows, block_cols], block)
+        parts.append((rows.start, part))
+    return _put_together(parts)
 
 
 def mask_weight_backward(
@@ -134,10 +135,10 @@ def block_sum(a: Tensor, b: Tensor, blocksize: tuple[int, int]) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     if is_whole(a.shape, blocksize):
         return _sum_blocks(a, b, blocksize, dtype)
-    return _put_together(
-        (rows.start, _sum_blocks(a[rows, cols], b[rows, cols], block, dtype))
-        for rows, cols, _, _, block in regions(a.shape, blocksize)
-    )
+    parts = []
+    for rows, cols, _, _, block in regions(a.shape, blocksize):
+        parts.append((rows.start, _sum_blocks(a[rows, cols], b[rows, cols], block, dtype)))
+    return _put_together(parts)
 
 
 def block_norm(weight: Tensor, blocksize: tuple[int, int]) -> Tensor:
@@ -186,7 +187,7 @@ def regions(
             yield rows, cols, block_rows, block_cols, (r, c)
 
 
-def _put_together(parts: Iterable[tuple[int, Tensor]]) -> Tensor:
+def _put_together(parts: list[tuple[int, Tensor]]) -> Tensor:
     """One matrix of its parts, each with the row where it begins; without a write, for `vmap`'s sake."""
     rows: dict[int, list[Tensor]] = {}
     for start, part in parts:

@@ -38,6 +38,7 @@ from torchao_superblock.pruning.targets import (
     check_settings,
     resolve,
 )
+from torchao_superblock.pruning.watch import ScoresWatch, remove_settled
 from torchao_superblock.pruning.written import refuse_lost_write
 
 __all__ = ["BlockSparsifier", "CubicSL", "LambdaSL"]
@@ -87,6 +88,7 @@ class BlockSparsifier(BaseSparsifier):
     mask_type: ClassVar[type[BlockMask]]
 
     _links: Links | None = None
+    _watch: ScoresWatch | None = None
 
     def __init__(
         self, sparsity_level: float = 0.8, blocksize: int | tuple[int, int] = 64, **settings: Any
@@ -183,6 +185,9 @@ class BlockSparsifier(BaseSparsifier):
         self._skipped = skipped
         self._squashed = {}
         self._links = None
+        remove_settled()
+        if any(True for mask in masks for _ in mask.parameters()):
+            self._watch = ScoresWatch(self._masks)
 
     def step(self, use_path: bool = True) -> None:
         """Applies the groups' levels and renews the masks.
@@ -199,6 +204,7 @@ class BlockSparsifier(BaseSparsifier):
                 in place.
             ValueError: for a level outside `[0, 1)`; nothing has been changed then.
         """
+        remove_settled()
         self._require_groups("step")
         if not self.enable_mask_update:
             return
@@ -496,7 +502,7 @@ class BlockSparsifier(BaseSparsifier):
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler replaces `step` by a wrapper bound to this very object; weak references and
         # that wrapper stay behind.
-        local = ("step", "_squashed", "_links")
+        local = ("step", "_squashed", "_links", "_watch")
         state = {k: v for k, v in self.__dict__.items() if k not in local}
         return {**state, "_squashed_names": list(self._squashed)}
 
@@ -525,6 +531,10 @@ class BlockSparsifier(BaseSparsifier):
         self.groups = []
         self._loaded = {}
         self._skipped = []
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+            remove_settled()
 
     def _require_groups(
         self, method: str, way_out: str = "call prepare(model, config) first"
