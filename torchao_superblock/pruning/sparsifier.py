@@ -17,6 +17,7 @@ from torch.ao.pruning import BaseSparsifier, CubicSL, LambdaSL
 from torchao_superblock.common.blocks import block_grid, check_blocksize
 from torchao_superblock.common.modules import hand_over_hooks
 from torchao_superblock.common.names import find_fqn, nearest_names, without_wrapper_prefixes
+from torchao_superblock.common.sharding import refuse_released
 from torchao_superblock.common.swappable import TWINS
 from torchao_superblock.pruning.attach import attach, detach
 from torchao_superblock.pruning.checkpoints import (
@@ -56,6 +57,7 @@ class _MaskStates(Mapping[str, dict[str, Any]]):
     def __getitem__(self, fqn: str) -> dict[str, Any]:
         entry = dict(self._loaded.get(fqn, {}))
         if "mask" not in entry and fqn in self._masks:
+            self._masks[fqn].refuse_released(f"state: {fqn!r}")
             entry["mask"] = self._masks[fqn].block_mask()
         elif fqn not in self._masks and not entry:
             raise KeyError(fqn)
@@ -229,7 +231,10 @@ class BlockSparsifier(BaseSparsifier):
         if mask is None:  # squash(part) has folded this one; the others go on
             return
         mask.set_sparsity_level(sparsity_level)
-        mask.update(module.parametrizations[tensor_name].original)
+        if type(mask).update is not BlockMask.update:
+            weight = module.parametrizations[tensor_name].original
+            refuse_released(weight, mask.weight_shape, f"step: {tensor_fqn!r}")
+            mask.update(weight)
 
     def freeze(self) -> None:
         """Holds every mask as it is, until :meth:`unfreeze`.
@@ -241,6 +246,8 @@ class BlockSparsifier(BaseSparsifier):
             RuntimeError: before `prepare` and after `squash_mask`.
         """
         self._require_groups("freeze")
+        for group, mask in self._masks():
+            mask.refuse_released(f"freeze: {group['tensor_fqn']!r}")
         for _group, mask in self._masks():
             mask.freeze()
 
@@ -293,7 +300,7 @@ class BlockSparsifier(BaseSparsifier):
 
         Raises:
             RuntimeError: if a masked module was replaced by one without a mask, or became the base of
-                an adapter.
+                an adapter; if FSDP 1 or ZeRO-3 has released the scores.
         """
         self._follow("summary")
         entries = [MaskedTensor.of(group, mask) for group, mask in self._masks()]

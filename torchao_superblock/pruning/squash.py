@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from torchao_superblock.common.sharding import GATHER_FIRST, is_dtensor, sharding_wrapper
+from torchao_superblock.common.sharding import (
+    GATHER_FIRST,
+    is_dtensor,
+    refuse_released,
+    sharding_wrapper,
+)
 from torchao_superblock.pruning.attach import detach
 from torchao_superblock.pruning.checkpoints import accept_dense_checkpoints
 from torchao_superblock.pruning.masks.base import BlockMask, named_masks
@@ -77,7 +83,13 @@ def squash_tensors(model: nn.Module, found: list[tuple[str, nn.Module, str, Bloc
                 f"squash: {fqn!r} is on the meta device and has no values; materialise the model "
                 "with to_empty(device=...) and load its state dict first"
             )
-        wrapper = sharding_wrapper(model, module)
+        refuse_released(
+            parametrizations.original, mask.weight_shape, f"squash: {fqn!r}", GATHER_FIRST
+        )
+        mask.refuse_released(f"squash: {fqn!r}", GATHER_FIRST)
+        wrapper = sharding_wrapper(model, module) or _flat_parameter(
+            parametrizations.original, mask
+        )
         if wrapper is not None or is_dtensor(parametrizations.original):
             raise RuntimeError(
                 f"squash: {fqn!r} is sharded by {wrapper or 'DTensor'}, so no rank holds all of its "
@@ -88,3 +100,16 @@ def squash_tensors(model: nn.Module, found: list[tuple[str, nn.Module, str, Bloc
         mask.fold_(module.parametrizations[name].original)
         detach(module, name)
     accept_dense_checkpoints(model)
+
+
+def _flat_parameter(weight: Tensor, mask: BlockMask) -> str | None:
+    """What shards a weight that lies in one storage with its scores, as `summon_full_params` lays them out.
+
+    Seen from a model inside the wrapper; only a wrapper that sees to several processes does so.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    if is_dtensor(weight) or mask.scores.is_meta:
+        return None
+    same = weight.untyped_storage().data_ptr() == mask.scores.untyped_storage().data_ptr()
+    return "a wrapper that lays parameters out in one tensor" if same else None

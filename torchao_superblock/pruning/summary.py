@@ -51,6 +51,7 @@ class MaskedTensor:
     @classmethod
     def of(cls, group: Mapping[str, Any], mask: BlockMask) -> MaskedTensor:
         """What there is to say about one group; reads its mask back to the host."""
+        mask.refuse_released(f"summary: {group['tensor_fqn']!r}")
         n_blocks = math.prod(mask.grid)
         if mask.held_mask.is_meta:
             kept, zeros = kept_blocks(n_blocks, group["sparsity_level"]), None

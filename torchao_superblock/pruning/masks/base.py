@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from torchao_superblock.common.blocks import BlockSize, block_grid, check_blocksize
 from torchao_superblock.common.modules import block_masks_of
-from torchao_superblock.common.sharding import is_dtensor
+from torchao_superblock.common.sharding import is_dtensor, refuse_released
 from torchao_superblock.ops.block_mask import (
     block_mask,
     block_norm,
@@ -224,6 +224,10 @@ class BlockMask(nn.Module):
                 "cannot mask a sharded weight: under fully_shard read `.weight` inside the forward "
                 "of the module, or call `.unshard()` on the FSDP module first"
             )
+
+    def refuse_released(self, where: str, way_out: str = "") -> None:
+        """Raises where FSDP 1 or ZeRO-3 has taken the scores out of memory; see there."""
+        refuse_released(self.scores, self.grid, where, way_out)
 
     def check_foldable(self, fqn: str) -> None:
         """Refuses to fold a mask that means nothing.
