@@ -131,23 +131,27 @@ class BlockSparsifier(BaseSparsifier):
         """Puts a block mask on the weights that the config names. The model changes in place.
 
         From then on the weight is computed at each read: initialise it before, by assignment, or with
-        the module's `reset_parameters()`; writing into what a read returned is lost.
+        the module's `reset_parameters()`; writing into what a read returned is
+        lost, and the next read says so (not where it was written through `.data`).
 
         Args:
             model: not yet wrapped in DDP or fully_shard.
             config: None for the weight of every exact `nn.Linear`, or a list of entries. An entry has
                 a `tensor_fqn` and any setting of the constructor (`sparsity_level`, `blocksize`, ...).
-                A `tensor_fqn` with `*`, `?` or `[` is a glob over whole names (`*` crosses dots): it
-                reaches the weights of `nn.Linear` and its subclasses and the projection weights of
-                `nn.MultiheadAttention`, each its own group. Any other names one tensor exactly, which
-                can be any 2-D floating parameter. A later entry overrides an earlier glob.
+                A `tensor_fqn` that is the name of a tensor as it stands means that one, which can be
+                any 2-D floating parameter. Another with `*`, `?` or `[` is a glob over whole names
+                (`*` crosses dots): it reaches the weights of `nn.Linear` and its subclasses and the
+                projection weights of `nn.MultiheadAttention`, each its own group. An entry with
+                `"exclude": True` takes out what earlier entries reached (entries that all exclude
+                start from what None reaches). A later entry overrides an earlier glob.
                 None and globs skip what cannot be masked; :meth:`summary` lists it.
 
         Raises:
             ValueError: for a name without a match, a tensor named twice, an exactly named tensor that
                 cannot be masked, a bad setting, or if nothing is left to mask.
             TypeError: for a config of the wrong form.
-            RuntimeError: if this sparsifier or the tensor is prepared already, or the model is
+            RuntimeError: if this sparsifier or the tensor is prepared already, the tensor belongs to
+                the base of an adapter, or the model is
                 wrapped. The model is unchanged after an error.
         """
         self._notice_squash()

@@ -34,7 +34,7 @@ _watches: dict[int, _Watch] = {}
 def read_watched(
     module: nn.Module, tensor_name: str, evaluate: Callable[[nn.Module], Tensor]
 ) -> Tensor:
-    """Evaluates a mask and watches the result; costs about 2 us where it has to.
+    """Evaluates a mask and watches the result; costs about 3 us where it has to.
 
     Not while compiling or tracing, where there is no tensor to watch, nor in inference mode, where
     tensors have no version. Recurrent layers move their weights into one buffer by writing them.
