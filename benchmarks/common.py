@@ -26,6 +26,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import statistics
 import sys
 import time
@@ -687,9 +688,15 @@ class Progress:
     def step(self, cell: str) -> None:
         """Announces the next cell."""
         self.done += 1
+        self.show(cell)
+
+    def show(self, cell: str) -> None:
+        """Says how far the current cell is."""
         now = time.monotonic()
         text = f"{self.title} [{self.done}/{self.total}] {now - self.start:5.0f} s  {cell}"
         if self.terminal:
+            # A line that wraps cannot be overwritten.
+            text = text[: shutil.get_terminal_size().columns - 1]
             print(f"\r\x1b[2K{text}", end="", file=sys.stderr, flush=True)
         elif now - self.last > self.every:
             self.last = now
@@ -808,9 +815,19 @@ class Report:
         *,
         columns: Sequence[str] | None = None,
         note: str = "",
+        to_csv: bool = True,
     ) -> None:
-        """Adds, prints and saves a table; the CSV gets every key, whatever `columns` shows."""
-        self.records.extend({"section": title, **row} for row in rows)
+        """Adds, prints and saves a table.
+
+        Args:
+            title: heading.
+            rows: the CSV gets every key, whatever `columns` shows.
+            columns: which keys to show.
+            note: a paragraph above the table.
+            to_csv: False for a digest of numbers that a CSV file holds already.
+        """
+        if to_csv:
+            self.records.extend({"section": title, **row} for row in rows)
         block = f"## {title}\n\n"
         if note:
             block += note.strip() + "\n\n"

@@ -20,6 +20,9 @@ def test_public_names():
     assert sorted(torchao_superblock.__all__) == [
         "BSRLinear",
         "BSRWeight",
+        "MagnitudeSparsifier",
+        "RigLSparsifier",
+        "SpartanSparsifier",
         "SupermaskSparsifier",
         "SwapReport",
         "backends",

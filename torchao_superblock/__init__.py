@@ -13,11 +13,20 @@ from torchao_superblock.bsr import (
     to_bsr_linear,
 )
 from torchao_superblock.ops import backends, tune
-from torchao_superblock.pruning import SupermaskSparsifier, squash
+from torchao_superblock.pruning import (
+    MagnitudeSparsifier,
+    RigLSparsifier,
+    SpartanSparsifier,
+    SupermaskSparsifier,
+    squash,
+)
 
 __all__ = [
     "BSRLinear",
     "BSRWeight",
+    "MagnitudeSparsifier",
+    "RigLSparsifier",
+    "SpartanSparsifier",
     "SupermaskSparsifier",
     "SwapReport",
     "backends",

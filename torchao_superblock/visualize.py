@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from torchao_superblock.bsr import BSRLinear, SwapReport
 from torchao_superblock.bsr.format import infer_blocksize
 from torchao_superblock.common.blocks import parse_blocksize
+from torchao_superblock.ops.block_mask import nonzero_blocks
 from torchao_superblock.pruning.masks.base import masks_of
 
 if TYPE_CHECKING:
@@ -99,19 +99,11 @@ def _masks_of(module: nn.Module, blocksize: tuple[int, int] | None) -> list[tupl
         if weight is None or not weight.is_floating_point() or weight.is_meta:
             continue
         size = blocksize or infer_blocksize(weight.detach())
-        mask = None if size is None else _nonzero_blocks(weight.detach(), size)
+        mask = None if size is None else nonzero_blocks(weight.detach(), size)
         # All zeros is how a layer starts (torchvision's classifier), not what pruning leaves.
         if mask is not None and mask.any() and not mask.all():
             found.append((name, mask, tuple(weight.shape), size))
     return found
-
-
-def _nonzero_blocks(weight: Tensor, blocksize: tuple[int, int]) -> Tensor:
-    """Which blocks hold something, a ragged last row and column of blocks included."""
-    r, c = blocksize
-    n, k = weight.shape
-    padded = F.pad(weight != 0, (0, -k % c, 0, -n % r))
-    return padded.unflatten(1, (-1, c)).unflatten(0, (-1, r)).any(dim=3).any(dim=1)
 
 
 def plot_block_masks(

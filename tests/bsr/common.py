@@ -1,6 +1,8 @@
 """Block-sparse layers for the tests, and a count of the op's calls."""
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -56,3 +58,32 @@ def assert_unchanged(model, before):
     assert model.state_dict().keys() == state.keys()
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[key]), key
+
+
+class Model(nn.Module):
+    def __init__(self, width: int = 32, extra_buffer: bool = False):
+        super().__init__()
+        self.embedding = nn.Embedding(10, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.up = nn.Linear(width, 64)
+        self.down = nn.Linear(64, width, bias=False)
+        self.head = nn.Linear(width, 10)
+        self.head.weight = self.embedding.weight
+        if extra_buffer:
+            self.register_buffer("scale", torch.ones(1), persistent=False)
+
+    def forward(self, tokens):
+        x = self.norm(self.embedding(tokens))
+        return self.head(self.down(torch.relu(self.up(x))))
+
+
+def rewrite(path, change_tensors=lambda tensors: None, change_metadata=lambda metadata: None):
+    """Change a saved file, and leave it as releases before there were checksums wrote it."""
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
+        metadata = file.metadata()
+    for key in ("checksums", "checksum"):
+        metadata.pop(key, None)
+    change_tensors(tensors)
+    change_metadata(metadata)
+    save_file(tensors, path, metadata=metadata)

@@ -1,5 +1,6 @@
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from expecttest import assert_expected_inline
 from torch import nn
 
 from tests.bsr.common import CountCalls, prune
+from tests.injection import each_interruption
 from tests.reference import TOLERANCE, relative_error
 from torchao_superblock.bsr import BSRLinear
 
@@ -23,7 +25,7 @@ def small(**changes) -> BSRLinear:
         "in_features": 6,
         "out_features": 4,
         "blocksize": 2,
-        **INDEX,
+        **{key: index.clone() for key, index in INDEX.items()},
         "values": torch.arange(12.0).view(3, 2, 2) + 1,
         "bias": torch.tensor([1.0, 2.0, 3.0, 4.0]),
     }
@@ -234,6 +236,8 @@ BAD_STATES = {
     "col dtype": ({"col_indices": torch.tensor([1, 0, 2])}, "must be int32"),
     "col length": ({"col_indices": torch.tensor([1, 0]).int()}, "values must have shape"),
     "values block": ({"values": torch.randn(3, 2, 3)}, "values must have shape"),
+    "crow float": ({"crow_indices": torch.tensor([0.0, 1, 3])}, "must be int32"),
+    "col float": ({"col_indices": torch.tensor([1.0, 0, 2])}, "must be int32"),
     "values dtype": ({"values": torch.ones(3, 2, 2).long()}, "floating point"),
     "bias shape": ({"bias": torch.randn(5)}, r"\(4,\), got \(5,\)"),
 }
@@ -268,6 +272,125 @@ def test_loading_names_missing_and_unexpected_keys():
     result = small().load_state_dict(state, strict=False)
     assert result.missing_keys == ["values"]
     assert result.unexpected_keys == ["extra"]
+
+
+OTHER_PATTERN = {
+    "crow_indices": torch.tensor([0, 2, 2]).int(),
+    "col_indices": torch.tensor([0, 2]).int(),
+    "values": torch.full((2, 2, 2), 5.0),
+    "bias": torch.full((4,), 5.0),
+}
+
+
+def remember(layer):
+    return dict(vars(layer)["_parameters"]), {
+        key: (tensor, tensor.clone())
+        for key, tensor in {**layer._parameters, **layer._buffers}.items()
+    }
+
+
+def assert_as_before(layer, before):
+    for key, (tensor, content) in before[1].items():
+        assert getattr(layer, key) is tensor and torch.equal(tensor, content), key
+
+
+@pytest.mark.parametrize("missing", ["values", "bias", "crow_indices", "col_indices"])
+def test_a_missing_key_changes_nothing(missing):
+    layer = small()
+    before = remember(layer)
+    state = {key: tensor for key, tensor in OTHER_PATTERN.items() if key != missing}
+    for strict in (True, False):  # torch does not say which, and nothing may be left out in silence
+        with pytest.raises(
+            RuntimeError, match=f"but not {missing}, and a layer is loaded as a whole"
+        ):
+            layer.load_state_dict(state, strict=strict)
+        assert_as_before(layer, before)
+
+
+def test_a_part_is_loaded_with_the_rest_filled_in():
+    layer = small()
+    state = {"bias": OTHER_PATTERN["bias"]}
+    with pytest.raises(RuntimeError, match=re.escape("model.state_dict() | state_dict")):
+        layer.load_state_dict(state, strict=False)
+    layer.load_state_dict(layer.state_dict() | state)
+    assert torch.equal(layer.bias, state["bias"])
+
+
+def test_a_state_dict_of_the_rest_of_a_model_leaves_the_layer_alone():
+    model = nn.ModuleDict({"bsr": small(), "head": nn.Linear(4, 2)})
+    before = remember(model["bsr"])
+    state = {"head.weight": torch.zeros(2, 4), "head.bias": torch.zeros(2)}
+    result = model.load_state_dict(state, strict=False)
+    assert len(result.missing_keys) == 4 and not result.unexpected_keys
+    assert_as_before(model["bsr"], before)
+
+
+def test_a_tensor_that_cannot_be_written_changes_nothing():
+    layer = small(bias=torch.zeros(1).expand(4))
+    layer.bias = nn.Parameter(torch.zeros(1).expand(4))
+    before = remember(layer)
+    with pytest.raises(RuntimeError, match='copying the parameter named "bias"'):
+        layer.load_state_dict(OTHER_PATTERN)
+    assert_as_before(layer, before)
+
+
+def test_what_would_become_infinite_is_not_loaded():
+    state = small().double().state_dict()
+    state["values"][1, 0, 1] = -1e39
+    state["values"][1, 0, 0] = float("inf")
+    layer = small()
+    before = remember(layer)
+    with pytest.raises(RuntimeError, match=r"values holds -1e\+39, which torch.float32 cannot"):
+        layer.load_state_dict(state)
+    assert_as_before(layer, before)
+
+
+def test_a_layer_made_in_inference_mode_is_loaded_in_it():
+    with torch.inference_mode():
+        layer = small(bias=torch.zeros(4))
+        assert layer.bias.is_inference()
+        layer.load_state_dict(OTHER_PATTERN)
+        assert torch.equal(layer.bias, OTHER_PATTERN["bias"])
+    assert not layer.values.is_inference()
+
+
+def test_assigned_values_are_made_contiguous():
+    layer = small()
+    state = layer.state_dict() | {"values": layer.values.detach().transpose(1, 2)}
+    layer.load_state_dict(state, assign=True)
+    assert layer.values.is_contiguous()
+    assert torch.equal(layer.values, state["values"])
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("assign", [False, True])
+def test_an_exception_while_loading_leaves_the_old_layer_or_the_new(error, assign):
+    x = torch.randn(3, 6)
+    old, new = small()(x), small(**OTHER_PATTERN)(x)
+    layer = None
+
+    def prepare():
+        nonlocal layer
+        layer = small()
+        state = {key: tensor.clone() for key, tensor in OTHER_PATTERN.items()}
+        return lambda: layer.load_state_dict(state, assign=assign)
+
+    outcomes = []
+    for at in each_interruption(prepare, 3, error):
+        out = layer(x.requires_grad_())
+        assert torch.equal(out, old) or torch.equal(out, new), at
+        (gradient,) = torch.autograd.grad(out.sum(), x)
+        assert (
+            relative_error(gradient, torch.ones(3, 4).double() @ layer.to_dense().double()) < 1e-6
+        )
+        outcomes.append(torch.equal(out, old))
+    assert any(outcomes)
+
+
+def test_a_state_dict_with_a_mask_is_refused_with_the_way_out():
+    state = {"parametrizations.weight.original": torch.zeros(4, 6), "bias": torch.zeros(4)}
+    with pytest.raises(RuntimeError, match="block mask.*load it into the prepared model"):
+        small().load_state_dict(state)
 
 
 def test_a_dense_checkpoint_is_refused_with_the_way_out():

@@ -1,5 +1,6 @@
 import copy
 import math
+import re
 import warnings
 
 import pytest
@@ -10,8 +11,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from tests.bsr.common import CountCalls, assert_unchanged, prune, prune_all, snapshot
+from tests.injection import each_interruption
 from tests.reference import relative_error
 from torchao_superblock.bsr import BSRLinear, swap_to_bsr, to_bsr_linear
+from torchao_superblock.bsr.folded_activation import FoldedActivation
 from torchao_superblock.ops.break_even import break_even_sparsity
 
 
@@ -492,3 +495,125 @@ def test_vit_gives_the_same_output():
         with CountCalls() as calls:
             assert relative_error(model(x), expected) <= 1e-6
     assert calls.count == len(report.swapped)
+
+
+class TestSparseLayouts:
+    """Weights with a layout of torch's own."""
+
+    LAYOUTS = {  # noqa: RUF012
+        "csr": lambda weight: weight.to_sparse_csr(),
+        "csc": lambda weight: weight.to_sparse_csc(),
+        "coo": lambda weight: weight.to_sparse(),
+        "bsc": lambda weight: weight.to_sparse_bsc((16, 16)),
+    }
+
+    @staticmethod
+    def with_weight(change):
+        model = mlp()
+        model[0].weight = nn.Parameter(change(model[0].weight.detach()))
+        return model
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_others_than_bsr_are_skipped(self, layout):
+        model = self.with_weight(self.LAYOUTS[layout])
+        report = swap_to_bsr(model, min_sparsity=0.5)
+        assert [(entry.fqn, entry.code) for entry in report.skipped] == [("0", "sparse_layout")]
+        assert f"layout torch.sparse_{layout}" in report.skipped[0].reason
+        assert [entry.fqn for entry in report.swapped] == ["2"]
+        with pytest.raises(TypeError, match="to_sparse_bsr"):
+            to_bsr_linear(model[0])
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_elsewhere_in_the_model_they_are_in_nobodys_way(self, layout):
+        model = mlp()
+        model.register_buffer("graph", self.LAYOUTS[layout](torch.eye(32)))
+        model.free = nn.Parameter(self.LAYOUTS[layout](torch.eye(32)))
+        assert len(swap_to_bsr(model, min_sparsity=0.5).swapped) == 2
+
+    @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+    def test_bsr_is_taken_as_it_is(self, dtype):
+        def stored(weight):
+            bsr = weight.to_sparse_bsr((16, 16))
+            return torch.sparse_bsr_tensor(
+                bsr.crow_indices().to(dtype),
+                bsr.col_indices().to(dtype),
+                torch.cat([bsr.values()[:1] * 0, bsr.values()[1:]]),  # a stored block of zeros
+                weight.shape,
+            )
+
+        model = self.with_weight(stored)
+        model[0].weight.requires_grad_(False)
+        weight = model[0].weight
+        report = swap_to_bsr(model)
+        assert report.swapped[0].fqn == "0"
+        layer = model[0]
+        assert report.swapped[0].blocksize == layer.blocksize == (16, 16)
+        assert layer.nnz == weight.values().shape[0]
+        assert layer.crow_indices.dtype == layer.col_indices.dtype == torch.int32
+        assert torch.equal(layer.values, weight.values())
+        assert layer.values.data_ptr() != weight.values().data_ptr()
+        assert not layer.values.requires_grad
+        x = torch.randn(3, 64)
+        expected = nn.functional.linear(x, weight.to_dense(), layer.bias)
+        assert relative_error(layer(x), expected.double()) <= 1e-6
+        assert to_bsr_linear(self.with_weight(stored)[0]).nnz == layer.nnz
+
+    def test_bsr_of_another_block_size_or_too_dense_is_skipped(self):
+        for options, code in (
+            ({"blocksize": 32}, "other_blocksize"),
+            ({"min_sparsity": 0.99}, "too_few_zero_blocks"),
+        ):
+            model = self.with_weight(lambda weight: weight.to_sparse_bsr((16, 16)))
+            report = swap_to_bsr(model, **options)
+            assert report.skipped[0].code == code
+            assert type(model[0]) is nn.Linear
+        with pytest.raises(ValueError, match=r"stored in blocks of \(16, 16\), not of 32"):
+            to_bsr_linear(model[0], 32)
+
+    @pytest.mark.parametrize(
+        ("column", "words"), [(99, r"must lie in \[0, 4\)"), (2**32, "do not fit into int32")]
+    )
+    def test_bsr_with_indices_that_are_no_pattern_is_skipped(self, column, words):
+        def broken(weight):
+            bsr = weight.to_sparse_bsr((16, 16))
+            bsr.col_indices()[-1] = column
+            return bsr
+
+        model = self.with_weight(broken)
+        report = swap_to_bsr(model, min_sparsity=0.5)
+        assert report.skipped[0].code == "invalid_indices"
+        assert re.search(words, report.skipped[0].reason)
+
+
+def test_weights_that_accelerate_moves_are_named():
+    accelerate = pytest.importorskip("accelerate")
+    model = mlp()
+    accelerate.cpu_offload(model, execution_device="cpu")
+    report = swap_to_bsr(model, min_sparsity=0.5)
+    assert [entry.code for entry in report.skipped] == ["customised", "customised"]
+    assert "accelerate.hooks.remove_hook_from_module(model, recurse=True)" in str(report)
+    # The advice, word for word.
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    assert len(swap_to_bsr(model, min_sparsity=0.5).swapped) == 2
+
+
+def test_an_exception_anywhere_leaves_the_dense_model_or_the_swapped():
+    x = torch.randn(2, 64)
+    model = expected = None
+
+    def prepare():
+        nonlocal model, expected
+        torch.manual_seed(0)
+        model = mlp().eval()
+        expected = model(x)
+        return lambda: swap_to_bsr(model, 16, min_sparsity=0.5, fuse_activations=True)
+
+    kinds = set()
+    for at in each_interruption(prepare, 37, MemoryError):
+        assert torch.allclose(model(x), expected, atol=1e-6), at
+        kinds.add(tuple(type(module) for module in model))
+    assert kinds <= {
+        (nn.Linear, nn.GELU, nn.Linear),
+        (BSRLinear, FoldedActivation, BSRLinear),
+    }
+    assert len(kinds) >= 1

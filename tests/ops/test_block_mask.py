@@ -39,9 +39,10 @@ INTERPRETED = """
     ):
         weight, grad = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
         R, C = plain.block_grid(shape, block)
-        mask = torch.rand(R, C) < 0.4
-        assert torch.equal(kernels.mask_weight(weight, mask, block), plain.mask_weight(weight, mask, block))
-        for live, strided, need in itertools.product((True, False), repeat=3):
+        kept = torch.rand(R, C) < 0.4
+        for factors, live, strided, need in itertools.product((False, True), repeat=4):
+            mask = kept * (0.3 + torch.rand(R, C)) if factors else kept
+            assert torch.equal(kernels.mask_weight(weight, mask, block), plain.mask_weight(weight, mask, block))
             g = grad.t().contiguous().t() if strided else grad
             args = (g, weight, mask, torch.tensor(live), block, need)
             got, want = kernels.mask_weight_backward(*args), plain.mask_weight_backward(*args)
@@ -98,23 +99,24 @@ COMPILED = """
         dict(scores_ptr="*fp32", n_kept_ptr="*i64", held_ptr="*u8", frozen_ptr="*u8", out_ptr="*u8"),
         I_TILE=32, J_TILE=128, J_TILES=5,
     )
-    for dtype in ("fp32", "bf16", "fp64"):
+    for dtype, mask in (("fp32", "u8"), ("bf16", "u8"), ("fp64", "u8"), ("fp32", "fp32"), ("bf16", "fp32")):
         for tile_in_block in (True, False):
             build(
                 kernels._mask_weight_kernel,
-                dict(weight_ptr="*" + dtype, mask_ptr="*u8", out_ptr="*" + dtype),
+                dict(weight_ptr="*" + dtype, mask_ptr="*" + mask, out_ptr="*" + dtype),
                 R_SIZE=64, C_SIZE=64, N_TILE=32, K_TILE=64, TILE_IN_BLOCK=tile_in_block,
+                FACTORS=mask != "u8",
             )
         accumulator = "fp64" if dtype == "fp64" else "fp32"
         build(
             kernels._mask_weight_backward_kernel,
             dict(
-                grad_ptr="*" + dtype, weight_ptr="*" + dtype, mask_ptr="*u8", live_ptr="*u8",
+                grad_ptr="*" + dtype, weight_ptr="*" + dtype, mask_ptr="*" + mask, live_ptr="*u8",
                 grad_weight_ptr="*" + dtype, grad_scores_ptr="*" + accumulator,
             ),
             R_SIZE=64, C_SIZE=64, N_TILE=32, K_TILE=64,
             NEED_GRAD_WEIGHT=True, NEED_GRAD_SCORES=True,
-            ACC_DTYPE=tl.float64 if dtype == "fp64" else tl.float32,
+            ACC_DTYPE=tl.float64 if dtype == "fp64" else tl.float32, FACTORS=mask != "u8",
         )
     print("agreed")
 """

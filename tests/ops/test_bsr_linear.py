@@ -333,6 +333,20 @@ def test_same_inputs_give_the_same_bits():
     assert all(torch.equal(first, bsr_linear(x, crow, col, values)) for _ in range(5))
 
 
+@pytest.mark.parametrize("leading", [(), (0,), (3,), (2, 0)], ids=str)
+@pytest.mark.parametrize(("R", "C"), [(0, 0), (0, 2), (2, 0)])
+def test_gradients_where_there_are_no_features(leading, R, C):
+    x = torch.randn(*leading, 4 * C, requires_grad=True)
+    crow, col = torch.zeros(R + 1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
+    values, bias = torch.randn(0, 4, 4, requires_grad=True), torch.randn(4 * R, requires_grad=True)
+    y = bsr_linear(x, crow, col, values, bias)
+    assert torch.equal(y, bias.expand(*leading, 4 * R))
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
+    assert values.grad.shape == values.shape
+    assert torch.equal(bias.grad, torch.full_like(bias, y[..., 0].numel() if R else 0))
+
+
 class TestErrors:
     @pytest.fixture
     def operands(self):
@@ -348,6 +362,11 @@ class TestErrors:
             ({"bias": torch.randn(31)}, ValueError, r"\(32,\).*\(31,\)"),
             ({"bias": torch.randn(32).half()}, TypeError, "bias torch.float16"),
             ({"values": torch.randn(3, 16)}, ValueError, "nnz, block_rows, block_cols"),
+            (
+                {"values": torch.randn(0, 0, 16)},
+                ValueError,
+                r"blocks of at least 1x1, got \(0, 0, 16\)",
+            ),
             ({"values": torch.randn(5, 16, 16)}, ValueError, "col_indices must have shape"),
             ({"crow_indices": torch.tensor([0, 1, 3])}, TypeError, "int32.*int64"),
             ({"crow_indices": torch.zeros(0).int()}, ValueError, "crow_indices"),

@@ -92,6 +92,8 @@ for content in (
     json.dumps(dict(format=tuning.FORMAT)),
     json.dumps(foreign),
     json.dumps(tuning._header(-1) | dict(entries=[entry])),
+    json.dumps(tuning._header(-1) | dict(entries=[dict(problem=3)])),
+    "[" * 100_000,
 ):
     path.write_text(content)
     cuda._tuned_devices.clear()  # as in a new process

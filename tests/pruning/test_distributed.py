@@ -10,6 +10,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.pruning.masks.kinds import KINDS
-from torchao_superblock.pruning import Supermask, SupermaskSparsifier, squash
+from torchao_superblock.pruning import (
+    MagnitudeSparsifier,
+    RigLSparsifier,
+    SpartanSparsifier,
+    Supermask,
+    SupermaskSparsifier,
+    squash,
+)
 
 WORLD = 2
 
@@ -105,6 +113,59 @@ def check_ddp(rank: int, frozen: bool) -> None:
     assert all(same_on_all_ranks(mask.to(torch.uint8)) for mask in after)
     held = [torch.equal(a, b) for a, b in zip(before, after, strict=True)]
     assert all(held) if frozen else not all(held)
+
+
+RAMPED: dict[str, Callable[[], Any]] = {
+    "supermask": lambda: SupermaskSparsifier(0.75, (8, 3), ramp_steps=6, freeze_step=9),
+    "magnitude": lambda: MagnitudeSparsifier(0.75, (8, 3), ramp_steps=6, update_every=2),
+    "weighted": lambda: MagnitudeSparsifier(
+        0.75, (8, 3), ramp_steps=6, update_every=2, gradient_weighted=True
+    ),
+    "rigl": lambda: RigLSparsifier(0.75, (8, 3), freeze_step=9, update_every=2, drop_fraction=0.5),
+    "spartan": lambda: SpartanSparsifier(0.75, (8, 3), ramp_steps=6, freeze_step=9, update_every=2),
+}
+"""Five block rows on two ranks: uneven shards."""
+
+
+def check_kind(rank: int, kind: str, shard: bool) -> None:
+    """Two ranks with half a batch each do what one process does with the whole."""
+    results = []
+    for alone in (True, False):
+        model = make_model()
+        torch.manual_seed(1)
+        sparsifier = RAMPED[kind]()
+        sparsifier.prepare(model, [{"tensor_fqn": "[02].weight"}])
+        run = model
+        if not alone and shard:
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = init_device_mesh("cpu", (WORLD,))
+            fully_shard(model[0], mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        elif not alone:
+            run = DistributedDataParallel(model)
+        optimizer = torch.optim.AdamW(sparsifier.param_groups(run, weight_decay=0.1), lr=1e-2)
+        for i in range(10):
+            optimizer.zero_grad()
+            x = torch.randn(16, 24, generator=torch.Generator().manual_seed(i))
+            x = x if alone else x.chunk(WORLD)[rank]
+            run(x).square().mean().backward()
+            optimizer.step()
+            sparsifier.step()
+        states = [entry["mask"] for entry in sparsifier.state.values()]
+        x = torch.randn(4, 24, generator=torch.Generator().manual_seed(99))
+        results.append((states, run(x).detach(), [int(mask.sum()) for mask in states]))
+    (masks, out, counts), (other_masks, other_out, other_counts) = results
+    assert all(same_on_all_ranks(mask.to(torch.uint8)) for mask in other_masks)
+    assert same_on_all_ranks(other_out)
+    assert counts == other_counts
+    if kind not in (
+        "weighted",
+        "rigl",
+    ):  # squares are averaged over ranks, not taken of the average
+        assert all(torch.equal(a, b) for a, b in zip(masks, other_masks, strict=True))
+        torch.testing.assert_close(out, other_out, rtol=1e-3, atol=1e-4)
 
 
 def check_prepare_inside_ddp(rank: int) -> None:
@@ -238,9 +299,10 @@ def check_fsdp_1(rank: int, use_orig_params: bool) -> None:
 
     model, plain = make_model(), make_model(1)
     config = [{"tensor_fqn": "[02].weight"}]
-    sparsifier = SupermaskSparsifier(0.5, 8)
+    # Levels alone: the scores are those that the optimizer trains.
+    sparsifier = SupermaskSparsifier(0.5, 8, scores_init="kaiming_uniform")
     sparsifier.prepare(model, config)
-    SupermaskSparsifier(0.5, 8).prepare(plain, config)
+    SupermaskSparsifier(0.5, 8, scores_init="kaiming_uniform").prepare(plain, config)
     # Without a device FSDP refuses by itself; with a CPU it frees what it shards.
     wrapped = FullyShardedDataParallel(
         model, device_id=torch.device("cpu"), use_orig_params=use_orig_params
@@ -301,7 +363,22 @@ CHECKS: dict[str, Callable[[int], None]] = {
     "squash_at_once": check_squash_at_once,
     "fsdp_1": functools.partial(check_fsdp_1, use_orig_params=False),
     "fsdp_1_orig_params": functools.partial(check_fsdp_1, use_orig_params=True),
+    **{
+        f"{kind}_{'fsdp' if shard else 'ddp'}": functools.partial(
+            check_kind, kind=kind, shard=shard
+        )
+        for kind in RAMPED
+        for shard in (False, True)
+    },
 }
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", list(RAMPED))
+def test_every_kind_of_mask_is_the_same_on_every_rank(
+    run: Callable[[str], None], kind: str, way: str
+) -> None:
+    run(f"{kind}_{way}")
 
 
 @pytest.mark.parametrize("name", ["ddp", "ddp_frozen"])
@@ -344,7 +421,7 @@ def test_fsdp1_steps_and_refuses_by_name_what_it_has_released(
 @pytest.mark.parametrize("released", ["scores", "weight"])
 def test_zero_3_leaves_parameters_of_no_elements(released: str) -> None:
     model = make_model()
-    sparsifier = SupermaskSparsifier(0.5, 8)
+    sparsifier = SupermaskSparsifier(0.5, 8, scores_init="kaiming_uniform")
     sparsifier.prepare(model, [{"tensor_fqn": "0.weight"}])
     parametrizations = model[0].parametrizations.weight
     parameter = parametrizations[0].scores if released == "scores" else parametrizations.original

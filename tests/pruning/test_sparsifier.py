@@ -283,6 +283,21 @@ blocks.1.mlp.2.weight               32x64   8x16   4x4   90.0%   87.5%
     assert str(SupermaskSparsifier().summary()) == "no block masks: call prepare() first"
 
 
+@pytest.mark.parametrize("layout", ["to_sparse_csr", "to_sparse_csc", "to_sparse"])
+def test_tensors_with_a_sparse_layout_are_skipped_or_left_alone(layout: str) -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    model.register_buffer("graph", getattr(torch.eye(32), layout)())
+    model.free = nn.Parameter(getattr(torch.eye(32), layout)())
+    model[0].weight = nn.Parameter(getattr(model[0].weight.detach(), layout)())
+    sparsifier = SupermaskSparsifier(blocksize=16)
+    sparsifier.prepare(model, config=None)
+    assert [group["tensor_fqn"] for group in sparsifier.groups] == ["1.weight"]
+    skipped = {entry.fqn: entry.code for entry in sparsifier.summary().skipped}
+    assert skipped == {"0.weight": "layout", "free": "not_linear"}
+    with pytest.raises(ValueError, match="cannot mask 'free': it has the layout torch.sparse_"):
+        SupermaskSparsifier(blocksize=16).prepare(model, config=[{"tensor_fqn": "free"}])
+
+
 # -------------------------------------------------------------------------------------------------
 # Training
 # -------------------------------------------------------------------------------------------------
@@ -628,7 +643,8 @@ def test_state_dict_is_plain_and_loading_does_not_change_it() -> None:
     sparsifier.enable_mask_update = False
     state = sparsifier.state_dict()
     assert type(state) is dict and type(state["state"]) is dict
-    assert set(state["groups"][0]) == {"tensor_fqn", "sparsity_level", "blocksize", "scores_init"}
+    settings = {"tensor_fqn", "sparsity_level", "blocksize", "gain", "scores_init"}
+    assert set(state["groups"][0]) == settings
     frozen = copy.deepcopy(state)
     _, other = prepared(sparsity_level=0.7)
     other.load_state_dict(state)
@@ -1106,3 +1122,20 @@ def zero_blocks(weight: torch.Tensor, size: int) -> int:
     """How many blocks of a weight are all zeros."""
     rows, cols = (n // size for n in weight.shape)
     return int((weight.detach().view(rows, size, cols, size) == 0).all(3).all(1).sum())
+
+
+def test_pickles_that_name_the_modules_of_version_0_1_load() -> None:
+    model, sparsifier = prepared()
+    # Protocol 0 spells names out, so that they can be turned back into those of then.
+    pickled = pickle.dumps((model, sparsifier), protocol=0)
+    today = b"torchao_superblock.pruning.masks.supermask\n"
+    assert today + b"Supermask\n" in pickled and today + b"SupermaskSparsifier\n" in pickled
+    pickled = pickled.replace(
+        today + b"SupermaskSparsifier\n",
+        b"torchao_superblock.pruning.sparsifier\nSupermaskSparsifier\n",
+    ).replace(today, b"torchao_superblock.pruning.supermask\n")
+    other, other_sparsifier = pickle.loads(pickled)
+    assert torch.equal(other(tokens()), model(tokens()))
+    other_sparsifier.step()
+    other_sparsifier.squash_mask()
+    torch.testing.assert_close(other(tokens()), model(tokens()))

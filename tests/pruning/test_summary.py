@@ -13,7 +13,7 @@ from torchao_superblock.pruning import SupermaskSparsifier
 
 def prepared(model: nn.Module, blocksize: int = 16) -> SupermaskSparsifier:
     torch.manual_seed(0)
-    sparsifier = SupermaskSparsifier(0.5, blocksize)
+    sparsifier = SupermaskSparsifier(0.5, blocksize, scores_init="kaiming_uniform")
     sparsifier.prepare(
         model, [{"tensor_fqn": f"{name}.weight"} for name, _ in model.named_children()]
     )

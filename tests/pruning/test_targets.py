@@ -143,7 +143,7 @@ def test_summary_names_every_weight_that_was_left_alone(config: Any) -> None:
         ("attention.in_proj_weight", "attention.out_proj.weight"), "not_plain_linear"
     )
     assert codes == {
-        "patches.weight": "not_2d",
+        "patches.weight": "not_linear",
         "words.weight": "embedding",
         "experts": "not_2d",
         "matrix": "not_linear",
@@ -152,9 +152,7 @@ def test_summary_names_every_weight_that_was_left_alone(config: Any) -> None:
         **(attention if config is None else {}),
     }
     text = str(sparsifier.summary())
-    assert (
-        "  patches.weight 16x3x4x4: Conv2d holds it with 4 dimensions, and a mask takes 2" in text
-    )
+    assert "  experts 4x16x16: Odd holds it with 3 dimensions, and a mask takes 2" in text
     assert "  words.weight 16x16: an embedding is not reached in passing: name it exactly" in text
 
 

@@ -2,7 +2,8 @@
 
 from torchao_superblock.bsr import legacy
 from torchao_superblock.bsr.linear import BSRLinear
-from torchao_superblock.bsr.serialization import load_bsr, save_bsr
+from torchao_superblock.bsr.load import load_bsr
+from torchao_superblock.bsr.save import save_bsr
 from torchao_superblock.bsr.swap import SwapEntry, SwapReport, swap_to_bsr, to_bsr_linear
 from torchao_superblock.bsr.weight import BSRWeight
 

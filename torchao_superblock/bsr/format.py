@@ -51,6 +51,33 @@ def dense_to_bsr(weight: Tensor, blocksize: tuple[int, int]) -> tuple[Tensor, Te
     return crow_indices, col.to(torch.int32), values.contiguous()
 
 
+def bsr_parts(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The blocks of a weight with the layout ``torch.sparse_bsr``.
+
+    Args:
+        weight: ``(N, K)``, with indices of int32 or int64.
+
+    Returns:
+        ``(crow_indices, col_indices, values)`` with int32 indices; a copy, detached. Whether the indices are sorted,
+        unique and within the shape is for :func:`check_bsr`.
+
+    Raises:
+        ValueError: an index does not fit into int32.
+    """
+    with torch.inference_mode(False):
+        weight = weight.detach()
+        parts = []
+        for label, index in (
+            ("crow_indices", weight.crow_indices()),
+            ("col_indices", weight.col_indices()),
+        ):
+            narrow = index.clone().to(torch.int32)
+            if not torch.equal(narrow.to(index.dtype), index):
+                raise ValueError(f"BSR weight: {label} hold numbers that do not fit into int32")
+            parts.append(narrow)
+        return parts[0], parts[1], weight.values().clone(memory_format=torch.contiguous_format)
+
+
 def bsr_to_dense(
     crow_indices: Tensor, col_indices: Tensor, values: Tensor, shape: tuple[int, int]
 ) -> Tensor:

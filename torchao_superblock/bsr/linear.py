@@ -9,7 +9,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
+from torchao_superblock.bsr.casting import cast_like
 from torchao_superblock.bsr.format import (
+    bsr_parts,
     bsr_to_dense,
     check_bsr,
     dense_to_bsr,
@@ -17,6 +19,7 @@ from torchao_superblock.bsr.format import (
     nonzero_blocks,
 )
 from torchao_superblock.bsr.weight import BSRWeight, TracedBSRWeight
+from torchao_superblock.common.all_or_nothing import all_or_nothing
 from torchao_superblock.common.blocks import parse_blocksize
 from torchao_superblock.common.modules import block_masks_of, copy_hooks
 from torchao_superblock.common.sharding import is_dtensor
@@ -48,19 +51,28 @@ def conversion_obstacle(linear: nn.Module) -> tuple[str, str] | None:
             "weight_subclass",
             f"its weight is a {type(weight.data).__name__}, not a plain tensor",
         )
+    if weight.layout not in (torch.strided, torch.sparse_bsr):
+        return (
+            "sparse_layout",
+            f"its weight has the layout {weight.layout}; make it dense, or weight.to_sparse_bsr(blocksize)",
+        )
     if tuple(weight.shape) != (linear.out_features, linear.in_features) or weight.numel() == 0:
         shape = (linear.out_features, linear.in_features)
         return (
             "odd_shape",
             f"its weight has shape {tuple(weight.shape)} where its features say {shape}",
         )
-    own = {"weight", "bias"}
-    extra = [*linear._modules, *linear._buffers, *(linear._parameters.keys() - own)]
-    if extra or "forward" in vars(linear):
-        what = f"{', '.join(sorted(extra))} of its own" if extra else "a forward of its own"
-        return "customised", f"it has {what}, which a BSRLinear would lose"
+    more = customisation(linear)
+    if more is not None:
+        return "customised", more
     if weight.is_meta:
         return "meta_device", "its weight is on the meta device and has no zeros to look at"
+    if weight.layout is torch.sparse_bsr:
+        try:
+            parts = bsr_parts(weight)
+            check_bsr(*parts, tuple(weight.shape), tuple(parts[2].shape[1:]), "its weight")
+        except (TypeError, ValueError) as error:
+            return "invalid_indices", str(error)
     if weight.dtype not in DTYPES:
         return "unsupported_dtype", f"its dtype is {weight.dtype}"
     bias = linear.bias
@@ -70,6 +82,30 @@ def conversion_obstacle(linear: nn.Module) -> tuple[str, str] | None:
             f"its bias ({bias.dtype}, {bias.device}) differs from its weight ({weight.dtype}, {weight.device})",
         )
     return None
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether one was set on the instance; that of its class, put back by who replaced it before, does not count."""
+    forward = vars(module).get("forward")
+    of_its_class = getattr(forward, "__func__", None) is type(module).forward
+    return forward is not None and not (of_its_class and forward.__self__ is module)
+
+
+def customisation(linear: nn.Module) -> str | None:
+    """What a linear layer, dense or block-sparse, has that one in its place would lose; None if nothing."""
+    if "_hf_hook" in vars(linear):
+        return (
+            "accelerate's hooks move its weights to and from elsewhere (device_map, cpu_offload); call "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True) first, and dispatch the model afterwards"
+        )
+    own = {"weight", "bias"}
+    if isinstance(linear, BSRLinear):
+        own = {"values", "bias", "crow_indices", "col_indices", "plan"}
+    extra = [*linear._modules, *((linear._buffers | linear._parameters).keys() - own)]
+    if not extra and not has_own_forward(linear):
+        return None
+    what = f"{', '.join(sorted(extra))} of its own" if extra else "a forward of its own"
+    return f"it has {what}, which a BSRLinear would lose"
 
 
 @torch.fx.wrap  # one call in a traced graph: what is decided in here is decided when the graph runs
@@ -106,7 +142,8 @@ class BSRLinear(nn.Module):
     The indices are buffers and must not be averaged: with ``torch.optim.swa_utils.AveragedModel`` leave ``use_buffers``
     at False.
 
-    Loading a ``state_dict`` is atomic for the layer: bad content raises and changes nothing of it. Content with another
+    Loading a ``state_dict`` is atomic for the layer: bad content raises and changes nothing of it, and so does a part
+    of its tensors, with ``strict=False`` too. Content with another
     number of blocks replaces the ``values`` Parameter; build the optimizer after loading. A ``state_dict`` does not say
     which features were dropped: save and load a model that lost some with ``save_bsr`` and ``load_bsr``.
 
@@ -227,7 +264,8 @@ class BSRLinear(nn.Module):
         ``training``, ``requires_grad``, device, dtype and hooks carry over; the ``bias`` Parameter is the same object.
 
         Args:
-            linear: an ``nn.Linear``.
+            linear: an ``nn.Linear``. If its weight has the layout ``torch.sparse_bsr``, the stored blocks are taken as
+                they are.
             blocksize: int, ``(rows, cols)``, or None to read it off the zeros
                 (:func:`torchao_superblock.bsr.format.infer_blocksize`).
 
@@ -244,6 +282,15 @@ class BSRLinear(nn.Module):
             error = {"not_squashed": RuntimeError, "meta_device": ValueError}.get(code, TypeError)
             raise error(f"cannot convert this linear layer to BSRLinear: {reason}")
         shape = tuple(linear.weight.shape)
+        stored = bsr_parts(linear.weight) if linear.weight.layout is torch.sparse_bsr else None
+        if stored is not None:
+            size = tuple(stored[2].shape[1:])
+            if blocksize is not None and parse_blocksize(blocksize) != size:
+                raise ValueError(
+                    f"cannot convert this linear layer to BSRLinear: its weight is stored in blocks of {size}, not of "
+                    f"{blocksize}; leave blocksize out"
+                )
+            blocksize = size
         if blocksize is None:
             blocksize = infer_blocksize(linear.weight)
             if blocksize is None:
@@ -258,7 +305,9 @@ class BSRLinear(nn.Module):
                 )
         blocksize = parse_blocksize(blocksize)
         with torch.inference_mode(False):  # tensors made in inference mode could never be trained
-            crow_indices, col_indices, values = dense_to_bsr(linear.weight, blocksize)
+            if stored is None:
+                stored = dense_to_bsr(linear.weight, blocksize)
+            crow_indices, col_indices, values = stored
             layer = cls(
                 linear.in_features,
                 linear.out_features,
@@ -365,24 +414,32 @@ class BSRLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if not any(key.startswith(prefix) for key in state_dict):
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+            return
         assign = local_metadata.get("assign_to_params_buffers", False)
-        with torch.inference_mode(False), torch.no_grad():
-            try:
-                self._make_room_for(state_dict, prefix, assign)
-            except (TypeError, ValueError) as error:
-                error_msgs.append(str(error))
-                return
-            super()._load_from_state_dict(
-                state_dict,
-                prefix,
-                local_metadata,
-                strict,
-                missing_keys,
-                unexpected_keys,
-                error_msgs,
-            )
-            if not self.crow_indices.is_meta:
-                self._set_indices(self.crow_indices, self.col_indices)
+        n_errors = len(error_msgs)
+        own = [*self._parameters.values(), *self._buffers.values()]
+        own = [tensor for tensor in own if tensor is not None and not tensor.is_meta]
+        try:
+            with torch.inference_mode(False), torch.no_grad(), all_or_nothing(self, own):
+                try:
+                    self._make_room_for(state_dict, prefix, assign)
+                except (TypeError, ValueError) as error:
+                    error_msgs.append(str(error))
+                    raise _Refused from error
+                # In place, a tensor made in inference mode can be written nowhere else.
+                with torch.inference_mode(any(tensor.is_inference() for tensor in own)):
+                    super()._load_from_state_dict(state_dict, prefix, *rest)
+                if len(error_msgs) > n_errors:
+                    raise _Refused
+                if not self.values.is_contiguous():  # assigned
+                    self.values = _as_parameter(self.values)
+                if not self.crow_indices.is_meta:
+                    self._set_indices(self.crow_indices, self.col_indices)
+        except _Refused:  # torch raises once it has been through the whole model
+            pass
 
     def _make_room_for(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> None:
         """Check what is about to be loaded as a whole; resize what holds another number of blocks.
@@ -391,6 +448,11 @@ class BSRLinear(nn.Module):
             TypeError, ValueError: it must not be loaded; nothing has been changed.
         """
         name = prefix.removesuffix(".") or "BSRLinear"
+        if f"{prefix}parametrizations.weight.original" in state_dict:
+            raise ValueError(
+                f"{name}: the state dict holds a weight with its parametrization (a block mask?), but this layer "
+                "stores blocks; load it into the prepared model, call squash_mask() there, and swap that"
+            )
         if f"{prefix}weight" in state_dict:
             raise ValueError(
                 f"{name}: the state dict holds a dense weight, but this layer stores blocks; load it into the dense "
@@ -406,20 +468,23 @@ class BSRLinear(nn.Module):
                 raise ValueError(
                     f"{name}: this layer is on the meta device; load with load_state_dict(..., assign=True)"
                 )
-        new = own | loaded
-        if not loaded or (
-            any(tensor.is_meta for tensor in own.values()) and len(loaded) < len(own)
-        ):
-            return  # nothing to check, or not enough to check it against
+        missing = [key for key in own if key not in loaded]
+        if missing:
+            # Whether torch will raise for a missing key is not known here, so a part is not loaded even if it will not.
+            if not all(_is_same(own[key], tensor) for key, tensor in loaded.items()):
+                raise ValueError(
+                    f"{name}: the state dict holds {', '.join(loaded)} but not {', '.join(missing)}, and a layer is "
+                    "loaded as a whole; to load a part, fill in the rest: "
+                    "model.load_state_dict(model.state_dict() | state_dict)"
+                )
+            return
+        new = loaded
         if not assign:
             # The layer keeps its dtype and device; indices of another dtype are an error, not a cast.
-            new = {
-                key: tensor.to(
-                    device=own[key].device,
-                    dtype=own[key].dtype if tensor.is_floating_point() else tensor.dtype,
-                )
-                for key, tensor in new.items()
-            }
+            for key, tensor in new.items():
+                if key in ("values", "bias"):
+                    tensor = cast_like(tensor, own[key], f"{name}: {key}")
+                new[key] = tensor.to(own[key].device)
         if new["crow_indices"].shape != self.crow_indices.shape:
             raise ValueError(
                 f"{name}: crow_indices must have {len(self.crow_indices)} entries, the state dict holds "
@@ -431,6 +496,17 @@ class BSRLinear(nn.Module):
             values = self.values.new_empty(new["values"].shape)
             self.values = nn.Parameter(values, self.values.requires_grad)
             self.col_indices = self.col_indices.new_empty(new["col_indices"].shape)
+
+
+def _is_same(own: Tensor, loaded: Tensor) -> bool:
+    """Whether loading a tensor would change nothing."""
+    if own.is_meta or loaded.is_meta or (own.dtype, own.shape) != (loaded.dtype, loaded.shape):
+        return False
+    return torch.equal(own, loaded.to(own.device))
+
+
+class _Refused(Exception):
+    """What was to be loaded must not be; the reason has been noted."""
 
 
 def _as_parameter(tensor: Tensor) -> nn.Parameter:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchao_superblock.bsr.folded_activation import FoldedActivation, activation_name
-from torchao_superblock.bsr.linear import BSRLinear
+from torchao_superblock.bsr.linear import BSRLinear, has_own_forward
 from torchao_superblock.common.modules import has_hooks, parameter_owners, storage_address
 from torchao_superblock.common.names import without_compile_prefix
 from torchao_superblock.ops import ACTIVATIONS
@@ -123,7 +123,7 @@ def _sequentials(
         if (
             isinstance(module, nn.Sequential)
             and type(module).forward is nn.Sequential.forward
-            and "forward" not in vars(module)
+            and not has_own_forward(module)
         ):
             prefix = without_compile_prefix(fqn)
             yield f"{prefix}." if prefix else "", module, places
@@ -131,7 +131,7 @@ def _sequentials(
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module does what its class says, unwatched."""
-    return not has_hooks(module) and "forward" not in vars(module)
+    return not has_hooks(module) and not has_own_forward(module)
 
 
 def _is_free(module: nn.Module, places: Counter[nn.Module]) -> bool:

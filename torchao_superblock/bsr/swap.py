@@ -13,7 +13,7 @@ from torchao_superblock.bsr.format import infer_blocksize, nonzero_blocks
 from torchao_superblock.bsr.layers import twin_of
 from torchao_superblock.bsr.linear import BSRLinear, conversion_obstacle
 from torchao_superblock.common.all_or_nothing import all_or_nothing
-from torchao_superblock.common.blocks import parse_blocksize
+from torchao_superblock.common.blocks import parse_blocksize, whole_block_grid
 from torchao_superblock.common.modules import (
     block_masks_of,
     parameter_owners,
@@ -36,10 +36,11 @@ class SwapEntry:
         blocksize: ``(rows, cols)``, or None where none was found.
         sparsity: fraction of blocks that hold only zeros, or None where it was not looked at.
         reason: a sentence.
-        code: a short stable word: ``swapped``, or why not: ``customised``, ``filtered_out``, ``linear_subclass``,
-            ``meta_device``, ``no_twin`` (not in a linear layer), ``odd_shape``, ``parametrized``,
-            ``shape_not_multiple``, ``sharded``, ``slower_than_dense``, ``tied_weight``, ``too_few_zero_blocks``,
-            ``uninitialized``, ``unsupported_dtype``, ``weight_subclass``.
+        code: a short stable word: ``swapped``, or why not: ``customised``, ``filtered_out``, ``invalid_indices``,
+            ``linear_subclass``, ``meta_device``, ``no_twin`` (not in a linear layer), ``odd_shape``,
+            ``other_blocksize``, ``parametrized``, ``shape_not_multiple``, ``sharded``, ``slower_than_dense``,
+            ``sparse_layout``, ``tied_weight``, ``too_few_zero_blocks``, ``uninitialized``, ``unsupported_dtype``,
+            ``weight_subclass``.
     """
 
     fqn: str
@@ -123,7 +124,8 @@ def swap_to_bsr(
 ) -> SwapReport:
     """Replace, in place, every linear layer with enough zero blocks by a :class:`BSRLinear`.
 
-    The weights are looked at as they are: where the zeros come from does not matter. If anything fails, the model is as
+    The weights are looked at as they are: where the zeros come from does not matter. A weight with the layout
+    ``torch.sparse_bsr`` becomes a :class:`BSRLinear` with the blocks that it stores. If anything fails, the model is as
     it was. An optimizer built before holds the dense weights: build it again to fine-tune the stored blocks.
 
     Args:
@@ -232,6 +234,8 @@ def _judge(
     others = [owner for owner in owners[storage_address(linear.weight)] if owner != f"{fqn}.weight"]
     if others:
         return entry("tied_weight", f"its weight is shared with {', '.join(others)}")
+    if linear.weight.layout is torch.sparse_bsr:
+        return _judge_stored(linear, fqn, blocksize, min_sparsity)
     if blocksize is None:
         blocksize = infer_blocksize(linear.weight)
     unfit = shape_obstacle(shape, blocksize)
@@ -281,6 +285,31 @@ def _zero_blocks(weight: Tensor) -> tuple[tuple[int, int] | None, float | None]:
     if blocksize is None:
         return None, None
     return blocksize, 1.0 - nonzero_blocks(matrix, blocksize).float().mean().item()
+
+
+def _judge_stored(
+    linear: nn.Linear, fqn: str, blocksize: tuple[int, int] | None, min_sparsity: float | None
+) -> SwapEntry:
+    """Decide about a layer whose weight is a ``torch.sparse_bsr`` tensor: there is no dense product to compare with."""
+    shape = (linear.out_features, linear.in_features)
+    values = linear.weight.values()
+    size = tuple(values.shape[1:])
+    R, C = whole_block_grid(shape, size)
+    sparsity = 1.0 - values.shape[0] / (R * C)
+
+    def entry(code: str, reason: str) -> SwapEntry:
+        return SwapEntry(fqn, shape, size, sparsity, reason, code)
+
+    if blocksize not in (None, size):
+        return entry(
+            "other_blocksize", f"its weight is stored in blocks of {size}, not {blocksize}"
+        )
+    if min_sparsity is not None and sparsity < min_sparsity:
+        return entry(
+            "too_few_zero_blocks",
+            f"{sparsity:.1%} of its blocks are not stored, min_sparsity is {min_sparsity:.1%}",
+        )
+    return entry("swapped", f"{sparsity:.1%} of its blocks are not stored")
 
 
 def _replace(

@@ -31,6 +31,8 @@ def whole_block_grid(
     """
     N, K = weight.shape if isinstance(weight, Tensor) else weight
     r, c = blocksize
+    if r < 1 or c < 1:
+        raise ValueError(f"blocksize must be at least 1, got {blocksize!r}")
     if N % r or K % c:
         raise ValueError(f"shape ({N}, {K}) is not a multiple of the block size {r}x{c}")
     return N // r, K // c

@@ -54,6 +54,49 @@ def refuse_released(tensor: Tensor, shape: tuple[int, ...], where: str, way_out:
     )
 
 
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, without gradient; gathers a DTensor (call it on every rank then)."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds, without gradient; writing into it writes the tensor."""
+    tensor = tensor.detach()
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def local_rows_and_columns(weight: Tensor) -> tuple[range, range]:
+    """Which rows and columns of a 2-D weight this rank holds.
+
+    Raises:
+        RuntimeError: for a DTensor placed otherwise than by plain sharding and replication.
+    """
+    return _local_range(weight, 0), _local_range(weight, 1)
+
+
+def _local_range(weight: Tensor, dim: int) -> range:
+    start, stop = 0, weight.shape[dim]
+    if not is_dtensor(weight):
+        return range(start, stop)
+    from torch.distributed.tensor import Replicate, Shard
+
+    for mesh_dim, placement in enumerate(weight.placements):
+        if type(placement) is Replicate:
+            continue
+        if type(placement) is not Shard:
+            raise RuntimeError(
+                f"cannot tell which blocks of a weight placed as {placement} are here"
+            )
+        if placement.dim % weight.ndim == dim:
+            # DTensor shards as torch.chunk does: even pieces, the last ones shorter or empty.
+            mesh = weight.device_mesh
+            piece = -(-(stop - start) // mesh.size(mesh_dim))
+            first = min(start + piece * mesh.get_local_rank(mesh_dim), stop)
+            start, stop = first, min(first + piece, stop)
+    return range(start, stop)
+
+
 def sharding_wrapper(model: nn.Module, module: nn.Module) -> str | None:
     """What shards the parameters of a module: `"fully_shard"`, `"FullyShardedDataParallel"` or None.
 

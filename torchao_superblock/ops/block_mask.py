@@ -58,8 +58,9 @@ def block_mask(
 def mask_weight(weight: Tensor, mask: Tensor, blocksize: tuple[int, int]) -> Tensor:
     """The weight with pruned blocks at zero.
 
-    Pruned blocks must be finite: outside the Triton kernels this is a product (four times as fast as
-    a selection on a CPU), which makes NaN of infinity and NaN.
+    Floating factors are rounded to the weight's dtype first. Pruned blocks must be finite: outside
+    the Triton kernels this is a product (four times as fast as a selection on a CPU), which makes
+    NaN of infinity and NaN.
 
     Args:
         weight: `(N, K)`, floating.
@@ -150,6 +151,13 @@ def block_norm(weight: Tensor, blocksize: tuple[int, int]) -> Tensor:
     dtype = torch.float32 if weight.device.type == "mps" else torch.float64
     weight = weight.to(dtype)
     return block_sum(weight, weight, blocksize).sqrt()
+
+
+def nonzero_blocks(weight: Tensor, blocksize: tuple[int, int]) -> Tensor:
+    """Bool `(R, C)`: which blocks of a `(N, K)` weight hold anything but zeros, smaller ones at the edges too."""
+    (r, c), (n, k) = blocksize, weight.shape
+    padded = torch.nn.functional.pad(weight.detach() != 0, (0, -k % c, 0, -n % r))
+    return _as_blocks(padded, blocksize).any(dim=3).any(dim=1)
 
 
 def scale_blocks_(weight: Tensor, factors: Tensor, blocksize: tuple[int, int]) -> None:

@@ -21,6 +21,7 @@ MAX_PAIRWISE_BLOCKS = 16384
 """Above this many blocks, comparing all pairs costs more than sorting does."""
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MASK_DTYPES = (torch.bool, torch.float32)
 
 
 @triton.jit
@@ -67,9 +68,20 @@ def _block_mask_kernel(
 
 
 @triton.jit
+def _times(weight, factor):
+    """The product as PyTorch has it: the factor is rounded to the weight's dtype, the product once more."""
+    dtype = weight.dtype
+    if dtype == tl.float16 or dtype == tl.bfloat16:
+        weight = (weight.to(tl.float32) * factor.to(dtype).to(tl.float32)).to(dtype)
+    else:
+        weight = weight * factor.to(dtype)
+    return weight
+
+
+@triton.jit
 def _mask_weight_kernel(
     weight_ptr,  # (N, K)
-    mask_ptr,  # (R, C) uint8
+    mask_ptr,  # (R, C) uint8, or float32 factors
     out_ptr,  # (N, K)
     N,
     K,
@@ -79,6 +91,7 @@ def _mask_weight_kernel(
     N_TILE: tl.constexpr,
     K_TILE: tl.constexpr,
     TILE_IN_BLOCK: tl.constexpr,
+    FACTORS: tl.constexpr,
 ):
     n = tl.program_id(1) * N_TILE + tl.arange(0, N_TILE)
     k = tl.program_id(0) * K_TILE + tl.arange(0, K_TILE)
@@ -87,15 +100,19 @@ def _mask_weight_kernel(
         block_row = tl.program_id(1) * N_TILE // R_SIZE
         block_col = tl.program_id(0) * K_TILE // C_SIZE
         # The same decision for the whole tile: a pruned tile is written without being read.
-        keep = tl.load(mask_ptr + block_row * C + block_col) != 0
+        factor = tl.load(mask_ptr + block_row * C + block_col)
+        keep = factor != 0
         # Not `inside & keep`: Triton 3.9's interpreter makes no bool of a bool that it widens.
         inside_kept = tl.where(keep, inside, False)
     else:
         # `inside` guards the load: past the edge there is no block.
         blocks = (n // R_SIZE)[:, None] * C + (k // C_SIZE)[None, :]
-        inside_kept = inside & (tl.load(mask_ptr + blocks, mask=inside, other=0) != 0)
+        factor = tl.load(mask_ptr + blocks, mask=inside, other=0)
+        inside_kept = inside & (factor != 0)
     offsets = n.to(tl.int64)[:, None] * K + k[None, :]
     weight = tl.load(weight_ptr + offsets, mask=inside_kept, other=0.0)
+    if FACTORS:
+        weight = _times(weight, factor)
     tl.store(out_ptr + offsets, weight, mask=inside)
 
 
@@ -103,7 +120,7 @@ def _mask_weight_kernel(
 def _mask_weight_backward_kernel(
     grad_ptr,  # (N, K), any strides
     weight_ptr,  # (N, K)
-    mask_ptr,  # (R, C) uint8
+    mask_ptr,  # (R, C) uint8, or float32 factors
     live_ptr,  # () uint8
     grad_weight_ptr,  # (N, K)
     grad_scores_ptr,  # (R, C)
@@ -119,12 +136,14 @@ def _mask_weight_backward_kernel(
     NEED_GRAD_WEIGHT: tl.constexpr,
     NEED_GRAD_SCORES: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
+    FACTORS: tl.constexpr,
 ):
     # One program a block, so that its sum needs no second pass and no atomics.
     block_row = tl.program_id(1)
     block_col = tl.program_id(0)
     block = block_row * C + block_col
-    keep = tl.load(mask_ptr + block) != 0
+    factor = tl.load(mask_ptr + block)
+    keep = factor != 0
     total = tl.zeros((N_TILE, K_TILE), dtype=ACC_DTYPE)
     for n_start in range(0, R_SIZE, N_TILE):
         for k_start in range(0, C_SIZE, K_TILE):
@@ -147,6 +166,8 @@ def _mask_weight_backward_kernel(
                 grad = tl.load(
                     grad_ptr + grad_offsets, mask=tl.where(keep, inside, False), other=0.0
                 )
+            if FACTORS:
+                grad = _times(grad, factor)
             if NEED_GRAD_WEIGHT:
                 # grad_weight = grad * mask
                 tl.store(grad_weight_ptr + offsets, grad, mask=inside)
@@ -182,8 +203,8 @@ def block_mask(
 
 def can_mask_weight(weight: Tensor, mask: Tensor) -> bool:
     """Whether :func:`mask_weight` serves these."""
-    plain = mask.dtype == torch.bool and weight.dtype in _KERNEL_DTYPES
-    return plain and weight.is_contiguous() and weight.numel() > 0
+    dtypes = mask.dtype in _MASK_DTYPES and weight.dtype in _KERNEL_DTYPES
+    return dtypes and weight.is_contiguous() and weight.numel() > 0
 
 
 def mask_weight(weight: Tensor, mask: Tensor, blocksize: tuple[int, int]) -> Tensor:
@@ -199,7 +220,7 @@ def mask_weight(weight: Tensor, mask: Tensor, blocksize: tuple[int, int]) -> Ten
     with _on_device(weight):
         _mask_weight_kernel[(triton.cdiv(K, k_tile), triton.cdiv(N, n_tile))](
             weight.detach(),
-            mask.contiguous().view(torch.uint8),
+            _mask_argument(mask),
             out,
             N,
             K,
@@ -209,6 +230,7 @@ def mask_weight(weight: Tensor, mask: Tensor, blocksize: tuple[int, int]) -> Ten
             N_TILE=n_tile,
             K_TILE=k_tile,
             TILE_IN_BLOCK=tile_in_block,
+            FACTORS=mask.dtype != torch.bool,
             num_warps=4,
         )
     return out
@@ -224,7 +246,7 @@ def can_mask_weight_backward(
     r, c = blocksize
     fair = r * c >= 256 and r <= 512 and c <= 1024 and mask.numel() >= 64
     dtypes = grad.dtype in _KERNEL_DTYPES and (weight is None or weight.dtype == grad.dtype)
-    dtypes = dtypes and mask.dtype == torch.bool
+    dtypes = dtypes and mask.dtype in _MASK_DTYPES
     return fair and dtypes and (weight is None or weight.is_contiguous())
 
 
@@ -248,7 +270,7 @@ def mask_weight_backward(
         _mask_weight_backward_kernel[(C, R)](
             grad.detach(),
             grad if weight is None else weight.detach(),
-            mask.contiguous().view(torch.uint8),
+            _mask_argument(mask),
             live.view(torch.uint8),
             grad_weight,
             grad_scores,
@@ -264,9 +286,15 @@ def mask_weight_backward(
             NEED_GRAD_WEIGHT=need_grad_weight,
             NEED_GRAD_SCORES=weight is not None,
             ACC_DTYPE=tl.float64 if accumulator == torch.float64 else tl.float32,
+            FACTORS=mask.dtype != torch.bool,
             num_warps=4,
         )
     return (grad_weight if need_grad_weight else None), (None if weight is None else grad_scores)
+
+
+def _mask_argument(mask: Tensor) -> Tensor:
+    mask = mask.detach().contiguous()
+    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask
 
 
 def _power_of_two_divisor(value: int, limit: int) -> int:

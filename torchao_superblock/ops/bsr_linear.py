@@ -175,7 +175,8 @@ def _check_forward(
     """Check all that can be checked without reading data; return (N, C)."""
     if values.dim() != 3 or values.shape[1] < 1 or values.shape[2] < 1:
         raise ValueError(
-            f"bsr_linear: values must have shape (nnz, block_rows, block_cols), got {tuple(values.shape)}"
+            "bsr_linear: values must have shape (nnz, block_rows, block_cols) with blocks of at least 1x1, got "
+            f"{tuple(values.shape)}"
         )
     nnz, r, c = values.shape
     if x.dim() < 1:
@@ -520,7 +521,8 @@ def _backward(ctx, grad):
             grad, x, crow_indices, col_indices, values.shape[1], values.shape[2], plan
         )
     if ctx.has_bias and ctx.needs_input_grad[4]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        # Not -1, which is ambiguous where there are no features.
+        grad_bias = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1]).sum(0)
     return grad_x, None, None, grad_values, grad_bias, None, None, None
 
 

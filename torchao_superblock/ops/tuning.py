@@ -116,6 +116,8 @@ def _strips(problem: Problem) -> list[Strips]:
 def _parse(text: str, index: int) -> dict[Problem, Found]:
     """Entries of a cache file, or an exception if it is not one of ours for this device."""
     content = json.loads(text)
+    if not isinstance(content, dict) or not content.keys() >= {*_header(index), "entries"}:
+        raise ValueError("it does not hold tuning results")
     header = {key: content[key] for key in _header(index)}
     if header != _header(index):
         raise ValueError(f"it was written for {header}, this is {_header(index)}")
@@ -180,7 +182,7 @@ def _save(found: dict[Problem, Found], index: int) -> None:
     entries: dict[Problem, Found] = {}
     try:
         entries = _parse(path.read_text(encoding="utf-8"), index)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError):
+    except Exception:
         pass  # none yet, or not usable: load() has said so
     content = _header(index) | {
         "entries": [

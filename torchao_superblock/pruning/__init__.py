@@ -5,7 +5,11 @@ What leaves this folder is an ordinary dense weight whose pruned blocks are exac
 
 from torchao_superblock.pruning import legacy
 from torchao_superblock.pruning.masks.base import BlockMask
+from torchao_superblock.pruning.masks.magnitude import MagnitudeSparsifier
+from torchao_superblock.pruning.masks.prune_and_grow import RigLSparsifier
+from torchao_superblock.pruning.masks.spartan import SpartanSparsifier
 from torchao_superblock.pruning.masks.supermask import Supermask, SupermaskSparsifier
+from torchao_superblock.pruning.ramp import Progress
 from torchao_superblock.pruning.sparsifier import BlockSparsifier, CubicSL, LambdaSL
 from torchao_superblock.pruning.squash import squash
 from torchao_superblock.pruning.summary import MaskedTensor, MaskSummary
@@ -16,9 +20,13 @@ __all__ = [
     "BlockSparsifier",
     "CubicSL",
     "LambdaSL",
+    "MagnitudeSparsifier",
     "MaskSummary",
     "MaskedTensor",
+    "Progress",
+    "RigLSparsifier",
     "SkippedTensor",
+    "SpartanSparsifier",
     "Supermask",
     "SupermaskSparsifier",
     "squash",

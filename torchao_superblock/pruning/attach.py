@@ -7,21 +7,21 @@
 * Pickling, which parametrize refuses, and copies of modules that keep what they read.
 * Removal from one copy: deep copies share their parametrized class, so parametrize's own removal
   takes the property away from all of them.
+* A property that evaluates the mask once a forward (see `reading.py`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from torchao_superblock.pruning.masks.base import BlockMask, find_mask, masks_of
+from torchao_superblock.pruning.reading import RAW, read_once, reader, rebuild_reader, scope
 from torchao_superblock.pruning.written import forget_lost_write, read_watched
 
 _RESETS = ("reset_parameters", "_reset_parameters")
@@ -29,6 +29,8 @@ _RESETS = ("reset_parameters", "_reset_parameters")
 
 def attach(module: nn.Module, tensor_name: str, mask: BlockMask) -> None:
     """Registers the mask on `module.<tensor_name>`; the Parameter stays the same object."""
+    if type(module).forward is not nn.Linear.forward:  # nn.Linear reads its weight just once
+        read_once(module)
     mask.followers = _names_after(module, tensor_name)
     # `unsafe` skips a trial forward; there is nothing to find out, and a meta weight has no values.
     parametrize.register_parametrization(module, tensor_name, mask, unsafe=True)
@@ -80,7 +82,9 @@ def _equip_class(module: nn.Module, tensor_names: list[str]) -> None:
     for name in tensor_names:
         evaluate = cls.__dict__[name]
         if not hasattr(evaluate.fget, "_reads_mask"):
-            setattr(cls, name, property(_reader(name, evaluate.fget), _writer(name, evaluate.fset)))
+            read = reader(name, _watching(name, evaluate.fget))
+            read._reads_mask = True
+            setattr(cls, name, property(read, _writer(name, evaluate.fset)))
     equipment: dict[str, Any] = {
         "__reduce_ex__": _reduce_masked,
         "register_parameter": _assigning(base.register_parameter),
@@ -109,31 +113,10 @@ def _assigning(register: Callable[..., None]) -> Callable[..., None]:
     return assign_or_register
 
 
-_raw = threading.local()
-"""Whose reads return the weight under the mask, by thread: `(id of the module, tensor name)`."""
-
-
-@contextlib.contextmanager
-def _reading_raw(module: nn.Module, tensor_names: Iterable[str]) -> Iterator[None]:
-    """Within the block, reads of these tensors return the weight under the mask."""
-    keys = _raw.__dict__.setdefault("keys", set())
-    opened = {(id(module), name) for name in tensor_names} - keys
-    keys |= opened
-    try:
-        yield
-    finally:
-        keys -= opened
-
-
-def _reader(tensor_name: str, evaluate: Callable[[nn.Module], Tensor]) -> Callable[..., Tensor]:
-    def read(self: nn.Module) -> Tensor:
-        keys = getattr(_raw, "keys", None)
-        if keys and (id(self), tensor_name) in keys:
-            return self.parametrizations[tensor_name].original
-        return read_watched(self, tensor_name, evaluate)
-
-    read._reads_mask = True
-    return read
+def _watching(
+    tensor_name: str, evaluate: Callable[[nn.Module], Tensor]
+) -> Callable[[nn.Module], Tensor]:
+    return lambda module: read_watched(module, tensor_name, evaluate)
 
 
 def _writer(
@@ -151,7 +134,7 @@ def _resetting(reset: Callable[..., Any]) -> Callable[..., Any]:
     def reset_weight_then_scores(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         masks = masks_of(self)
         # Initialisers write in place: they have to see the weight itself, not a masked copy.
-        with _reading_raw(self, masks):
+        with scope(((self, name) for name in masks), RAW):
             result = reset(self, *args, **kwargs)
         for name, mask in masks.items():
             mask.reset_parameters(self.parametrizations[name].original)
@@ -163,10 +146,12 @@ def _resetting(reset: Callable[..., Any]) -> Callable[..., Any]:
 
 def _reduce_masked(self: nn.Module, protocol: int) -> tuple[Any, ...]:
     base = type(self).__bases__[0]
+    reads = "_reads_once" in base.__dict__
+    names, masked = list(self.parametrizations), list(masks_of(self))
     state = base.__getstate__(self)  # parametrize's own refuses
     if isinstance(state, dict):
         state = {name: _without_history(value) for name, value in state.items()}
-    return _rebuild_masked, (base, list(self.parametrizations), list(masks_of(self))), state
+    return _rebuild, (base.__bases__[0] if reads else base, reads, names, masked), state
 
 
 def _without_history(value: Any) -> Any:
@@ -185,9 +170,9 @@ def _copy_masked(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return copied
 
 
-def _rebuild_masked(base: type[nn.Module], names: list[str], masked: list[str]) -> nn.Module:
+def _rebuild(base: type[nn.Module], reads: bool, names: list[str], masked: list[str]) -> nn.Module:
     """What pickle calls to make an empty module whose state it then fills in."""
-    module = base.__new__(base)
+    module = rebuild_reader(base) if reads else base.__new__(base)
     parametrize._inject_new_class(module)
     for name in names:
         parametrize._inject_property(module, name)

@@ -64,19 +64,21 @@ _OF_A_MASK = re.compile(r"(?P<path>.*?)parametrizations\.(?P<name>[^.]+)\.\d+\.h
 def _dense_into_masked(path: str, name: str, has_scores: bool) -> str:
     stored = f"{path}parametrizations.{name}"
     text = f"the checkpoint holds a dense {path + name!r}, but this model is prepared: its weights are "
-    text += f"stored as '{stored}.original' beside their scores. Nothing was loaded. "
+    text += f"stored as '{stored}.original' beside their scores. "
     if has_scores:
-        return text + (
+        text += (
             f"It is one of torchao's SupermaskLinear: rename {path + name!r} to '{stored}.original' and "
             f"'{path}scores' to '{stored}.0.scores' (ranked alike, at the same block size), and so on "
             "for each layer, and load it with strict=False. The level stays that of this model; torchao "
             "rounds it to blocks in another way"
         )
-    return text + (
-        "To start from its weights, load it before prepare(). To put them under the masks that are "
-        f"here, scores and levels staying as they are, rename {path + name!r} to '{stored}.original', "
-        "and so on for each masked weight, and load it with strict=False"
-    )
+    else:
+        text += (
+            "To start from its weights, load it before prepare(). To put them under the masks that are "
+            f"here, scores and levels staying as they are, rename {path + name!r} to "
+            f"'{stored}.original', and so on for each masked weight, and load it with strict=False"
+        )
+    return text + ". Nothing was loaded"
 
 
 def _masked_into_dense(path: str, name: str) -> str:

@@ -17,7 +17,6 @@ from torch.ao.pruning import BaseSparsifier, CubicSL, LambdaSL
 from torchao_superblock.common.blocks import block_grid, check_blocksize
 from torchao_superblock.common.modules import hand_over_hooks
 from torchao_superblock.common.names import find_fqn, nearest_names, without_wrapper_prefixes
-from torchao_superblock.common.sharding import refuse_released
 from torchao_superblock.common.swappable import TWINS
 from torchao_superblock.pruning.attach import attach, detach
 from torchao_superblock.pruning.checkpoints import (
@@ -30,6 +29,9 @@ from torchao_superblock.pruning.masks.base import (
     find_mask,
     named_masks,
 )
+from torchao_superblock.pruning.masks.given import GivenMask
+from torchao_superblock.pruning.ramp import Progress, Ramp, check_ramp
+from torchao_superblock.pruning.reading import read_masked_children_once, undo_read_once
 from torchao_superblock.pruning.replaced import Links, follow, refuse_adapters
 from torchao_superblock.pruning.squash import squash_tensors
 from torchao_superblock.pruning.summary import MaskedTensor, MaskSummary
@@ -80,10 +82,23 @@ class BlockSparsifier(BaseSparsifier):
         sparsity_level: fraction of blocks pruned, in `[0, 1)`; exactly
             `max(1, round(n_blocks * (1 - sparsity_level)))` blocks are kept.
         blocksize: int for square blocks or `(rows, cols)` = (out_features, in_features).
+        ramp_steps: with `n`, the level rises cubically from 0 to `sparsity_level` over the first `n`
+            calls of :meth:`step`; under a scheduler of torch the ramp scales the scheduler's level.
+            None for the level as it is.
+        freeze_step: the call of :meth:`step` at which the masks are frozen; not before the ramp
+            ends. None leaves it to :meth:`freeze`.
+        gain: exponent of what kept blocks are multiplied by, see :class:`BlockMask`; None is 0.5 on
+            a ramp and 0 without one. For optimizers whose steps do not depend on the size of
+            gradients (Adam and its kin); under SGD it multiplies the learning rate of a layer by
+            `density ** (-2 * gain)`, so give 0 there.
         **settings: of the kind of mask, see :attr:`BlockMask.SETTINGS`.
 
+    Attributes:
+        ramp: both numbers of steps.
+
     Raises:
-        ValueError: for a level outside `[0, 1)`, a block size below 1, a bad setting.
+        ValueError: for a level outside `[0, 1)`, a block size below 1, a bad setting, a freeze before
+            the end of the ramp.
         TypeError: for arguments of the wrong type.
     """
 
@@ -93,8 +108,20 @@ class BlockSparsifier(BaseSparsifier):
     _watch: ScoresWatch | None = None
 
     def __init__(
-        self, sparsity_level: float = 0.8, blocksize: int | tuple[int, int] = 64, **settings: Any
+        self,
+        sparsity_level: float = 0.8,
+        blocksize: int | tuple[int, int] = 64,
+        *,
+        ramp_steps: int | None = None,
+        freeze_step: int | None = None,
+        gain: float | None = None,
+        **settings: Any,
     ) -> None:
+        self.ramp = check_ramp(ramp_steps, freeze_step, f"{type(self).__name__}: ")
+        self._steps = 0
+        if gain is None:
+            gain = 0.0 if ramp_steps is None else 0.5
+        settings["gain"] = gain
         checks = self.mask_type.settings()
         unknown = sorted(settings.keys() - checks.keys())
         if unknown:
@@ -107,6 +134,17 @@ class BlockSparsifier(BaseSparsifier):
         super().__init__(defaults=check_settings(settings, checks, f"{type(self).__name__}: "))
         self._skipped: list[SkippedTensor] = []
         self._squashed: dict[str, weakref.ref[nn.Module]] = {}
+
+    @classmethod
+    def require_freeze_step(cls, freeze_step: int | None, why: str) -> None:
+        """Raises if there is none; `why` says what the kind needs it for."""
+        if freeze_step is None:
+            raise ValueError(
+                f"{cls.__name__}: freeze_step is needed, since it {why}; for example 75 % of the calls of step()"
+            )
+
+    def check_group(self, group: Mapping[str, Any], where: str) -> None:
+        """Refuses settings of a group that do not go with those of the sparsifier; for subclasses."""
 
     @property
     def state(self) -> Mapping[str, dict[str, Any]]:
@@ -169,7 +207,9 @@ class BlockSparsifier(BaseSparsifier):
         # Before any scores are drawn: an error must not move the random number generator.
         for group in groups:
             where = f"prepare: {group['tensor_fqn']!r} "
-            self.mask_type.check_weight(_weight(group), group, where)
+            self.check_group(group, where)
+            if "mask" not in group:
+                self.mask_type.check_weight(_weight(group), group, where)
         masks = [self._new_mask(group) for group in groups]
 
         attached: list[dict[str, Any]] = []
@@ -177,10 +217,12 @@ class BlockSparsifier(BaseSparsifier):
             for group, mask in zip(groups, masks, strict=True):
                 attach(group["module"], group["tensor_name"], mask)
                 attached.append(group)
+            read_masked_children_once(model)
             refuse_dense_checkpoints(model)
         except BaseException:
             for group in attached:
                 detach(group["module"], group["tensor_name"])
+            undo_read_once(model)
             accept_dense_checkpoints(model)
             raise
 
@@ -188,26 +230,29 @@ class BlockSparsifier(BaseSparsifier):
         self.config = config
         self.groups = groups
         self._loaded = {}
+        self._steps = 0
         self._skipped = skipped
         self._squashed = {}
         self._links = None
         remove_settled()
-        if any(True for mask in masks for _ in mask.parameters()):
+        if any(isinstance(mask.scores, nn.Parameter) for mask in masks):
             self._watch = ScoresWatch(self._masks)
 
     def step(self, use_path: bool = True) -> None:
-        """Applies the groups' levels and renews the masks.
+        """Takes one step along the ramp: renews the masks, applies the groups' levels, freezes in time.
 
-        Does nothing while `enable_mask_update` is False (schedulers set it to True). Under FSDP2 call
-        it on every rank.
+        Call it once per step of the optimizer, before `zero_grad()`: some kinds of mask read
+        gradients. Does nothing while `enable_mask_update` is False (schedulers set it to True), and
+        the step does not count then. Under FSDP2 call it on every rank.
 
         Args:
             use_path: ignored; the base class has it.
 
         Raises:
-            RuntimeError: before `prepare` and after `squash_mask`; if a masked module was replaced by
-                one without a mask, or became the base of an adapter; if a masked weight was written
-                in place.
+            RuntimeError: before `prepare` and after `squash_mask`, or where gradients that the masks
+                need are gone; if a masked module was replaced by one without a mask, or became the
+                base of an adapter; if a masked weight was written in place; if FSDP 1 or ZeRO-3 has
+                released what this kind of mask measures.
             ValueError: for a level outside `[0, 1)`; nothing has been changed then.
         """
         remove_settled()
@@ -218,9 +263,15 @@ class BlockSparsifier(BaseSparsifier):
             where = f"step: {group['tensor_fqn']!r}"
             check_sparsity_level(group["sparsity_level"], f"{where} has ")
             refuse_lost_write(group["module"], group["tensor_name"], f"{where}: ")
+        for group, mask in self._masks():
+            mask.refuse_step(_original(group), f"step: {group['tensor_fqn']!r}")
+        self._require_gradients()
+        self._steps += 1
         for entry in self._loaded.values():
             entry.pop("mask", None)
         super().step(use_path)
+        if self._steps == self.ramp.freeze_step:
+            self.freeze()
 
     def update_mask(  # type: ignore[override]
         self,
@@ -234,11 +285,9 @@ class BlockSparsifier(BaseSparsifier):
         mask = find_mask(module, tensor_name)
         if mask is None:  # squash(part) has folded this one; the others go on
             return
-        mask.set_sparsity_level(sparsity_level)
-        if type(mask).update is not BlockMask.update:
-            weight = module.parametrizations[tensor_name].original
-            refuse_released(weight, mask.weight_shape, f"step: {tensor_fqn!r}")
-            mask.update(weight)
+        weight = module.parametrizations[tensor_name].original
+        mask.update(weight, Progress(self._steps, self.ramp))
+        mask.apply_level(sparsity_level * self.ramp.fraction(self._steps), weight)
 
     def freeze(self) -> None:
         """Holds every mask as it is, until :meth:`unfreeze`.
@@ -251,9 +300,9 @@ class BlockSparsifier(BaseSparsifier):
         """
         self._require_groups("freeze")
         for group, mask in self._masks():
-            mask.refuse_released(f"freeze: {group['tensor_fqn']!r}")
-        for _group, mask in self._masks():
-            mask.freeze()
+            mask.refuse_freeze(_original(group), f"freeze: {group['tensor_fqn']!r}")
+        for group, mask in self._masks():
+            mask.freeze(_original(group))
 
     def unfreeze(self) -> None:
         """Lets the masks follow scores and levels again.
@@ -450,6 +499,7 @@ class BlockSparsifier(BaseSparsifier):
             "state": {fqn: dict(entry) for fqn, entry in self.state.items()},
             "groups": groups,
             "enable_mask_update": self.enable_mask_update,
+            "step": self._steps,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
@@ -509,6 +559,7 @@ class BlockSparsifier(BaseSparsifier):
             }
             self._loaded[fqn] = {**self._loaded.get(fqn, {}), **entry}
         self.enable_mask_update = bool(state_dict.get("enable_mask_update", True))
+        self._steps = int(state_dict.get("step", 0))
 
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler replaces `step` by a wrapper bound to this very object; weak references and
@@ -520,7 +571,9 @@ class BlockSparsifier(BaseSparsifier):
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         names = state.pop("_squashed_names", [])
-        state.setdefault("_loaded", state.pop("state", {}))  # what version 0.1 has
+        # What version 0.1 has, and has not.
+        state.setdefault("_loaded", state.pop("state", {}))
+        state = {"ramp": Ramp(), "_steps": 0, **state}
         self.__dict__.update(state)
         nothing = nn.Module()
         self._squashed = {name: weakref.ref(nothing) for name in names}
@@ -567,8 +620,23 @@ class BlockSparsifier(BaseSparsifier):
             self._links = follow(self.model, self.groups, self._links, method)
 
     def _new_mask(self, group: dict[str, Any]) -> BlockMask:
+        if "mask" in group:
+            return GivenMask(_weight(group), group["blocksize"], group["mask"])
         settings = {name: group[name] for name in self.mask_type.settings()}
+        settings["sparsity_level"] *= self.ramp.fraction(0)
         return self.mask_type(_weight(group), **settings)
+
+    def _require_gradients(self) -> None:
+        carriers = [mask for _group, mask in self._masks() if mask.carrier is not None]
+        if not carriers or any(mask.carrier.grad is not None for mask in carriers):
+            return
+        if all(mask.is_frozen for mask in carriers):
+            return
+        raise RuntimeError(
+            f"step: {type(self).__name__} reads what the backwards since the last step said of the blocks, and finds "
+            "no gradient. Call sparsifier.step() after loss.backward() and optimizer.step(), before "
+            "optimizer.zero_grad()"
+        )
 
     def _masks(self) -> Iterator[tuple[dict[str, Any], BlockMask]]:
         """The groups that still carry a mask: `squash` may have folded those of a part of the model."""
@@ -603,6 +671,10 @@ class BlockSparsifier(BaseSparsifier):
 
 def _weight(group: dict[str, Any]) -> Tensor:
     return group["module"]._parameters[group["tensor_name"]]
+
+
+def _original(group: dict[str, Any]) -> Tensor:
+    return group["module"].parametrizations[group["tensor_name"]].original
 
 
 def _refuse_ddp(model: nn.Module, groups: list[dict[str, Any]]) -> None:

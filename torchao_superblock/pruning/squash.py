@@ -14,6 +14,7 @@ from torchao_superblock.common.sharding import (
 from torchao_superblock.pruning.attach import detach
 from torchao_superblock.pruning.checkpoints import accept_dense_checkpoints
 from torchao_superblock.pruning.masks.base import BlockMask, named_masks
+from torchao_superblock.pruning.reading import undo_read_once
 from torchao_superblock.pruning.replaced import refuse_adapters
 from torchao_superblock.pruning.written import refuse_lost_write
 
@@ -84,7 +85,10 @@ def squash_tensors(model: nn.Module, found: list[tuple[str, nn.Module, str, Bloc
                 "with to_empty(device=...) and load its state dict first"
             )
         refuse_released(
-            parametrizations.original, mask.weight_shape, f"squash: {fqn!r}", GATHER_FIRST
+            parametrizations.original,
+            mask.tensor_shape or mask.weight_shape,
+            f"squash: {fqn!r}",
+            GATHER_FIRST,
         )
         mask.refuse_released(f"squash: {fqn!r}", GATHER_FIRST)
         wrapper = sharding_wrapper(model, module) or _flat_parameter(
@@ -99,6 +103,7 @@ def squash_tensors(model: nn.Module, found: list[tuple[str, nn.Module, str, Bloc
     for _fqn, module, name, mask in found:
         mask.fold_(module.parametrizations[name].original)
         detach(module, name)
+    undo_read_once(model)
     accept_dense_checkpoints(model)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from torchao_superblock.common.swappable import shape_obstacle, type_obstacle
@@ -58,17 +58,17 @@ class MaskedTensor:
         else:
             found = mask.block_mask().cpu()
             kept, zeros = int(found.sum()), _pruned_elements(found, mask)
-        trainable = list(mask.parameters())
+        trained = isinstance(mask.scores, nn.Parameter)
         return cls(
             fqn=group["tensor_fqn"],
-            shape=mask.weight_shape,
+            shape=mask.tensor_shape or mask.weight_shape,
             blocksize=mask.blocksize,
             grid=mask.grid,
             target_sparsity=float(group["sparsity_level"]),
             sparsity=1 - kept / n_blocks,
             kept=kept,
             frozen=mask.is_frozen,
-            scores_frozen=bool(trainable) and not any(p.requires_grad for p in trainable),
+            scores_frozen=trained and not mask.scores.requires_grad,
             zeros=zeros,
             swap_obstacle=_swap_obstacle(group, mask),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,11 @@ from torchao_superblock.common.modules import parameter_owners, storage_address
 from torchao_superblock.common.names import nearest_names, without_wrapper_prefixes
 from torchao_superblock.common.sharding import is_dtensor
 from torchao_superblock.common.weights import is_hidden, other_weights
+from torchao_superblock.ops.block_mask import nonzero_blocks
 from torchao_superblock.pruning.masks.base import Check, find_mask
+
+_EXTRAS = ("mask", "types", "exclude")
+"""What an entry may have besides its name and settings."""
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -32,8 +37,9 @@ class SkippedTensor:
         fqn: its fully qualified name.
         shape: its shape.
         code: a short stable word: `smaller_than_block`, `one_block`, `shared`, `parametrized`,
-            `not_a_parameter`, `not_2d`, `dtype`, `tensor_subclass` or `uninitialized`; `excluded` by
-            an entry; `not_plain_linear`, `not_linear` or `embedding` where it had to be named.
+            `not_a_parameter`, `not_2d`, `grouped`, `dtype`, `layout`, `tensor_subclass` or
+            `uninitialized`; `excluded` by an entry; `not_plain_linear`, `not_linear` or `embedding`
+            where it had to be named.
         reason: the same in a sentence.
     """
 
@@ -71,6 +77,12 @@ class _Site:
     def is_plain_linear(self) -> bool:
         kind = parametrize.type_before_parametrizations(self.module)
         return kind is nn.Linear and self.tensor_name == "weight"
+
+    def is_reached(self, types: tuple[type[nn.Module], ...]) -> bool:
+        """Whether a glob for these types of modules reaches it."""
+        return self.is_projection or (
+            isinstance(self.module, types) and self.tensor_name == "weight"
+        )
 
     @property
     def is_weight(self) -> bool:
@@ -110,28 +122,59 @@ def check_config(config: object, checks: Mapping[str, Check]) -> list[dict[str, 
                 f"'encoder.layers.0.mlp.0.weight', or a glob; it has {sorted(map(str, entry))}"
             )
         where = f"config[{i}] ({fqn!r}): "
-        unknown = sorted(str(key) for key in entry if key not in ("tensor_fqn", "exclude", *checks))
+        unknown = sorted(str(key) for key in entry if key not in ("tensor_fqn", *_EXTRAS, *checks))
         if unknown:
             raise ValueError(
                 f"{where}unknown key {unknown[0]!r}; an entry has 'tensor_fqn' and any of "
-                f"{', '.join(map(repr, (*checks, 'exclude')))}"
+                f"{', '.join(map(repr, (*checks, *_EXTRAS)))}"
             )
-        settings = check_settings(entry, checks, where)
-        if _check_exclude(entry.get("exclude", False), settings, where):
-            settings = {"exclude": True}
-        entries.append({"tensor_fqn": fqn, **settings})
+        entries.append(
+            {
+                "tensor_fqn": fqn,
+                **check_settings(entry, checks, where),
+                **_check_extras(entry, where),
+            }
+        )
     return entries
 
 
-def _check_exclude(exclude: object, settings: Mapping[str, Any], where: str) -> bool:
+def _check_extras(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What an entry may say besides settings: a given mask, types that a glob reaches, no mask at all."""
+    extras: dict[str, Any] = {}
+    if "mask" in entry:
+        mask = entry["mask"]
+        if not (isinstance(mask, Tensor) and mask.dtype == torch.bool) and mask != "weights":
+            raise TypeError(
+                f"{where}mask must be a bool tensor over the block grid, True = kept, or 'weights' for the blocks "
+                f"that are not zero now; got {mask.dtype if isinstance(mask, Tensor) else mask!r}"
+            )
+        if "sparsity_level" in entry:
+            raise ValueError(
+                f"{where}it has a mask and sparsity_level={entry['sparsity_level']}: the mask alone says how many "
+                "blocks are kept; leave the level out"
+            )
+        extras["mask"] = mask
+    if "types" in entry:
+        types = entry["types"]
+        types = types if isinstance(types, tuple) else (types,)
+        if not types or not all(
+            isinstance(one, type) and issubclass(one, nn.Module) for one in types
+        ):
+            raise TypeError(
+                f"{where}types={entry['types']!r} must be a tuple of module types, such as (nn.Conv2d,)"
+            )
+        extras["types"] = types
+    exclude = entry.get("exclude", False)
     if not isinstance(exclude, bool):
         raise TypeError(f"{where}exclude={exclude!r} must be True or False")
-    if exclude and settings:
-        raise ValueError(
-            f"{where}an entry that excludes has no use for {', '.join(map(repr, settings))}: remove "
-            "one of the two"
-        )
-    return exclude
+    if exclude:
+        rest = [repr(key) for key in entry if key not in ("tensor_fqn", "exclude")]
+        if rest:
+            raise ValueError(
+                f"{where}an entry that excludes has no use for {', '.join(rest)}: remove one of the two"
+            )
+        extras["exclude"] = True
+    return extras
 
 
 def check_settings(
@@ -173,7 +216,8 @@ def resolve(
         )
     for site, settings, exact in chosen:
         group = {**defaults, **settings}
-        reached = site.is_plain_linear if everything else site.is_projection
+        types = group.pop("types", ())
+        reached = site.is_plain_linear if everything else site.is_reached(types)
         if "exclude" in settings:
             obstacle = "excluded", settings["exclude"], ""
         elif exact or reached:
@@ -187,6 +231,8 @@ def resolve(
             shape = () if code == "uninitialized" else _shape(site)
             skipped.append(SkippedTensor(site.fqn, shape, code, reason))
             continue
+        if "mask" in group:
+            group |= _given_mask(site, group)
         groups.append(
             {
                 "tensor_fqn": site.fqn,
@@ -220,14 +266,20 @@ def _choose(
         pattern = entry["tensor_fqn"]
         settings = {key: value for key, value in entry.items() if key != "tensor_fqn"}
         excludes = "exclude" in settings
+        types = settings.get("types", ())
         if excludes:
             settings = {"exclude": f"the entry {pattern!r} excludes it"}
-        matches, exact = _find(pattern, sites, excludes)
+        matches, exact = _find(pattern, sites, types, excludes)
         if not matches:
             raise ValueError(_no_match(pattern, exact, sites))
+        if isinstance(settings.get("mask"), Tensor) and not exact:
+            raise ValueError(
+                f"{pattern!r}: a glob can name several weights, and a mask is for one: give its whole "
+                "name, or 'weights' as the mask"
+            )
         for site in matches:
             earlier = chosen.get(site.key)
-            if earlier is not None and not (exact or excludes or site.is_projection):
+            if earlier is not None and not (exact or excludes or site.is_reached(types)):
                 continue  # a glob that could not mask it does not override what names it
             if earlier is not None and earlier[2]:
                 raise ValueError(
@@ -238,7 +290,7 @@ def _choose(
             if excludes and earlier is None:
                 too_early[site.key] = pattern
                 continue
-            if site.key in too_early and site.is_projection and not exact:
+            if site.key in too_early and site.is_reached(types) and not exact:
                 raise ValueError(
                     f"{site.fqn!r} is excluded by {too_early[site.key]!r} and reached by the later "
                     f"entry {pattern!r}, and the later of two entries decides. Put the one that "
@@ -249,13 +301,19 @@ def _choose(
     return list(chosen.values())
 
 
-def _find(pattern: str, sites: list[_Site], excludes: bool) -> tuple[list[_Site], bool]:
+def _find(
+    pattern: str, sites: list[_Site], types: tuple[type[nn.Module], ...], excludes: bool
+) -> tuple[list[_Site], bool]:
     """The sites that a pattern means, and whether it is their name as it stands rather than a glob."""
     # As it stands first: a part of a model may be called `module`, or have brackets in its name.
     for exact in (True, False):
         for text in (pattern.lstrip("."), without_wrapper_prefixes(pattern)):
-            matches = [site for site in sites if _matches(text, site, exact, excludes)]
-            if any(exact or excludes or site.is_projection for site in matches):
+            matches = [
+                site
+                for site in sites
+                if _matches(text, site, exact, excludes or site.is_weight or site.is_reached(types))
+            ]
+            if any(exact or excludes or site.is_reached(types) for site in matches):
                 return matches, exact
     return [], not any(character in pattern for character in "*?[")
 
@@ -306,11 +364,36 @@ def find_module(model: nn.Module, tensor_fqn: str) -> nn.Module | None:
     return None
 
 
-def _matches(pattern: str, site: _Site, exact: bool, anything: bool) -> bool:
+def _matches(pattern: str, site: _Site, exact: bool, reachable: bool) -> bool:
     if exact:
         return pattern in site.names
-    reachable = anything or site.is_weight
     return reachable and any(fnmatch.fnmatchcase(name, pattern) for name in site.names)
+
+
+def _given_mask(site: _Site, group: Mapping[str, Any]) -> dict[str, Any]:
+    """The mask of a group that is given one, and its level.
+
+    Raises:
+        ValueError: for a mask of another shape or without a block.
+    """
+    weight = site.parameter.detach().flatten(1)
+    blocksize = check_blocksize(group["blocksize"])
+    mask, grid = group["mask"], block_grid(weight.shape, blocksize)
+    if not isinstance(mask, Tensor):
+        if weight.is_meta:
+            raise ValueError(
+                f"cannot mask {site.fqn!r}: on the meta device it has no blocks to look at"
+            )
+        mask = nonzero_blocks(weight, blocksize)
+    if tuple(mask.shape) != grid:
+        raise ValueError(
+            f"cannot mask {site.fqn!r}: the mask has shape {tuple(mask.shape)}, and its grid of "
+            f"{blocksize[0]}x{blocksize[1]} blocks is {grid}"
+        )
+    kept = int(mask.sum())
+    if kept == 0:
+        raise ValueError(f"cannot mask {site.fqn!r}: the mask keeps no block; leave the tensor out")
+    return {"mask": mask.to(weight.device), "sparsity_level": 1 - kept / mask.numel()}
 
 
 def _no_match(pattern: str, exact: bool, sites: list[_Site]) -> str:
@@ -341,6 +424,9 @@ def _out_of_reach(site: _Site) -> tuple[str, str, str]:
     if site.is_projection:
         way_out = "name it or use a glob"
         return "not_plain_linear", f"{kind} is not reached without a config: {way_out}", way_out
+    if isinstance(site.module, nn.Conv2d):
+        way_out = "name it exactly, or its type in a glob's 'types'"
+        return "not_linear", f"{kind} is no nn.Linear: {way_out} to mask it", way_out
     ndim = len(_shape(site))
     if ndim != 2:
         return "not_2d", f"{kind} holds it with {ndim} dimensions, and a mask takes 2", ""
@@ -387,8 +473,18 @@ def _obstacle(
     if is_traceable_wrapper_subclass(tensor):
         kind = type(tensor).__name__
         return "tensor_subclass", f"it is a {kind}", "mask the plain weight before converting it"
+    if tensor.layout is not torch.strided:
+        return "layout", f"it has the layout {tensor.layout}", "make it dense with to_dense() first"
     shape = tuple(tensor.shape)
-    if tensor.ndim != 2:
+    if isinstance(site.module, nn.Conv2d) and site.tensor_name == "weight":
+        if site.module.groups > 1:
+            return (
+                "grouped",
+                f"it is a convolution of {site.module.groups} groups, whose channels do not all meet",
+                "only convolutions with groups=1 have a grid of blocks",
+            )
+        shape = (shape[0], math.prod(shape[1:]))
+    elif tensor.ndim != 2:
         return (
             "not_2d",
             f"it has shape {shape}, and only 2-D weights have a grid of blocks",

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from torchao_superblock.pruning.masks.base import BlockMask
@@ -52,10 +53,9 @@ class ScoresWatch:
             return
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         scores = [
-            (group["tensor_fqn"], mask, parameter)
+            (group["tensor_fqn"], mask, mask.scores)
             for group, mask in masks()
-            for parameter in mask.parameters()
-            if parameter.requires_grad
+            if isinstance(mask.scores, nn.Parameter) and mask.scores.requires_grad
         ]
         self._held |= {id(parameter) for *_, parameter in scores} & groups.keys()
         untrained = {fqn: mask for fqn, mask, p in scores if id(p) not in self._held}

@@ -9,7 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torchao_superblock.pruning import BlockSparsifier, SupermaskSparsifier
+from torchao_superblock.pruning import (
+    BlockSparsifier,
+    MagnitudeSparsifier,
+    RigLSparsifier,
+    SpartanSparsifier,
+    SupermaskSparsifier,
+)
 
 
 def _from_contributing() -> type[BlockSparsifier]:
@@ -27,5 +33,13 @@ def _from_contributing() -> type[BlockSparsifier]:
 KINDS: dict[str, Callable[..., Any]] = {
     "supermask": SupermaskSparsifier,
     "supermask_norms": lambda *args: SupermaskSparsifier(*args, scores_init="weight_norm"),
+    "magnitude": lambda *args: MagnitudeSparsifier(*args, update_every=1),
+    "magnitude_weighted": lambda *args: MagnitudeSparsifier(
+        *args, update_every=2, gradient_weighted=True, gain=0.5
+    ),
+    "rigl": lambda *args: RigLSparsifier(*args, freeze_step=1000, update_every=2),
+    "spartan": lambda *args: SpartanSparsifier(
+        *args, freeze_step=1000, final_sharpness=20, update_every=1
+    ),
     "example": _from_contributing(),
 }

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 
 from torchao_superblock.common.blocks import BlockSize, block_grid, check_blocksize
 from torchao_superblock.common.modules import block_masks_of
-from torchao_superblock.common.sharding import is_dtensor, refuse_released
+from torchao_superblock.common.sharding import (
+    full_tensor,
+    is_dtensor,
+    local_rows_and_columns,
+    local_tensor,
+    refuse_released,
+)
 from torchao_superblock.ops.block_mask import (
     block_mask,
     block_norm,
@@ -26,42 +32,60 @@ from torchao_superblock.ops.block_mask import (
     mask_weight_backward,
     scale_blocks_,
 )
+from torchao_superblock.pruning.ramp import Progress
 
 Check = Callable[[object, str], Any]
 """`check(value, where)`: the setting, normalised, or an error that begins with `where`."""
 
 
-class MaskWeight(torch.autograd.Function):
-    """`weight * mask`; scores, which only the gradient knows of, are trained straight through.
+STATISTIC_SCALE = 2.0**-60
+"""Statistics travel as gradients; this small they move no norm that gradients are clipped by."""
 
-    grad_weight = grad * mask
-    grad_scores[R, C] = sum over the block of grad * weight, or 0 while frozen
+
+class MaskWeight(torch.autograd.Function):
+    """`weight * factors`; what else is known of the blocks leaves as the gradient of `scores`.
+
+    grad_weight = grad * factors
+    grad_scores[R, C] = sum over the block of grad * weight   (straight through the hard choice)
+                     or sum over the block of grad * grad, times STATISTIC_SCALE
+                     or 0 unless live
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        weight: Tensor, scores: Tensor, mask: Tensor, live: Tensor, blocksize: tuple[int, int]
+        weight: Tensor,
+        scores: Tensor,
+        factors: Tensor,
+        live: Tensor,
+        blocksize: tuple[int, int],
+        statistic: bool = False,
     ) -> Tensor:
-        return mask_weight(weight, mask, blocksize)
+        return mask_weight(weight, factors, blocksize)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        weight, scores, mask, live, blocksize = inputs
+        weight, scores, factors, live, blocksize, statistic = inputs
         ctx.blocksize = blocksize
         ctx.scores_dtype = scores.dtype
-        ctx.save_for_backward(weight if ctx.needs_input_grad[1] else None, mask, live)
+        ctx.statistic = statistic
+        needed = ctx.needs_input_grad[1] and not statistic
+        ctx.save_for_backward(weight if needed else None, factors, live)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        weight, mask, live = ctx.saved_tensors
+        weight, factors, live = ctx.saved_tensors
+        if ctx.statistic and ctx.needs_input_grad[1]:
+            weight = grad
         grad_weight, grad_scores = mask_weight_backward(
-            grad, weight, mask, live, ctx.blocksize, ctx.needs_input_grad[0]
+            grad, weight, factors, live, ctx.blocksize, ctx.needs_input_grad[0]
         )
         if grad_scores is not None:
+            if ctx.statistic:
+                grad_scores = grad_scores * STATISTIC_SCALE
             grad_scores = grad_scores.to(ctx.scores_dtype)
-        return grad_weight, grad_scores, None, None, None
+        return grad_weight, grad_scores, None, None, None, None
 
 
 class BlockMask(nn.Module):
@@ -74,8 +98,16 @@ class BlockMask(nn.Module):
 
     A kind of mask overrides what differs: :meth:`make_scores` (a buffer, or a Parameter to be
     trained), :meth:`reset_scores`, :meth:`update` (called by the sparsifier's `step()`), and, where
-    the factors are not 0 and 1, :meth:`factors` and :meth:`forward`. Its further constructor
-    arguments stand in :attr:`SETTINGS` with their checks and become keys of a config.
+    the factors are not those of a hard choice, :meth:`factors` and :meth:`forward`. Its further
+    constructor arguments stand in :attr:`SETTINGS` with their checks and become keys of a config. A
+    kind that has to know gradients registers a :meth:`carrier <register_carrier>`.
+
+    With a `gain` of `p`, the kept blocks are multiplied by `density ** -p` (the nearest power of two
+    in fact), density being the fraction of blocks that is kept. Where a tenth of the weights is
+    left, each has to do more of the work than steps meant for a dense layer let it; under an
+    optimizer whose steps do not depend on the size of gradients, such as Adam, this lets the layer
+    move as much as it did. As a level rises, :meth:`apply_level` divides the weight by what the gain
+    grows, so that the function stays.
 
     Args:
         weight: the `(N, K)` floating weight to be masked; only its shape, its device and the values
@@ -83,12 +115,14 @@ class BlockMask(nn.Module):
         blocksize: int for square blocks or `(rows, cols)`. Where N or K is no multiple, the last
             row or column of blocks is smaller.
         sparsity_level: fraction of blocks to prune, in `[0, 1)`.
+        gain: exponent of the density, in `[0, 1]`; 0 for none.
 
     Attributes:
         scores: float32 `(ceil(N / rows), ceil(K / cols))`, a Parameter where they are trained.
         n_kept: int64 0-dim buffer, the number of blocks to keep.
         frozen: int8 0-dim buffer; while 1, `held_mask` is the mask.
         held_mask: int8 buffer of the grid's shape, 1 = kept.
+        factor: float32 0-dim buffer, what kept blocks are multiplied by; None without a gain.
         blocksize: `(rows, cols)`.
         weight_shape: `(N, K)`.
 
@@ -103,28 +137,51 @@ class BlockMask(nn.Module):
     SETTINGS: ClassVar[Mapping[str, Check]] = {}
     """Constructor arguments of this kind besides `sparsity_level` and `blocksize`."""
 
+    update_reads_weight: ClassVar[bool] = True
+    """Whether :meth:`update` and :meth:`freeze` may read the weight; what is sharded away is refused then."""
+
     scores: Tensor
     n_kept: Tensor
     frozen: Tensor
     held_mask: Tensor
+    factor: Tensor | None
+    carrier: nn.Parameter | None
+    gain: float = 0.0
+    tensor_shape: tuple[int, ...] | None = None
+    """Of the tensor, where that is no matrix: `(out, in, height, width)` of a convolution."""
+    statistic: bool = False
+    """Whether the carrier is given squared norms of gradients in place of gradients of the scores."""
 
     def __init__(
-        self, weight: Tensor, blocksize: BlockSize = 64, sparsity_level: float = 0.8
+        self,
+        weight: Tensor,
+        blocksize: BlockSize = 64,
+        sparsity_level: float = 0.8,
+        gain: float = 0.0,
     ) -> None:
         super().__init__()
-        if weight.ndim != 2:
-            raise ValueError(f"a block mask needs a 2-D weight, got shape {tuple(weight.shape)}")
-        self.weight_shape = (weight.shape[0], weight.shape[1])
+        if weight.ndim not in (2, 4):
+            raise ValueError(
+                f"a block mask needs a 2-D weight (or a 4-D one of a convolution), got shape {tuple(weight.shape)}"
+            )
+        self.weight_shape = (weight.shape[0], math.prod(weight.shape[1:]))
+        if weight.ndim > 2:
+            self.tensor_shape = tuple(weight.shape)
         self.blocksize = check_blocksize(blocksize)
         grid = block_grid(self.weight_shape, self.blocksize)
         device = weight.device
         self._target_n_kept = kept_blocks(math.prod(grid), check_sparsity_level(sparsity_level))
         self.followers: tuple[str, ...] = ()  # parameters registered after the weight
+        self.register_parameter("carrier", None)
+        self.register_buffer("factor", None)
         self.make_scores(grid, device)
         self.register_buffer("n_kept", torch.zeros((), dtype=torch.int64, device=device))
         # Not bool: AveragedModel(use_buffers=True) subtracts buffers.
         self.register_buffer("frozen", torch.zeros((), dtype=torch.int8, device=device))
         self.register_buffer("held_mask", torch.zeros(grid, dtype=torch.int8, device=device))
+        self.gain = check_gain(gain)
+        if self.gain:
+            self.register_buffer("factor", torch.ones((), dtype=torch.float32, device=device))
         self.reset_parameters(weight)
 
     # ---------------------------------------------------------------------------------------------
@@ -137,6 +194,7 @@ class BlockMask(nn.Module):
         return {
             "sparsity_level": check_sparsity_level,
             "blocksize": _check_blocksize_setting,
+            "gain": check_gain,
             **cls.SETTINGS,
         }
 
@@ -170,21 +228,25 @@ class BlockMask(nn.Module):
         return self.scores.detach()
 
     def factors(self) -> Tensor:
-        """What the next forward multiplies the blocks by: `(R, C)`, bool or floating."""
-        return self.block_mask()
+        """What the next forward multiplies the blocks by: `(R, C)`, bool or float32."""
+        return self._factors_and_live()[0]
 
     def forward(self, weight: Tensor) -> Tensor:
         """`(N, K)` -> the masked `(N, K)` weight."""
         self.refuse_sharded(weight)
         with torch.no_grad():
-            mask, live = self._mask_and_live()
-        return MaskWeight.apply(weight, self.scores, mask, live, self.blocksize)
+            factors, live = self._factors_and_live()
+        carrier = self.scores if self.carrier is None else self.carrier
+        matrix = weight.flatten(1)
+        masked = MaskWeight.apply(matrix, carrier, factors, live, self.blocksize, self.statistic)
+        return masked if weight.ndim == 2 else masked.view(weight.shape)
 
-    def update(self, weight: Tensor) -> None:
-        """Renews the scores; called by `step()` after the level was set.
+    def update(self, weight: Tensor, progress: Progress) -> None:
+        """Renews the scores; called by `step()` before it applies the level.
 
         Args:
             weight: `(N, K)` under the mask, which FSDP2 may have sharded.
+            progress: how many steps were taken, and the ramp.
         """
 
     # ---------------------------------------------------------------------------------------------
@@ -203,8 +265,32 @@ class BlockMask(nn.Module):
 
     def block_norms(self, weight: Tensor) -> Tensor:
         """Euclidean norms of the blocks of `weight`, `(R, C)`, gathered where it is sharded."""
-        weight = weight.detach()
-        return block_norm(weight.full_tensor() if is_dtensor(weight) else weight, self.blocksize)
+        return block_norm(full_tensor(weight).flatten(1), self.blocksize)
+
+    def register_carrier(self) -> None:
+        """Registers a Parameter of the grid's shape whose gradient, not value, is of interest.
+
+        Only gradients are summed over accumulated backwards and averaged over ranks by whatever
+        trains the model, and counted once where a checkpointed part runs twice. So what has to be
+        known of gradients leaves as one. The optimizer may move the Parameter; nothing reads it.
+        """
+        carrier = torch.zeros(self.scores.shape, dtype=torch.float32, device=self.scores.device)
+        self.carrier = nn.Parameter(carrier)
+
+    def carried(self) -> Tensor | None:
+        """What the last backwards left in the carrier, divided by its root mean square.
+
+        Returns:
+            `(R, C)`, zeros where it is not finite (a scaled loss that overflowed); None if there was
+            no backward since gradients were last set to None.
+        """
+        if self.carrier is None or self.carrier.grad is None:
+            return None
+        values = full_tensor(self.carrier.grad)
+        # In two steps: squares of statistics that travel small would underflow.
+        values = values / values.abs().amax().clamp_min(torch.finfo(values.dtype).tiny)
+        values = values / values.square().mean().sqrt()
+        return torch.where(values.isfinite().all(), values, torch.zeros_like(values))
 
     @torch.no_grad()
     def block_mask(self) -> Tensor:
@@ -213,6 +299,10 @@ class BlockMask(nn.Module):
         Where FSDP2 has sharded the scores this gathers them: call it on every rank.
         """
         return self._mask_and_live()[0]
+
+    def _factors_and_live(self) -> tuple[Tensor, Tensor]:
+        mask, live = self._mask_and_live()
+        return (mask if self.factor is None else mask * self.factor), live
 
     def _mask_and_live(self) -> tuple[Tensor, Tensor]:
         return block_mask(self.full_scores(), self.n_kept, self.held_mask, self.frozen)
@@ -228,6 +318,24 @@ class BlockMask(nn.Module):
     def refuse_released(self, where: str, way_out: str = "") -> None:
         """Raises where FSDP 1 or ZeRO-3 has taken the scores out of memory; see there."""
         refuse_released(self.scores, self.grid, where, way_out)
+
+    def refuse_step(self, weight: Tensor, where: str) -> None:
+        """The same for what :meth:`update` and :meth:`apply_level` use; levels alone need nothing.
+
+        Args:
+            weight: under the mask; is not read.
+            where: what the error begins with.
+        """
+        if self.carrier is not None:
+            refuse_released(self.carrier, self.grid, where)
+        if self.update_reads_weight or self.factor is not None:
+            refuse_released(weight, self.tensor_shape or self.weight_shape, where)
+
+    def refuse_freeze(self, weight: Tensor, where: str) -> None:
+        """The same for what :meth:`freeze` uses."""
+        self.refuse_released(where)
+        if self.update_reads_weight:
+            refuse_released(weight, self.tensor_shape or self.weight_shape, where)
 
     def check_foldable(self, fqn: str) -> None:
         """Refuses to fold a mask that means nothing.
@@ -257,8 +365,36 @@ class BlockMask(nn.Module):
             self.n_kept.fill_(self._target_n_kept)
 
     @torch.no_grad()
-    def freeze(self) -> None:
-        """Holds the present mask, whatever the scores and the level do from now on."""
+    def apply_level(self, sparsity_level: float, weight: Tensor) -> None:
+        """:meth:`set_sparsity_level`, and a gain that follows without changing the function.
+
+        Args:
+            sparsity_level: fraction of blocks to prune, in `[0, 1)`.
+            weight: `(N, K)` under the mask; divided by what the gain grows, in place.
+        """
+        self.set_sparsity_level(sparsity_level)
+        if self.factor is None:
+            return
+        new = self._gain_of_level()
+        if new == self._last_factor:
+            return
+        self._last_factor = new
+        held = self.frozen.bool()  # a held mask keeps its density, whatever the level says
+        new = torch.where(held, self.factor, torch.full_like(self.factor, new))
+        local_tensor(weight).mul_((self.factor / new).to(weight.dtype))
+        self.factor.copy_(new)
+
+    def _gain_of_level(self) -> float:
+        # A power of two: what it grows by is taken from the weight exactly, in any dtype.
+        return 2.0 ** round(self.gain * math.log2(self.held_mask.numel() / self._target_n_kept))
+
+    @torch.no_grad()
+    def freeze(self, weight: Tensor | None = None) -> None:
+        """Holds the present mask, whatever the scores and the level do from now on.
+
+        Args:
+            weight: `(N, K)` under the mask, for kinds whose factors end up in it.
+        """
         self.held_mask.copy_(self.block_mask())
         self.frozen.fill_(1)
 
@@ -278,14 +414,18 @@ class BlockMask(nn.Module):
         """
         self.n_kept.fill_(self._target_n_kept)
         BlockMask.unfreeze(self)
+        if self.factor is not None:
+            self._last_factor = self._gain_of_level()
+            self.factor.fill_(self._last_factor)
         self.reset_scores(weight)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Makes `module.weight = tensor` work: the tensor becomes the weight under the mask."""
-        if tuple(weight.shape) != self.weight_shape:
+        shape = self.tensor_shape or self.weight_shape
+        if tuple(weight.shape) != shape:
             raise ValueError(
                 f"cannot assign a tensor of shape {tuple(weight.shape)} to a masked weight of shape "
-                f"{self.weight_shape}"
+                f"{shape}"
             )
         # A Parameter arrives at registration only, and has to stay the very same one.
         return weight if isinstance(weight, nn.Parameter) else weight.clone()
@@ -297,7 +437,13 @@ class BlockMask(nn.Module):
         Args:
             weight: the `(N, K)` weight.
         """
-        scale_blocks_(weight, self.factors(), self.blocksize)
+        scale_local_blocks_(weight, self.factors(), self.blocksize)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # What pickles of version 0.1 lack.
+        self._parameters.setdefault("carrier", None)
+        self._buffers.setdefault("factor", None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockMask:
         # Scores stay float32: in bfloat16 a few hundred blocks share a dozen values.
@@ -308,8 +454,31 @@ class BlockMask(nn.Module):
         return super()._apply(move_only, recurse)
 
     def extra_repr(self) -> str:
+        gain = f", gain={self.gain}" if self.gain else ""
         settings = "".join(f", {name}={getattr(self, name)!r}" for name in self.SETTINGS)
-        return f"blocksize={self.blocksize}, grid={self.grid}{settings}"
+        return f"blocksize={self.blocksize}, grid={self.grid}{gain}{settings}"
+
+
+def scale_local_blocks_(weight: Tensor, factors: Tensor, blocksize: tuple[int, int]) -> None:
+    """Multiplies each block of a weight in place, as far as this rank holds it; 0 writes 0.0.
+
+    Args:
+        weight: `(N, K)`, or the DTensor that holds its shards.
+        factors: `(R, C)`, bool or floating.
+        blocksize: `(r, c)`.
+    """
+    if not is_dtensor(weight):
+        weight = weight.detach()
+        matrix = weight.flatten(1)
+        scale_blocks_(matrix, factors, blocksize)
+        if matrix.data_ptr() != weight.data_ptr():  # flattening channels-last copies
+            weight.copy_(matrix.view(weight.shape))
+        return
+    rows, cols = local_rows_and_columns(weight)
+    r, c = blocksize
+    block_rows = torch.arange(rows.start, rows.stop, device=factors.device) // r
+    block_cols = torch.arange(cols.start, cols.stop, device=factors.device) // c
+    scale_blocks_(local_tensor(weight), factors[block_rows][:, block_cols], (1, 1))
 
 
 def find_mask(module: nn.Module, tensor_name: str) -> BlockMask | None:
@@ -346,6 +515,52 @@ def kept_blocks(n_blocks: int, sparsity_level: float) -> int:
 def _check_blocksize_setting(value: object, where: str = "") -> BlockSize:
     rows, cols = check_blocksize(value, where)
     return (rows, cols) if isinstance(value, tuple | list) else rows
+
+
+def check_gain(value: object, where: str = "") -> float:
+    """Returns the exponent as a float, or raises with `where` in front."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{where}gain={value!r} must be a number in [0, 1]")
+    if not 0 <= value <= 1:
+        raise ValueError(
+            f"{where}gain={value} is outside [0, 1]: kept blocks are multiplied by density ** -gain, "
+            "for example 0.5; 0 for no gain"
+        )
+    return float(value)
+
+
+def check_count(value: object, where: str = "", name: str = "update_every") -> int:
+    """Returns a number of steps, at least 1, or raises with `where` in front."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{where}{name}={value!r} must be a number of calls of step()")
+    if value < 1:
+        raise ValueError(f"{where}{name}={value} must be at least 1")
+    return int(value)
+
+
+def check_fraction(value: object, where: str = "", name: str = "drop_fraction") -> float:
+    """Returns a number in `[0, 1)`, or raises with `where` in front."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{where}{name}={value!r} must be a number in [0, 1)")
+    if not 0 <= value < 1:
+        raise ValueError(f"{where}{name}={value} is outside [0, 1)")
+    return float(value)
+
+
+def check_sharpness(value: object, where: str = "", name: str = "final_sharpness") -> float:
+    """Returns a number of at least 1, or raises with `where` in front."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{where}{name}={value!r} must be a number of at least 1")
+    if not 1 <= value < math.inf:
+        raise ValueError(f"{where}{name}={value} must be at least 1, where it starts, and finite")
+    return float(value)
+
+
+def check_flag(value: object, where: str = "", name: str = "gradient_weighted") -> bool:
+    """Returns True or False, or raises with `where` in front."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{where}{name}={value!r} must be True or False")
+    return value
 
 
 def check_sparsity_level(value: object, where: str = "") -> float:

@@ -1,0 +1,39 @@
+"""The code of the guides runs as it stands there."""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def code_of(page: str) -> list[str]:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_which_sparsifier():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+    names = {
+        "model": model,
+        "loader": [(torch.randn(16, 32), None) for _ in range(5)],
+        "epochs": 4,
+        "blocksize": 8,
+    }
+    distil, go_on = code_of("which_sparsifier.md")
+    assert distil.count("\n") <= 30
+    exec(compile(distil, "distil", "exec"), names)
+    zeros = [module.sparsity for module in model if hasattr(module, "sparsity")]
+    assert len(names["report"].swapped) + len(names["report"].skipped) == 2
+    assert all(sparsity > 0.7 for sparsity in zeros)
+
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+    with torch.no_grad():
+        model[0].weight[:32] = 0
+        model[2].weight[:, 32:] = 0
+    names["model"] = model
+    exec(compile(go_on, "go on", "exec"), names)
+    assert [entry.kept for entry in names["sparsifier"].summary().groups] == [16, 16]
