@@ -14,7 +14,7 @@ class Interruption(BaseException):
 
 
 def interrupt(function: Callable[[], object], at: int, error: type[BaseException]) -> bool:
-    """Run a function and raise ``error`` at the ``at``-th line of the package that runs; whether it got that far."""
+    """Run a function and raise `error` at the `at`-th line of the package that runs; whether it got that far."""
     lines = 0
     fired = False
 
@@ -46,7 +46,7 @@ def each_interruption(
     step: int,
     error: type[BaseException] = Interruption,
 ) -> Iterator[int]:
-    """Yield after each run that was interrupted, at every ``step``-th line.
+    """Yield after each run that was interrupted, at every `step`-th line.
 
     Args:
         prepare: makes everything anew and returns the function to interrupt.

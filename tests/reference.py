@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def block_mask(R: int, C: int, sparsity: float, generator: torch.Generator | None = None) -> Tensor:
-    """A random boolean ``(R, C)`` mask that keeps ``max(1, round(R * C * (1 - sparsity)))`` blocks."""
+    """A random boolean `(R, C)` mask that keeps `max(1, round(R * C * (1 - sparsity)))` blocks."""
     n_blocks = R * C
     n_kept = max(1, round(n_blocks * (1 - sparsity)))
     mask = torch.zeros(n_blocks, dtype=torch.bool)
@@ -19,7 +19,7 @@ def block_mask(R: int, C: int, sparsity: float, generator: torch.Generator | Non
 
 
 def expand_mask(mask: Tensor, blocksize: tuple[int, int]) -> Tensor:
-    """The element mask ``(R * r, C * c)`` of a block mask."""
+    """The element mask `(R * r, C * c)` of a block mask."""
     return mask.repeat_interleave(blocksize[0], 0).repeat_interleave(blocksize[1], 1)
 
 
@@ -33,9 +33,9 @@ def random_bsr(
     seed: int = 0,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A random block-sparse weight as ``(dense, crow_indices, col_indices, values)``.
+    """A random block-sparse weight as `(dense, crow_indices, col_indices, values)`.
 
-    ``mask`` (``(R, C)`` bool) overrides ``sparsity``; an all-False mask gives ``nnz = 0``.
+    `mask` (`(R, C)` bool) overrides `sparsity`; an all-False mask gives `nnz = 0`.
     """
     r, c = (blocksize, blocksize) if isinstance(blocksize, int) else blocksize
     R, C = N // r, K // c
@@ -54,7 +54,7 @@ def random_bsr(
 
 
 def relative_error(out: Tensor, ref: Tensor) -> float:
-    """``||out - ref|| / ||ref||`` in float64; plain ``||out||`` where the reference is zero."""
+    """`||out - ref|| / ||ref||` in float64; plain `||out||` where the reference is zero."""
     out, ref = out.detach().double().cpu(), ref.detach().double().cpu()
     assert out.shape == ref.shape, (out.shape, ref.shape)
     norm = ref.norm().item()
@@ -71,8 +71,13 @@ TOLERANCE = {
 }
 
 
+# Where formulas of activations overflow, cancel or meet 0 * infinity.
+EXTREMES = [float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 1e20, -1e20, 1e13, -1e13, 100.0]
+EXTREMES += [-100.0, -90.0, -88.7, -87.4, -87.3, -30.0, -14.0, 1e-30, -1e-30, 0.0, -0.0]
+
+
 def assert_replays(function: Callable[[], Tensor], expected: Tensor) -> None:
-    """Captured in a CUDA graph, ``function`` returns ``expected`` at every replay."""
+    """Captured in a CUDA graph, `function` returns `expected` at every replay."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = function()

@@ -10,7 +10,14 @@ from torch import nn
 
 from torchao_superblock import SupermaskSparsifier, SwapReport, swap_to_bsr
 from torchao_superblock.bsr import swap
-from torchao_superblock.visualize import block_masks, plot_block_masks, plot_swap_report
+from torchao_superblock.pruning import Sensitivity
+from torchao_superblock.pruning.one_shot import LayerSensitivity
+from torchao_superblock.visualize import (
+    block_masks,
+    plot_block_masks,
+    plot_sensitivity,
+    plot_swap_report,
+)
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -139,6 +146,26 @@ def test_a_swap_report_names_what_was_skipped_and_why():
     entry = swap.SwapEntry("head", (10, 64), None, None, "its shape does not fit", "shape")
     texts = [text.get_text() for text in plot_swap_report(SwapReport([], [entry])).axes[0].texts]
     assert "10 × 64: its shape does not fit" in texts
+
+
+def test_a_sensitivity_is_a_row_a_layer_and_a_column_a_level():
+    layers = [
+        LayerSensitivity("0.weight", (64, 64), (16, 16), 16, (0.001, 0.25)),
+        LayerSensitivity("2.weight", (64, 64), (16, 16), 16, (-0.002, 0.5)),
+    ]
+    figure = plot_sensitivity(Sensitivity(1.5, (0.5, 0.8), layers))
+    assert png(figure).startswith(PNG)
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0.weight", "2.weight"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["50%", "80%"]
+    assert [text.get_text() for text in axes.texts] == ["+0.001", "+0.25", "-0.002", "+0.5"]
+    shades = axes.images[0].get_array()
+    assert shades[1, 1] == 1 and shades[1, 0] == 0 and 0 < shades[0, 0] < shades[0, 1] < 1
+
+
+def test_a_sensitivity_without_layers_is_an_error():
+    with pytest.raises(ValueError, match="has no layers"):
+        plot_sensitivity(Sensitivity(1.5, (0.5,), []))
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):

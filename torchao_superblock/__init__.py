@@ -3,6 +3,7 @@
 sparsifier.prepare(model, config)  ->  train as before  ->  sparsifier.squash_mask()  ->  swap_to_bsr(model)
 """
 
+from torchao_superblock.allocation import allocate
 from torchao_superblock.bsr import (
     BSRLinear,
     BSRWeight,
@@ -18,6 +19,8 @@ from torchao_superblock.pruning import (
     RigLSparsifier,
     SpartanSparsifier,
     SupermaskSparsifier,
+    prune_one_shot,
+    sensitivity,
     squash,
 )
 
@@ -29,9 +32,12 @@ __all__ = [
     "SpartanSparsifier",
     "SupermaskSparsifier",
     "SwapReport",
+    "allocate",
     "backends",
     "load_bsr",
+    "prune_one_shot",
     "save_bsr",
+    "sensitivity",
     "squash",
     "swap_to_bsr",
     "to_bsr_linear",

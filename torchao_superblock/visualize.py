@@ -1,7 +1,7 @@
-"""Pictures of block masks and swap reports.
+"""Pictures of block masks, swap reports and sensitivities.
 
 Needs matplotlib, which is imported when a picture is asked for and not before. The figures belong
-to no window: save them with ``figure.savefig("masks.png")``, or return them from a notebook cell.
+to no window: save them with `figure.savefig("masks.png")`, or return them from a notebook cell.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torchao_superblock.bsr import BSRLinear, SwapReport
 from torchao_superblock.bsr.format import infer_blocksize
 from torchao_superblock.common.blocks import parse_blocksize
 from torchao_superblock.ops.block_mask import nonzero_blocks
+from torchao_superblock.pruning import Sensitivity
 from torchao_superblock.pruning.masks.base import masks_of
 
 if TYPE_CHECKING:
@@ -34,10 +35,10 @@ class LayerMask:
     """The block mask of one weight.
 
     Attributes:
-        fqn: of the tensor, e.g. ``"encoder.layers.0.mlp.0.weight"``.
-        mask: bool ``(R, C)`` over the block grid, True = kept; on the CPU.
+        fqn: of the tensor, e.g. `"encoder.layers.0.mlp.0.weight"`.
+        mask: bool `(R, C)` over the block grid, True = kept; on the CPU.
         shape: of the weight.
-        blocksize: ``(rows, cols)``.
+        blocksize: `(rows, cols)`.
     """
 
     fqn: str
@@ -62,7 +63,7 @@ def block_masks(
         blocksize: of squashed weights; None reads each one's off its zeros.
 
     Returns:
-        One entry a weight, in the order of ``model.named_modules()``; weights without a zero block are left out.
+        One entry a weight, in the order of `model.named_modules()`; weights without a zero block are left out.
 
     Example:
         >>> linear = nn.Linear(64, 64)
@@ -249,7 +250,7 @@ def _draw_mask(axes: Any, mask: Tensor, pixels: float) -> None:
 
 
 def _pattern(names: list[str]) -> tuple[str, list[str]]:
-    """What names share, with ``*`` where they differ, and what stands there in each.
+    """What names share, with `*` where they differ, and what stands there in each.
 
     >>> _pattern(["layer_0.up.weight", "layer_1.up.weight"])
     ('layer_*.up.weight', ['0', '1'])
@@ -324,6 +325,60 @@ def plot_swap_report(report: SwapReport, *, title: str | None = None) -> Figure:
     for spine in axes.spines.values():
         spine.set_visible(False)
     default = f"{len(report.swapped)} of {len(entries)} weights swapped to BSR; bars: fraction of zero blocks"
+    axes.set_title(title or default, loc="left", fontsize=11, fontweight="bold", color=_INK)
+    return figure
+
+
+def plot_sensitivity(sensitivity: Sensitivity, *, title: str | None = None) -> Figure:
+    """Draws how the loss moves when one layer alone is pruned: a row a layer, a column a level.
+
+    Args:
+        sensitivity: what :func:`torchao_superblock.sensitivity` returned.
+        title: heading; by default the dense model's loss.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the sensitivity has no layer.
+
+    Example:
+        >>> plot_sensitivity(table).savefig("sensitivity.png")  # doctest: +SKIP
+    """
+    figure_type = _figure_type()
+    layers = sensitivity.layers
+    if not layers:
+        raise ValueError("plot_sensitivity: the sensitivity has no layers")
+    from matplotlib.colors import LinearSegmentedColormap
+
+    changes = torch.tensor([layer.changes for layer in layers], dtype=torch.float64)
+    most = max(changes.max().item(), torch.finfo(torch.float64).tiny)
+    levels = [f"{level:.0%}" for level in sensitivity.levels]
+    names = [layer.fqn for layer in layers]
+    width = 2.5 + 0.075 * max(map(len, names)) + 0.9 * len(levels)
+    figure = figure_type(
+        figsize=(max(width, 6.0), 1.4 + 0.24 * len(layers)), layout="constrained", facecolor="white"
+    )
+    axes = figure.add_subplot()
+    # A square root, so that small changes can be told apart beside a large one.
+    shade = (changes.clamp(min=0) / most).sqrt()
+    colors = LinearSegmentedColormap.from_list("sensitivity", [_PRUNED, _SKIPPED, "#9b2226"])
+    axes.imshow(shade.numpy(), cmap=colors, vmin=0, vmax=1, aspect="auto")
+    for y, layer in enumerate(layers):
+        for x, change in enumerate(layer.changes):
+            dark = shade[y, x] > 0.75
+            axes.text(
+                x, y, f"{change:+.3g}", ha="center", va="center", fontsize=7,
+                color="white" if dark else _INK,
+            )  # fmt: skip
+    axes.set_xticks(range(len(levels)), levels, fontsize=8, color=_INK)
+    axes.set_yticks(range(len(names)), names, fontsize=8, color=_INK)
+    axes.set_xlabel("blocks pruned in this layer alone", fontsize=8, color=_FAINT)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    default = f"Change of the loss ({sensitivity.loss:.4g} dense)"
     axes.set_title(title or default, loc="left", fontsize=11, fontweight="bold", color=_INK)
     return figure
 

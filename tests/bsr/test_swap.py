@@ -15,7 +15,7 @@ from tests.injection import each_interruption
 from tests.reference import relative_error
 from torchao_superblock.bsr import BSRLinear, swap_to_bsr, to_bsr_linear
 from torchao_superblock.bsr.folded_activation import FoldedActivation
-from torchao_superblock.ops.break_even import break_even_sparsity
+from torchao_superblock.ops.break_even import break_even
 
 
 def mlp() -> nn.Sequential:
@@ -161,7 +161,7 @@ def test_an_explicit_block_size_that_does_not_divide_is_a_skip():
 
 
 def test_without_min_sparsity_the_break_even_table_decides():
-    needed = break_even_sparsity("cpu", (16, 16), torch.float32)
+    needed = break_even("cpu", (16, 16), torch.float32).sparsity
     above = math.ceil(needed * 64) / 64  # of 64 blocks
     model = nn.Sequential(
         prune(nn.Linear(128, 128), 16, above),
@@ -175,6 +175,16 @@ def test_without_min_sparsity_the_break_even_table_decides():
         "too_few_zero_blocks",
     ]
     assert f"break even at {needed:.1%}" in report.skipped[0].reason
+
+
+def test_a_guess_is_not_stated_as_a_fact():
+    assert not break_even("cpu", (8, 8), torch.float32).measured
+    report = swap_to_bsr(nn.Sequential(prune(nn.Linear(64, 64), 8, 0.5)), 8)
+    (entry,) = report.skipped
+    assert entry.code == "slower_than_dense"
+    assert "break even" not in entry.reason
+    for words in ("nobody has measured", "float32", "cpu", "guess", "min_sparsity"):
+        assert words in entry.reason, entry.reason
 
 
 def test_what_a_module_has_carries_over():

@@ -1,3 +1,8 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -74,11 +79,40 @@ def test_linear_runs_the_op_and_reaches_the_parameters(pair):
         lambda w: torch.nn.init.zeros_(w),
         lambda w: w.data_ptr(),
         lambda w: torch.cat([w, w]),
+        lambda w: torch.from_dlpack(w),
+        lambda w: np.asarray(w),
+        lambda w: torch.optim.SGD([w], lr=0.1),
+        lambda w: torch.optim.AdamW([{"params": [w]}]),
+        lambda w: w.grad,
+        lambda w: w.retains_grad,
     ],
 )
 def test_everything_else_raises_with_advice(pair, use):
     with pytest.raises(NotImplementedError, match=r"stored as blocks.*layer\.values.*to_dense\(\)"):
         use(pair[1].weight)
+
+
+TO_DLPACK = """
+import torch
+from tests.bsr.common import prune
+from torchao_superblock.bsr import BSRLinear
+layer = BSRLinear.from_dense(prune(torch.nn.Linear(64, 32), 16), 16)
+try:
+    torch.from_dlpack(torch.utils.dlpack.to_dlpack(layer.weight)).sum()
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_what_reads_memory_without_asking_is_refused():
+    """In a process of its own: without a refusal it ends in a segmentation fault."""
+    done = subprocess.run(
+        [sys.executable, "-c", TO_DLPACK],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert "no memory of its own" in done.stdout and "to_dense()" in done.stdout, done
 
 
 def test_wrong_width_is_named(pair):

@@ -5,6 +5,8 @@
  * fixed; `cpu_sanitizer ISA` exits with 0 and prints how many it solved.
  */
 #include <math.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -180,19 +182,10 @@ static void problem(int64_t M, int64_t R, int64_t C, int64_t r, int64_t c, int d
         }
     free(y);
 
-    /* grad_x: the transposed index, built here by counting */
-    int32_t *crow_t = calloc((size_t)C + 1, sizeof(int32_t)), *row_t = buffer(sizeof(int32_t) * (size_t)nnz);
-    int32_t *perm_t = buffer(sizeof(int32_t) * (size_t)nnz);
-    int32_t filled = 0;
-    for (int64_t j = 0; j < C; j++) {
-        for (int64_t i = 0; i < R; i++)
-            for (int32_t e = crow[i]; e < crow[i + 1]; e++)
-                if (col[e] == j) row_t[filled] = (int32_t)i, perm_t[filled++] = e;
-        crow_t[j + 1] = filled;
-    }
+    /* grad_x: the transposed product, over the same index */
     y = buffer((size_t)(M * K) * sizes[dtype]);
-    sb_product t = {.x = grad.data, .x_row = grad.row, .x_col = grad.col, .crow = crow_t, .col = row_t,
-                    .perm = perm_t, .values = values, .y = y, .M = M, .R = C, .C = R, .r = c, .c = r, .nnz = nnz,
+    sb_product t = {.x = grad.data, .x_row = grad.row, .x_col = grad.col, .crow = crow, .col = col,
+                    .transposed = 1, .values = values, .y = y, .M = M, .R = C, .C = R, .r = c, .c = r, .nnz = nnz,
                     .dtype = dtype, .threads = threads};
     status = sb_run_product(&t);
     if (status) fail("grad_x status", status, 0);
@@ -232,19 +225,63 @@ static void problem(int64_t M, int64_t R, int64_t C, int64_t r, int64_t c, int d
         const int32_t kept = col[nnz - 1];
         col[nnz - 1] = (int32_t)C;
         if (sb_run_product(&p) != SB_BAD_COL || sb_run_grad_values(&g) != SB_BAD_COL) fail("column = C", 0, 1);
+        if (sb_run_product(&t) != SB_BAD_COL) fail("column = C, transposed", 0, 1);
         col[nnz - 1] = -1;
         if (sb_run_product(&p) != SB_BAD_COL || sb_run_grad_values(&g) != SB_BAD_COL) fail("column = -1", 0, 1);
         col[nnz - 1] = kept;
-        perm_t[0] = (int32_t)nnz;
-        if (sb_run_product(&t) != SB_BAD_PERM) fail("position = nnz", 0, 1);
         crow[R]++;
+        if (sb_run_product(&t) != SB_BAD_CROW) fail("last pointer, transposed", 0, 1);
         if (sb_run_product(&p) != SB_BAD_CROW || sb_run_grad_values(&g) != SB_BAD_CROW) fail("last pointer", 0, 1);
         crow[R]--;
         crow[0] = -1;
         if (sb_run_product(&p) != SB_BAD_CROW || sb_run_grad_values(&g) != SB_BAD_CROW) fail("first pointer", 0, 1);
     }
     free(crow), free(all), free(col), free(values), free(bias), free(dense), free(x.memory), free(grad.memory);
-    free(crow_t), free(row_t), free(perm_t);
+}
+
+/* An index that another thread writes to. Whatever it has written of the row pointers is valid, so that most calls are
+ * served, but no two looks at it need agree; columns are outside for a moment now and then. */
+enum { RACE_R = 32, RACE_C = 32, RACE_NNZ = 256, RACE_BLOCK = 16, RACE_M = 40 };
+static volatile int32_t *live_crow, *live_col;
+static atomic_int race_ends;
+
+static void *write_index(void *unused) {
+    (void)unused;
+    for (uint32_t n = 1; !atomic_load(&race_ends); n = n * 1664525u + 1013904223u) {
+        const int32_t i = 1 + (int32_t)(n >> 8) % (RACE_R - 1), j = (int32_t)(n >> 8) % RACE_NNZ;
+        live_crow[i] = i * (RACE_NNZ / RACE_R) - (int32_t)(n >> 28) % (RACE_NNZ / RACE_R);
+        live_col[j] = n >> 24 ? (int32_t)(n >> 16) % RACE_C : 1 << 30;
+        live_col[j] = (int32_t)(n >> 16) % RACE_C;
+    }
+    return NULL;
+}
+
+static void race(void) {
+    int32_t *crow = buffer(sizeof(int32_t) * (RACE_R + 1)), *col = buffer(sizeof(int32_t) * RACE_NNZ);
+    for (int i = 0; i <= RACE_R; i++) crow[i] = i * (RACE_NNZ / RACE_R);
+    memset(col, 0, sizeof(int32_t) * RACE_NNZ);
+    live_crow = crow, live_col = col;
+    const size_t elements = RACE_M * RACE_R * RACE_BLOCK, stored = RACE_NNZ * RACE_BLOCK * RACE_BLOCK;
+    float *x = calloc(elements, 4), *values = calloc(stored, 4), *y = calloc(elements, 4), *out = calloc(stored, 4);
+    pthread_t writer;
+    if (!x || !values || !y || !out || pthread_create(&writer, NULL, write_index, NULL)) exit(3);
+    int served = 0;
+    for (int n = 0; n < 1000; n++) {
+        const int64_t width = RACE_C * RACE_BLOCK;
+        sb_product p = {.x = x, .x_row = width, .x_col = 1, .crow = crow, .col = col, .values = values, .y = y,
+                        .M = n % 4 ? RACE_M : 1, .R = RACE_R, .C = RACE_C, .r = RACE_BLOCK, .c = RACE_BLOCK,
+                        .nnz = RACE_NNZ, .dtype = SB_FLOAT32, .threads = 1 + n % 2, .transposed = n % 3 == 1};
+        sb_grad_values g = {.grad = x, .grad_row = width, .grad_col = 1, .x = x, .x_row = width, .x_col = 1,
+                            .crow = crow, .col = col, .out = out, .M = 3, .R = RACE_R, .C = RACE_C, .r = RACE_BLOCK,
+                            .c = RACE_BLOCK, .nnz = RACE_NNZ, .dtype = SB_FLOAT32, .threads = 1 + n % 2};
+        const int status = n % 3 == 2 ? sb_run_grad_values(&g) : sb_run_product(&p);
+        if (status != SB_OK && status != SB_BAD_CROW && status != SB_BAD_COL) fail("status in a race", status, 0);
+        served += status == SB_OK;
+    }
+    atomic_store(&race_ends, 1);
+    pthread_join(writer, NULL);
+    if (!served) fail("calls served in a race", 0, 1);
+    free(crow), free(col), free(x), free(values), free(y), free(out);
 }
 
 int main(int argc, char **argv) {
@@ -270,6 +307,7 @@ int main(int argc, char **argv) {
         }
     sb_product empty = {.crow = (const int32_t[]){0}, .M = 1};
     if (sb_run_product(&empty)) fail("no block rows", 1, 0);
+    race();
     printf("solved %d problems with %s\n", solved, sb_isa_name(sb_isa_current()));
     return 0;
 }

@@ -4,9 +4,15 @@ import pytest
 import torch
 
 from torchao_superblock.ops import break_even
-from torchao_superblock.ops.break_even import CAUTIOUS, break_even_sparsity
+from torchao_superblock.ops.break_even import CAUTIOUS
 
 HOPPER = (9, 0)
+
+
+def break_even_sparsity(*args: object) -> float:
+    sparsity, measured, _ = break_even.break_even(*args)
+    assert measured
+    return sparsity
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -37,7 +43,8 @@ def test_what_was_not_measured_is_guessed_cautiously(
     dtype: torch.dtype,
     capability: tuple[int, int] | None,
 ) -> None:
-    assert break_even_sparsity(device_type, blocksize, dtype, capability) == CAUTIOUS
+    found = break_even.break_even(device_type, blocksize, dtype, capability)
+    assert found == (CAUTIOUS, False, device_type)
 
 
 def test_float32_follows_the_precision_switch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,3 +52,22 @@ def test_float32_follows_the_precision_switch(monkeypatch: pytest.MonkeyPatch) -
     # Not the real switch: once set this way, it makes torch's older getters raise for the rest of the process.
     monkeypatch.setattr(break_even, "allows_tf32", lambda: True)
     assert break_even_sparsity("cuda", (64, 64), torch.float32, HOPPER) > exact
+
+
+@pytest.mark.parametrize("products", [True, False])
+def test_bfloat16_waits_for_a_measurement_where_the_processor_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch, products: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: products)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(break_even, "cpu_backend", lambda: Compiled)
+    found = break_even.break_even("cpu", (32, 32), torch.bfloat16)
+    assert found.measured is not products
+    assert (found.sparsity == CAUTIOUS) is products
+    assert break_even.break_even("cpu", (32, 32), torch.float32).measured
+
+
+class Compiled:
+    @staticmethod
+    def backend_info() -> dict[str, object]:
+        return {"name": "c-avx512"}

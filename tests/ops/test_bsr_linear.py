@@ -372,6 +372,12 @@ class TestErrors:
             ({"crow_indices": torch.zeros(0).int()}, ValueError, "crow_indices"),
             ({"out_features": 16}, ValueError, r"out_features=16.*\[17, 32\]"),
             ({"out_features": 33}, ValueError, "out_features=33"),
+            (
+                {"x": torch.randn(4, 96), "in_features": 48},
+                ValueError,
+                r"in_features=48.*\(4, 96\)",
+            ),
+            ({"in_features": 32}, ValueError, r"in_features=32.*\(4, 48\)"),
             ({"activation": "tanh"}, ValueError, "unknown activation 'tanh'.*'gelu'"),
             ({"plan": torch.zeros(3).int()}, ValueError, "plan must be int32.*build_plan"),
             ({"values": torch.randn(3, 16, 16, device="meta")}, RuntimeError, "one device.*meta"),

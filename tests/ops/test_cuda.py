@@ -149,7 +149,7 @@ def test_only_ahead_of_time_compilers_see_the_kernels(
 
 
 class Launcher:
-    """Stands for a compiled kernel's ``run``: records what it is asked to launch."""
+    """Stands for a compiled kernel's `run`: records what it is asked to launch."""
 
     def __init__(self, launches: list[tuple]) -> None:
         self.launches = launches
@@ -267,7 +267,7 @@ def test_triton_understands_every_kernel_without_a_gpu(
     rules = cuda.matmul_tile
     _pretend_gpu(monkeypatch, capability, can_overlap=capability == 90)
     monkeypatch.setattr(launch.Kernel, "__call__", compile_only)
-    monkeypatch.setattr(cuda, "hopper_kernel", lambda *_, **__: lambda *_: None)
+    monkeypatch.setattr(cuda, "hopper_kernel", lambda *_, **__: lambda grad, *_: grad)
     for r, c in ((16, 16), (64, 64), (3, 5), (40, 80)):
         _, crow, col, values = random_bsr(4 * r, 24 * c, (r, c), 0.5, dtype)
         bias, plan = torch.zeros(4 * r, dtype=dtype), build_plan(crow, col, 24)
@@ -288,7 +288,7 @@ def test_triton_understands_every_kernel_without_a_gpu(
             cuda.grad_x(grad, crow, col, values, plan, 24)
             cuda.grad_values(grad, x, crow, col, plan, r, c)
     cuda.forget_launches()
-    expected = {"bsr_matmul_kernel", "sum_splits_kernel", "grad_values_kernel"}
+    expected = {"bsr_matmul_kernel", "sum_splits_kernel", "grad_values_kernel", "check_plan_kernel"}
     if dtype.itemsize == 2:
         expected.add("grad_values_lines_kernel")
     if capability == 90 or (dtype == torch.float32 and capability == 80):

@@ -34,7 +34,7 @@ def _nothing_remembered() -> None:
 
 
 class Case:
-    """One product with all its operands; ``function`` and ``layer`` compute it, ``expected`` is what they should."""
+    """One product with all its operands; `function` and `layer` compute it, `expected` is what they should."""
 
     def __init__(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self.dense, self.crow, self.col, values = random_bsr(32, 48, 16, 0.5, dtype, device)

@@ -14,8 +14,8 @@ from functools import partial
 import pytest
 import torch
 
-from tests.reference import assert_replays, block_mask, random_bsr, relative_error
-from torchao_superblock.ops import build_plan, hopper
+from tests.reference import EXTREMES, assert_replays, block_mask, random_bsr, relative_error
+from torchao_superblock.ops import build_plan, cuda, hopper
 from torchao_superblock.ops.plan import is_mixed
 
 triton = pytest.importorskip("triton", reason="needs Triton")
@@ -1033,6 +1033,39 @@ def test_float32_activations_match_float64(set_precision, activation, precision,
     _hopper_or_skip()
     set_precision(precision)
     _check(9000, 832, 768, blocksize, torch.float32, bound, activation=activation)
+
+
+@pytest.mark.gpu
+def test_a_gradient_by_the_plan_of_another_index_is_nan():
+    """Where the Gluon kernel computes it. A forward takes no more than its order of work from the plan."""
+    _hopper_or_skip()
+    _, crow, col, values = random_bsr(1024, 1024, 64, 0.8, torch.bfloat16, "cuda")
+    _, other_crow, other_col, _ = random_bsr(1024, 1024, 64, 0.8, seed=1, device="cuda")
+    own, other = (
+        build_plan(*index, 16, (64, 64)) for index in ((crow, col), (other_crow, other_col))
+    )
+    x = torch.randn(16384, 1024, device="cuda").to(torch.bfloat16)
+    assert cuda.hopper_kernel(x, crow, col, values, None, "none", own, 0) is not None
+    right = cuda.grad_x(x, crow, col, values, own, 16)
+    assert right.isfinite().all()
+    assert cuda.grad_x(x, crow, col, values, other, 16).isnan().all()
+    y = cuda.forward(x, crow, col, values, None, "none", own)
+    assert torch.equal(y, cuda.forward(x, crow, col, values, None, "none", other))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_at_extremes_are_torch_s(activation, dtype):
+    _hopper_or_skip()
+    _, crow, col, values = random_bsr(768, 768, 64, 0.8, dtype, "cuda")
+    bias = torch.tensor(EXTREMES, device="cuda").repeat(768)[:768].to(dtype)
+    x = torch.zeros(9000, 768, device="cuda", dtype=dtype)
+    y = hopper.forward(x, crow, col, values, bias, activation, None)
+    expected = ACTIVATIONS[activation](bias.double()).to(dtype)
+    if dtype != torch.float32 and activation == "gelu":
+        expected = torch.where(bias == -torch.inf, 0, expected)
+    torch.testing.assert_close(y, expected.expand(9000, -1), equal_nan=True, atol=6e-5, rtol=2e-2)
 
 
 @pytest.mark.gpu

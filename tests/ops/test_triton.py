@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
         ("dtypes", "activations", "token_counts"),
         ("indices", "strides"),
         ("tiles", "precision", "determinism"),
-        ("gradients_of_small_blocks",),
+        ("gradients_of_small_blocks", "stale_plans"),
     ],
     ids=" and ".join,
 )

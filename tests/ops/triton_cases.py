@@ -1,8 +1,8 @@
 """The grid on which the plain Triton kernels are checked, wherever they run.
 
-On a GPU the cases are ordinary tests (``test_cuda.py``). Without one they run in Triton's interpreter, which must be
-switched on before a kernel is defined: ``test_triton.py`` runs this file in a process of its own,
-``TRITON_INTERPRET=1 python -m tests.ops.triton_cases GROUP``.
+On a GPU the cases are ordinary tests (`test_cuda.py`). Without one they run in Triton's interpreter, which must be
+switched on before a kernel is defined: `test_triton.py` runs this file in a process of its own,
+`TRITON_INTERPRET=1 python -m tests.ops.triton_cases GROUP`.
 
 Legend: M tokens, R x C the block grid, r x c the block size.
 """
@@ -17,10 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
-from tests.reference import TOLERANCE, random_bsr, relative_error
+from tests.reference import EXTREMES, TOLERANCE, random_bsr, relative_error
 from torchao_superblock.ops import cuda
 from torchao_superblock.ops.activations import ACTIVATIONS
-from torchao_superblock.ops.plan import build_plan
+from torchao_superblock.ops.plan import build_plan, split_plan
 from torchao_superblock.ops.triton_kernels import FMA, TF32, _alternated
 
 DEVICE = "cpu" if cuda.INTERPRET else "cuda"
@@ -145,13 +145,16 @@ def check_activations() -> None:
     for activation in ACTIVATIONS:
         for dtype in DTYPES:
             check((16, 32), dtype, 19, activation=activation)
-    # NaN and infinity pass as they do in torch.
-    x = torch.tensor([[float("nan")], [float("inf")], [-float("inf")], [-2.0]], device=DEVICE)
+    # NaN, infinity and what is nearly that pass as they do in torch.
+    x = torch.tensor(EXTREMES, device=DEVICE)[:, None]
     _, crow, col, values = random_bsr(1, 1, 1, 0.0, torch.float32, DEVICE)
     values = torch.ones_like(values)
-    for activation in ("none", "relu"):
+    for activation in ACTIVATIONS:
         y = plain_forward(x, crow, col, values, None, activation)
-        torch.testing.assert_close(y, ACTIVATIONS[activation](x), equal_nan=True)
+        expected = ACTIVATIONS[activation](x.double()).float()
+        torch.testing.assert_close(
+            y, expected, equal_nan=True, msg=lambda m, a=activation: f"{a}: {m}"
+        )
 
 
 def check_indices() -> None:
@@ -186,6 +189,67 @@ def check_indices() -> None:
         bad[0] = column
         y = plain_forward(x, crow, bad, values, None, "none", plan)
         assert torch.equal(y[:, 16:], good[:, 16:])
+
+
+def check_stale_plans() -> None:
+    """A plan of another index, or a damaged one: a forward uses its order only, gradients are NaN, all of them."""
+    crow = torch.tensor([0, 2, 3, 6], dtype=torch.int32, device=DEVICE)
+    col = torch.tensor([0, 2, 1, 0, 1, 3], dtype=torch.int32, device=DEVICE)
+    other = torch.tensor([1, 2, 1, 0, 2, 3], dtype=torch.int32, device=DEVICE)
+    other_rows = torch.tensor([0, 1, 3, 6], dtype=torch.int32, device=DEVICE)
+    own = build_plan(crow, col, 4)
+
+    def damaged(part: str, at: int, value: int) -> torch.Tensor:
+        plan = own.clone()
+        getattr(split_plan(plan, 3, 4, 6), part)[at] = value
+        return plan
+
+    of_columns = {
+        "other columns": build_plan(crow, other, 4),
+        "other rows": build_plan(other_rows, torch.tensor([0, 0, 2, 0, 1, 3]).int().to(col), 4),
+        "another row of a block": damaged("row_t", 0, 1),
+        "a row far outside": damaged("row_t", 0, 2**30),
+        "a block twice": damaged("perm_t", 1, 0),
+        "a position far outside": damaged("perm_t", 1, -(2**30)),
+        "no block at all": damaged("crow_t", -1, 0),
+        "blocks from 1 on": damaged("crow_t", 0, 1),
+        "falling starts": damaged("crow_t", 1, 6),
+        "a column twice in the order": damaged("col_order", 1, 0),
+        "a column outside": damaged("col_order", 0, 4),
+    }
+    of_rows = {
+        "other rows": build_plan(other_rows, col, 4),
+        "another row of a block": damaged("row_indices", 5, 0),
+        "a row twice in the order": damaged("row_order", 1, 2),
+        "a row outside": damaged("row_order", 2, -1),
+    }
+    for dtype in (torch.float32, torch.float16):
+        values = torch.randn(6, 16, 16, device=DEVICE).to(dtype)
+        x = torch.randn(20, 64, device=DEVICE).to(dtype)
+        grad = torch.randn(20, 48, device=DEVICE).to(dtype)
+
+        def gradient(plan, tile, grad=grad, x=x):
+            with replaced(cuda, "grad_values_tile", lambda problem: tile):
+                return cuda.grad_values(grad, x, crow, col, plan, 16, 16)
+
+        tiles = [(cuda.GradTile(16, 16, 16, 4, 2), of_rows)]
+        if dtype == torch.float16:
+            tiles += [(None, of_rows), (cuda.LineTile(16, 64, 4, 2, False), of_rows)]
+            tiles += [(cuda.LineTile(16, 64, 4, 2, True), of_columns)]
+        for tile, plans in tiles:
+            # No plan and the right one give the same, without a NaN.
+            assert torch.equal(gradient(None, tile), gradient(own, tile))
+            for name, plan in plans.items():
+                assert gradient(plan, tile).isnan().all(), (dtype, tile, name)
+        right = cuda.grad_x(grad, crow, col, values, own, 4)
+        assert torch.equal(right, cuda.grad_x(grad, crow, col, values, None, 4))
+        for name, plan in of_columns.items():
+            wrong = cuda.grad_x(grad, crow, col, values, plan, 4)
+            assert wrong.isnan().all(), (dtype, name)
+        y = plain_forward(x, crow, col, values, None, "none", own)
+        for name in ("other columns", "other rows"):
+            same = plain_forward(x, crow, col, values, None, "none", of_columns[name])
+            assert torch.equal(same, y), (dtype, name)
 
 
 @triton.jit

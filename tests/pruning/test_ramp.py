@@ -201,7 +201,8 @@ def test_scores_are_sums_of_gradients_of_one_size() -> None:
         score = score.view(8, 8, 4, 8).sum((1, 3))
         expected -= score / score.square().mean().sqrt()
         sparsifier.step()
-    torch.testing.assert_close(linear.parametrizations.weight[0].scores.double(), expected)
+    found = linear.parametrizations.weight[0].scores.double()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)  # float32 sums
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])

@@ -19,7 +19,7 @@ except ImportError:  # Windows
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Write a file under another name next to it, and rename it once it is complete and on the disk.
 
-    A file that is replaced keeps its mode, and its owner where that is allowed; a new one gets what ``open`` gives. A
+    A file that is replaced keeps its mode, and its owner where that is allowed; a new one gets what `open` gives. A
     symbolic link stays, what it points to is replaced. Drafts that killed processes left behind are removed.
 
     Args:

@@ -14,10 +14,10 @@ class FoldedActivation(nn.Identity):
     """Keeps the place of an activation that the :class:`BSRLinear` before it applies.
 
     Args:
-        module: the ``nn.ReLU``, ``nn.GELU`` or ``nn.SiLU`` that stood here.
+        module: the `nn.ReLU`, `nn.GELU` or `nn.SiLU` that stood here.
 
     Attributes:
-        activation: its name, as in ``BSRLinear.activation``.
+        activation: its name, as in `BSRLinear.activation`.
     """
 
     def __init__(self, module: nn.Module) -> None:

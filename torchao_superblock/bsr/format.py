@@ -1,7 +1,7 @@
 """The BSR format: dense <-> BSR, its invariants, and reading the block size off a weight's zeros.
 
 BSR (block compressed sparse row; see Saad, "Iterative Methods for Sparse Linear Systems", 2003, and
-``torch.sparse_bsr``) stores the nonzero blocks of a matrix, block row after block row:
+`torch.sparse_bsr`) stores the nonzero blocks of a matrix, block row after block row:
 
     crow_indices  int32 (R + 1,)     where each block row starts in col_indices and values
     col_indices   int32 (nnz,)       block column of each stored block, sorted and unique in each row
@@ -22,7 +22,7 @@ STORED_TOLERANCE = 1.02
 
 
 def nonzero_blocks(weight: Tensor, blocksize: tuple[int, int]) -> Tensor:
-    """Bool ``(R, C)``: which blocks of a ``(N, K)`` weight hold anything but zeros (NaN counts, -0.0 does not)."""
+    """Bool `(R, C)`: which blocks of a `(N, K)` weight hold anything but zeros (NaN counts, -0.0 does not)."""
     R, C = whole_block_grid(weight, blocksize)
     r, c = blocksize
     return (weight.detach() != 0).view(R, r, C, c).any(3).any(1)
@@ -32,11 +32,11 @@ def dense_to_bsr(weight: Tensor, blocksize: tuple[int, int]) -> tuple[Tensor, Te
     """Store the blocks of a dense weight that hold anything but zeros.
 
     Args:
-        weight: ``(N, K)``, any dtype, N and K multiples of the block size.
-        blocksize: ``(r, c)``.
+        weight: `(N, K)`, any dtype, N and K multiples of the block size.
+        blocksize: `(r, c)`.
 
     Returns:
-        ``(crow_indices, col_indices, values)`` on the device of the weight; a copy, detached.
+        `(crow_indices, col_indices, values)` on the device of the weight; a copy, detached.
 
     Raises:
         ValueError: the shape is not a multiple of the block size.
@@ -52,13 +52,13 @@ def dense_to_bsr(weight: Tensor, blocksize: tuple[int, int]) -> tuple[Tensor, Te
 
 
 def bsr_parts(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The blocks of a weight with the layout ``torch.sparse_bsr``.
+    """The blocks of a weight with the layout `torch.sparse_bsr`.
 
     Args:
-        weight: ``(N, K)``, with indices of int32 or int64.
+        weight: `(N, K)`, with indices of int32 or int64.
 
     Returns:
-        ``(crow_indices, col_indices, values)`` with int32 indices; a copy, detached. Whether the indices are sorted,
+        `(crow_indices, col_indices, values)` with int32 indices; a copy, detached. Whether the indices are sorted,
         unique and within the shape is for :func:`check_bsr`.
 
     Raises:
@@ -81,13 +81,13 @@ def bsr_parts(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def bsr_to_dense(
     crow_indices: Tensor, col_indices: Tensor, values: Tensor, shape: tuple[int, int]
 ) -> Tensor:
-    """The dense ``(N, K)`` weight of a BSR one; differentiable in ``values``.
+    """The dense `(N, K)` weight of a BSR one; differentiable in `values`.
 
     Args:
-        crow_indices: ``(R + 1,)`` int32.
-        col_indices: ``(nnz,)`` int32.
-        values: ``(nnz, r, c)``.
-        shape: ``(N, K)``.
+        crow_indices: `(R + 1,)` int32.
+        col_indices: `(nnz,)` int32.
+        values: `(nnz, r, c)`.
+        shape: `(N, K)`.
     """
     _, r, c = values.shape
     R, C = whole_block_grid(shape, (r, c))
@@ -108,9 +108,11 @@ def check_bsr(
     """Check every invariant of the format, contents of the indices included (reads them: a host synchronisation).
 
     Args:
-        crow_indices, col_indices, values: as in the module's description.
-        shape: ``(N, K)`` of the weight.
-        blocksize: ``(r, c)``.
+        crow_indices: `(R + 1,)`.
+        col_indices: `(nnz,)`.
+        values: `(nnz, r, c)`.
+        shape: `(N, K)` of the weight.
+        blocksize: `(r, c)`.
         name: what error messages call the weight, for example a layer's FQN.
 
     Raises:
@@ -191,10 +193,10 @@ def infer_blocksize(weight: Tensor) -> tuple[int, int] | None:
     size that stores at most 1.02x the elements of the smallest one is taken.
 
     Args:
-        weight: ``(N, K)``.
+        weight: `(N, K)`.
 
     Returns:
-        ``(r, c)``, or None where no candidate divides the shape. A weight without a block of zeros gives the largest
+        `(r, c)`, or None where no candidate divides the shape. A weight without a block of zeros gives the largest
         candidates that divide its shape.
     """
     row_sizes = [size for size in CANDIDATE_SIZES if weight.shape[0] % size == 0]
@@ -205,7 +207,7 @@ def infer_blocksize(weight: Tensor) -> tuple[int, int] | None:
     limit = STORED_TOLERANCE * int(smallest.sum())
 
     def largest(sizes: list[int], mask: Tensor) -> int:
-        """Merge blocks along the first dimension of ``mask`` while that stores hardly more."""
+        """Merge blocks along the first dimension of `mask` while that stores hardly more."""
         best = sizes[0]
         for size in sizes[1:]:
             factor = size // sizes[0]

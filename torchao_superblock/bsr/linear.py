@@ -1,5 +1,6 @@
-"""``BSRLinear``: ``nn.Linear`` with its weight in BSR format."""
+"""`BSRLinear`: `nn.Linear` with its weight in BSR format."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torchao_superblock.bsr.format import (
     infer_blocksize,
     nonzero_blocks,
 )
+from torchao_superblock.bsr.index_record import IndexRecord
 from torchao_superblock.bsr.weight import BSRWeight, TracedBSRWeight
 from torchao_superblock.common.all_or_nothing import all_or_nothing
 from torchao_superblock.common.blocks import parse_blocksize
@@ -31,7 +33,7 @@ LINEAR_TYPES = (nn.Linear, NonDynamicallyQuantizableLinear)
 
 
 def conversion_obstacle(linear: nn.Module) -> tuple[str, str] | None:
-    """Why this module cannot become a BSRLinear whatever its zeros: ``(code, reason)``, or None."""
+    """Why this module cannot become a BSRLinear whatever its zeros: `(code, reason)`, or None."""
     if parametrize.is_parametrized(linear):
         if any(True for _ in block_masks_of(linear)):
             return "not_squashed", "its block mask is not squashed yet; call squash_mask() first"
@@ -118,7 +120,7 @@ def _run(
     values: Tensor,
     bias: Tensor | None,
     activation: str,
-    plan: Tensor,
+    plan: Tensor | None,
 ) -> Tensor:
     shape = x.shape
     if not shape or shape[-1] != in_features:
@@ -134,33 +136,35 @@ def _run(
 
 
 class BSRLinear(nn.Module):
-    """``y = activation(x @ weight.T + bias)`` with ``weight`` in BSR format: only stored blocks are multiplied.
+    """`y = activation(x @ weight.T + bias)` with `weight` in BSR format: only stored blocks are multiplied.
 
-    Trainable: ``values`` is a Parameter, so a swapped model can be fine-tuned with its sparsity fixed. The weight is
-    kept in the canonical order of :mod:`torchao_superblock.bsr.format`, which is also what ``state_dict`` holds.
+    Trainable: `values` is a Parameter, so a swapped model can be fine-tuned with its sparsity fixed. The weight is
+    kept in the canonical order of :mod:`torchao_superblock.bsr.format`, which is also what `state_dict` holds.
 
-    The indices are buffers and must not be averaged: with ``torch.optim.swa_utils.AveragedModel`` leave ``use_buffers``
-    at False.
+    The indices are buffers and must not be averaged: with `torch.optim.swa_utils.AveragedModel` leave `use_buffers`
+    at False. A forward raises RuntimeError if they were written in place and hold another pattern than before (only
+    `load_state_dict` may change it); other index tensors in their place, as `torch.func.functional_call` puts
+    there, are used as they are.
 
-    Loading a ``state_dict`` is atomic for the layer: bad content raises and changes nothing of it, and so does a part
-    of its tensors, with ``strict=False`` too. Content with another
-    number of blocks replaces the ``values`` Parameter; build the optimizer after loading. A ``state_dict`` does not say
-    which features were dropped: save and load a model that lost some with ``save_bsr`` and ``load_bsr``.
+    Loading a `state_dict` is atomic for the layer: bad content raises and changes nothing of it, and so does a part
+    of its tensors, with `strict=False` too. Content with another
+    number of blocks replaces the `values` Parameter; build the optimizer after loading. A `state_dict` does not say
+    which features were dropped: save and load a model that lost some with `save_bsr` and `load_bsr`.
 
     Args:
         in_features: K.
         out_features: N.
-        blocksize: int, or ``(rows, cols)`` = (out, in); must divide ``(N, K)``.
-        crow_indices: ``(R + 1,)`` int32, R = N / rows.
-        col_indices: ``(nnz,)`` int32, sorted and unique in each block row.
-        values: ``(nnz, rows, cols)``, float32, float64, float16 or bfloat16. A Parameter is taken as it is.
-        bias: ``(N,)`` of the same dtype, or None. A Parameter is taken as it is.
-        activation: ``"none"``, ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``, applied to the output.
-        dense_shape: ``(N, K)`` of the ``nn.Linear`` that the layer stands for, where features of that were dropped;
+        blocksize: int, or `(rows, cols)` = (out, in); must divide `(N, K)`.
+        crow_indices: `(R + 1,)` int32, R = N / rows.
+        col_indices: `(nnz,)` int32, sorted and unique in each block row.
+        values: `(nnz, rows, cols)`, float32, float64, float16 or bfloat16. A Parameter is taken as it is.
+        bias: `(N,)` of the same dtype, or None. A Parameter is taken as it is.
+        activation: `"none"`, `"relu"`, `"gelu"`, `"gelu_tanh"` or `"silu"`, applied to the output.
+        dense_shape: `(N, K)` of the `nn.Linear` that the layer stands for, where features of that were dropped;
             None where none were.
 
     Attributes:
-        weight: a :class:`BSRWeight` that stands for the ``(N, K)`` weight.
+        weight: a :class:`BSRWeight` that stands for the `(N, K)` weight.
         dense_shape: as given, or else the layer's own shape.
 
     Raises:
@@ -178,6 +182,7 @@ class BSRLinear(nn.Module):
     """
 
     _dense_shape: tuple[int, int] | None = None
+    _index_record: IndexRecord | None = None  # what `plan` was made from
 
     def __init__(
         self,
@@ -254,6 +259,24 @@ class BSRLinear(nn.Module):
         n_block_cols = self.in_features // self.blocksize[1]
         plan = build_plan(crow_indices, col_indices, n_block_cols, self.blocksize)
         self.register_buffer("plan", plan, persistent=False)
+        self._index_record = IndexRecord(self.crow_indices, self.col_indices)
+
+    def _plan_for(self, crow_indices: Tensor, col_indices: Tensor, plan: Tensor) -> Tensor | None:
+        """`plan` if it was made from these tensors, else None."""
+        record = self._index_record
+        return plan if record is not None and record.matches(crow_indices, col_indices) else None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BSRLinear":
+        record, crow_indices, col_indices = self._index_record, self.crow_indices, self.col_indices
+        super()._apply(fn, recurse)
+        if (
+            record is not None
+            and record.crow_indices is crow_indices
+            and record.col_indices is col_indices
+        ):
+            # `fn` made copies of the plan and of what it was made from.
+            self._index_record = record.moved(self.crow_indices, self.col_indices)
+        return self
 
     @classmethod
     def from_dense(
@@ -261,18 +284,18 @@ class BSRLinear(nn.Module):
     ) -> "BSRLinear":
         """Convert a linear layer whose weight has blocks of zeros.
 
-        ``training``, ``requires_grad``, device, dtype and hooks carry over; the ``bias`` Parameter is the same object.
+        `training`, `requires_grad`, device, dtype and hooks carry over; the `bias` Parameter is the same object.
 
         Args:
-            linear: an ``nn.Linear``. If its weight has the layout ``torch.sparse_bsr``, the stored blocks are taken as
+            linear: an `nn.Linear`. If its weight has the layout `torch.sparse_bsr`, the stored blocks are taken as
                 they are.
-            blocksize: int, ``(rows, cols)``, or None to read it off the zeros
+            blocksize: int, `(rows, cols)`, or None to read it off the zeros
                 (:func:`torchao_superblock.bsr.format.infer_blocksize`).
 
         Raises:
-            TypeError: ``linear`` is not exactly an ``nn.Linear``, or its dtype is not supported.
+            TypeError: `linear` is not exactly an `nn.Linear`, or its dtype is not supported.
             ValueError: the shape is not a multiple of the block size, or there is no block of zeros to read it off.
-            RuntimeError: the block mask of ``linear`` is not squashed yet.
+            RuntimeError: the block mask of `linear` is not squashed yet.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"expected an nn.Linear, got {type(linear).__name__}")
@@ -323,15 +346,13 @@ class BSRLinear(nn.Module):
 
     @property
     def weight(self) -> BSRWeight | TracedBSRWeight:
-        """A stand-in for the ``(N, K)`` weight: works in ``F.linear``, knows its shape, dtype and device."""
-        stand_in = TracedBSRWeight if torch.compiler.is_compiling() else BSRWeight
-        return stand_in(
-            (self.out_features, self.in_features),
-            self.crow_indices,
-            self.col_indices,
-            self.values,
-            self.plan,
-        )
+        """A stand-in for the `(N, K)` weight: works in `F.linear`, knows its shape, dtype and device."""
+        shape = (self.out_features, self.in_features)
+        crow_indices, col_indices, values, _, plan = self._tensors()
+        if torch.compiler.is_compiling():
+            return TracedBSRWeight(shape, crow_indices, col_indices, values, plan)
+        plan = self._plan_for(crow_indices, col_indices, plan)
+        return BSRWeight(shape, crow_indices, col_indices, values, plan)
 
     @property
     def nnz(self) -> int:
@@ -346,12 +367,12 @@ class BSRLinear(nn.Module):
 
     @property
     def dense_shape(self) -> tuple[int, int]:
-        """``(out_features, in_features)`` of the ``nn.Linear`` that the layer stands for."""
+        """`(out_features, in_features)` of the `nn.Linear` that the layer stands for."""
         return self._dense_shape or (self.out_features, self.in_features)
 
     @property
     def is_narrowed(self) -> bool:
-        """Whether features of the ``nn.Linear`` that the layer stands for were dropped."""
+        """Whether features of the `nn.Linear` that the layer stands for were dropped."""
         return self.dense_shape != (self.out_features, self.in_features)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -363,7 +384,7 @@ class BSRLinear(nn.Module):
         super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(..., in_features)`` -> ``(..., out_features)``, contiguous."""
+        """`(..., in_features)` -> `(..., out_features)`, contiguous."""
         if torch.compiler.is_compiling():
             crow_indices, col_indices, values, bias, plan = self._tensors()
         else:
@@ -375,6 +396,7 @@ class BSRLinear(nn.Module):
                 bias = parameters["bias"] if "bias" in parameters else self.bias
             except KeyError:  # parametrized, or kept elsewhere by what shards the model
                 crow_indices, col_indices, values, bias, plan = self._tensors()
+            plan = self._plan_for(crow_indices, col_indices, plan)
         return _run(
             x,
             self.in_features,
@@ -391,7 +413,7 @@ class BSRLinear(nn.Module):
         return self.crow_indices, self.col_indices, self.values, self.bias, self.plan
 
     def to_dense(self) -> Tensor:
-        """The dense ``(out_features, in_features)`` weight; differentiable in ``values``."""
+        """The dense `(out_features, in_features)` weight; differentiable in `values`."""
         shape = (self.out_features, self.in_features)
         return bsr_to_dense(self.crow_indices, self.col_indices, self.values, shape)
 

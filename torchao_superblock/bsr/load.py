@@ -1,4 +1,4 @@
-"""``load_bsr``: a model is loaded from a file of ``save_bsr``, which is checked in full before the model is touched."""
+"""`load_bsr`: a model is loaded from a file of `save_bsr`, which is checked in full before the model is touched."""
 
 import os
 import stat
@@ -35,7 +35,7 @@ def load_bsr(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         path: the file to read.
 
     Returns:
-        ``model``; of a compiled one, the module inside.
+        `model`; of a compiled one, the module inside.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -230,7 +230,7 @@ def _load(model: nn.Module, loading: _Loading) -> None:
 def _kept_parameters(
     new_modules: dict[nn.Module, nn.Module],
 ) -> Iterator[tuple[BSRLinear, str, nn.Parameter]]:
-    """Parameters that can stay the same objects, for optimizers and ties: ``(layer, name, parameter)``."""
+    """Parameters that can stay the same objects, for optimizers and ties: `(layer, name, parameter)`."""
     for old, new in new_modules.items():
         if not isinstance(new, BSRLinear):
             continue
@@ -245,7 +245,7 @@ def _kept_parameters(
 
 
 def _ties(model: nn.Module) -> list[list[tuple[str, str]]]:
-    """Places of each tensor that has several, ``(FQN of the module, name)``: loading one by one would untie them."""
+    """Places of each tensor that has several, `(FQN of the module, name)`: loading one by one would untie them."""
     places: dict[Tensor, list[tuple[str, str]]] = {}
     for fqn, module in model.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):

@@ -1,4 +1,4 @@
-"""``save_bsr``: a swapped model becomes one safetensors file."""
+"""`save_bsr`: a swapped model becomes one safetensors file."""
 
 import os
 from functools import partial
@@ -19,19 +19,19 @@ from torchao_superblock.common.sharding import is_dtensor
 def save_bsr(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Save a model with :class:`BSRLinear` layers to one safetensors file.
 
-    The file holds the ``state_dict``; its metadata says which layers are block-sparse, and has a checksum for each
+    The file holds the `state_dict`; its metadata says which layers are block-sparse, and has a checksum for each
     tensor. Shared tensors are stored once. Equal models give equal files, byte for byte.
 
     An existing file is replaced only once the new one is complete and on the disk; it keeps its mode, and a symbolic
     link to it stays.
 
     Args:
-        model: a swapped model; a model without a BSRLinear is saved as well. Of one wrapped by ``torch.compile``,
-            ``DistributedDataParallel`` or ``DataParallel``, the module inside is saved.
-        path: the file to write, usually ``*.safetensors``.
+        model: a swapped model; a model without a BSRLinear is saved as well. Of one wrapped by `torch.compile`,
+            `DistributedDataParallel` or `DataParallel`, the module inside is saved.
+        path: the file to write, usually `*.safetensors`.
 
     Raises:
-        TypeError: the ``state_dict`` holds something that is not a plain dense tensor: another object, or a sharded,
+        TypeError: the `state_dict` holds something that is not a plain dense tensor: another object, or a sharded,
             quantized, sparse-layout or complex tensor.
         ValueError: a tensor is on the meta device, the indices of a layer were overwritten with something that is no
             BSR pattern, or the model is itself a BSRLinear.
@@ -86,7 +86,7 @@ def _inside(model: nn.Module) -> nn.Module:
 
 
 def _storable(state: dict[str, Any], where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a state dict, and ``name -> name`` of those that are another one's memory."""
+    """The tensors of a state dict, and `name -> name` of those that are another one's memory."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first_name: dict[tuple[Any, ...], str] = {}

@@ -1,6 +1,6 @@
-"""What neighbours in an ``nn.Sequential`` save each other once they are swapped: activations, and dead features.
+"""What neighbours in an `nn.Sequential` save each other once they are swapped: activations, and dead features.
 
-An ``nn.Sequential`` is the one container that says what follows what. Those with a ``forward`` of their own are left
+An `nn.Sequential` is the one container that says what follows what. Those with a `forward` of their own are left
 alone, and so are modules that hooks watch or that have another place in the model.
 """
 
@@ -44,7 +44,7 @@ _DROPOUTS = (nn.AlphaDropout, nn.Dropout)
 
 
 class LinearPair(NamedTuple):
-    """Two swapped layers of an ``nn.Sequential`` with nothing but elementwise modules between them."""
+    """Two swapped layers of an `nn.Sequential` with nothing but elementwise modules between them."""
 
     sequential: nn.Sequential
     first: str
@@ -112,7 +112,7 @@ def drop_dead_features(model: nn.Module) -> list[str]:
 def _sequentials(
     model: nn.Module,
 ) -> Iterator[tuple[str, nn.Sequential, Counter[nn.Module]]]:
-    """Each ``nn.Sequential`` that runs its modules in order: ``(prefix of their FQNs, itself, places of modules)``."""
+    """Each `nn.Sequential` that runs its modules in order: `(prefix of their FQNs, itself, places of modules)`."""
     places = Counter(
         child
         for module in model.modules()
@@ -174,7 +174,7 @@ def _pairs(model: nn.Module) -> Iterator[LinearPair]:
 def _narrow(pair: LinearPair, fold: bool = True) -> dict[str, int] | None:
     """Replace a pair by a narrower one; how many features of which kind went, or None if all are needed.
 
-    ``fold`` says that the second layer's bias may take up constants.
+    `fold` says that the second layer's bias may take up constants.
     """
     first, second = pair.sequential._modules[pair.first], pair.sequential._modules[pair.second]
     features = first.out_features
@@ -216,7 +216,7 @@ def _narrow(pair: LinearPair, fold: bool = True) -> dict[str, int] | None:
 
 
 def _constant(layer: BSRLinear, between: list[nn.Module]) -> Tensor | None:
-    """What features become that no block is stored for, ``(out_features,)`` float64; None if that is random."""
+    """What features become that no block is stored for, `(out_features,)` float64; None if that is random."""
     if any(type(module) in _DROPOUTS and module.training and module.p > 0 for module in between):
         return None
     dtype, device = layer.values.dtype, layer.values.device
@@ -231,7 +231,7 @@ def _constant(layer: BSRLinear, between: list[nn.Module]) -> Tensor | None:
 
 
 def _with_outputs(layer: BSRLinear, kept: Tensor) -> BSRLinear:
-    """The layer without some of its outputs; ``kept`` is bool ``(out_features,)``, the same within a block row."""
+    """The layer without some of its outputs; `kept` is bool `(out_features,)`, the same within a block row."""
     rows = kept.view(-1, layer.blocksize[0])[:, 0]
     counts = layer.crow_indices.diff()
     blocks = rows.repeat_interleave(counts)
@@ -244,7 +244,7 @@ def _with_outputs(layer: BSRLinear, kept: Tensor) -> BSRLinear:
 def _with_inputs(
     layer: BSRLinear, kept: Tensor, bias: nn.Parameter | None, activation: str
 ) -> BSRLinear:
-    """The layer without some of its inputs; ``kept`` is bool ``(in_features,)``, the same within a block column."""
+    """The layer without some of its inputs; `kept` is bool `(in_features,)`, the same within a block column."""
     columns = kept.view(-1, layer.blocksize[1])[:, 0]
     new_column = columns.cumsum(0, dtype=torch.int32) - 1
     blocks = columns[layer.col_indices]
@@ -263,7 +263,7 @@ def _part(
     activation: str,
     inputs: Tensor | None = None,
 ) -> BSRLinear:
-    """A layer of some of another one's blocks: ``counts`` of them in each block row."""
+    """A layer of some of another one's blocks: `counts` of them in each block row."""
     crow_indices = counts.new_zeros(counts.shape[0] + 1)
     crow_indices[1:] = counts.cumsum(0)
     values = layer.values

@@ -33,7 +33,7 @@ _LAYER_KEYS = {"in_features", "out_features", "blocksize", "activation", "bias"}
 class Description:
     """What a file says about the model in it; the attributes are those of the module's description.
 
-    ``checksums`` is None for a file that has none, and every layer has a ``dense_shape``, a pair.
+    `checksums` is None for a file that has none, and every layer has a `dense_shape`, a pair.
     """
 
     layers: dict[str, dict[str, Any]]
@@ -83,7 +83,7 @@ def from_metadata(metadata: dict[str, str]) -> Description:
     """The description that a file's metadata holds, every field checked.
 
     Args:
-        metadata: of a known ``format`` and ``version``.
+        metadata: of a known `format` and `version`.
 
     Raises:
         ValueError: it is not what :func:`to_metadata` or an earlier release makes; the message says how.

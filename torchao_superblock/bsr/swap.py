@@ -23,7 +23,7 @@ from torchao_superblock.common.modules import (
 from torchao_superblock.common.names import without_compile_prefix
 from torchao_superblock.common.swappable import TWINS, shape_obstacle, type_obstacle
 from torchao_superblock.common.weights import other_weights
-from torchao_superblock.ops.break_even import break_even_sparsity
+from torchao_superblock.ops.break_even import break_even
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,14 @@ class SwapEntry:
 
     Attributes:
         fqn: the layer's fully qualified name; another weight's is that of the tensor.
-        shape: ``(out_features, in_features)``; another weight's own shape.
-        blocksize: ``(rows, cols)``, or None where none was found.
+        shape: `(out_features, in_features)`; another weight's own shape.
+        blocksize: `(rows, cols)`, or None where none was found.
         sparsity: fraction of blocks that hold only zeros, or None where it was not looked at.
         reason: a sentence.
-        code: a short stable word: ``swapped``, or why not: ``customised``, ``filtered_out``, ``invalid_indices``,
-            ``linear_subclass``, ``meta_device``, ``no_twin`` (not in a linear layer), ``odd_shape``,
-            ``other_blocksize``, ``parametrized``, ``shape_not_multiple``, ``sharded``, ``slower_than_dense``,
-            ``sparse_layout``, ``tied_weight``, ``too_few_zero_blocks``, ``uninitialized``, ``unsupported_dtype``,
-            ``weight_subclass``.
+        code: a short stable word: `swapped`, or why not: `customised`, `filtered_out`, `invalid_indices`,
+            `linear_subclass`, `meta_device`, `no_twin` (not in a linear layer), `odd_shape`, `other_blocksize`,
+            `parametrized`, `shape_not_multiple`, `sharded`, `slower_than_dense`, `sparse_layout`, `tied_weight`,
+            `too_few_zero_blocks`, `uninitialized`, `unsupported_dtype`, `weight_subclass`.
     """
 
     fqn: str
@@ -94,11 +93,11 @@ def to_bsr_linear(linear: nn.Linear, blocksize: int | tuple[int, int] | None = N
     """Convert one linear layer, or raise with the reason; the same as :meth:`BSRLinear.from_dense`.
 
     Args:
-        linear: an ``nn.Linear`` whose weight has blocks of zeros. It is left as it is.
-        blocksize: int, ``(rows, cols)``, or None to read it off the zeros.
+        linear: an `nn.Linear` whose weight has blocks of zeros. It is left as it is.
+        blocksize: int, `(rows, cols)`, or None to read it off the zeros.
 
     Returns:
-        A :class:`BSRLinear` that computes the same, with a copy of the stored blocks and the same ``bias`` Parameter.
+        A :class:`BSRLinear` that computes the same, with a copy of the stored blocks and the same `bias` Parameter.
 
     Raises:
         TypeError, ValueError, RuntimeError: it cannot be converted; the message says why and what to do.
@@ -125,20 +124,21 @@ def swap_to_bsr(
     """Replace, in place, every linear layer with enough zero blocks by a :class:`BSRLinear`.
 
     The weights are looked at as they are: where the zeros come from does not matter. A weight with the layout
-    ``torch.sparse_bsr`` becomes a :class:`BSRLinear` with the blocks that it stores. If anything fails, the model is as
+    `torch.sparse_bsr` becomes a :class:`BSRLinear` with the blocks that it stores. If anything fails, the model is as
     it was. An optimizer built before holds the dense weights: build it again to fine-tune the stored blocks.
 
     Args:
-        model: any module, not itself an ``nn.Linear``.
-        blocksize: int or ``(rows, cols)`` for all layers; None reads each layer's off its zeros.
+        model: any module, not itself an `nn.Linear`.
+        blocksize: int or `(rows, cols)` for all layers; None reads each layer's off its zeros.
         min_sparsity: a layer with a smaller fraction of zero blocks is skipped. None means "where it is faster than
-            dense": a table of measured break-even points by device, block size and dtype.
-        filter_fn: ``filter_fn(module, fqn) -> bool``; a layer for which it is False is skipped.
-        fuse_activations: let a swapped layer of an ``nn.Sequential`` apply the activation that directly follows it
-            (``nn.ReLU``, ``nn.GELU`` or ``nn.SiLU``), where that gives the same result: no hook sits between the two
+            dense": a table of measured break-even points by device, block size and dtype. Where nobody measured, it
+            takes a cautious 0.9 and the report says so.
+        filter_fn: `filter_fn(module, fqn) -> bool`; a layer for which it is False is skipped.
+        fuse_activations: let a swapped layer of an `nn.Sequential` apply the activation that directly follows it
+            (`nn.ReLU`, `nn.GELU` or `nn.SiLU`), where that gives the same result: no hook sits between the two
             and the layer has no other place in the model. An identity keeps the activation's place, so names stay as
             they are. In a training step the activation runs on its own all the same.
-        drop_dead_features: make two swapped layers of an ``nn.Sequential``, with nothing but activations and dropout
+        drop_dead_features: make two swapped layers of an `nn.Sequential`, with nothing but activations and dropout
             between them, narrower by the features that need not be computed: those that the second layer stores no
             block for, and those that the first layer stores none for. The latter are the same for every input, and what
             the second layer makes of them goes into its bias (they stay if it has none or cannot hold it, or if a
@@ -148,13 +148,13 @@ def swap_to_bsr(
             report's shapes are those before.
 
     Returns:
-        A :class:`SwapReport` that accounts for every ``nn.Linear`` of the model and every other weight.
+        A :class:`SwapReport` that accounts for every `nn.Linear` of the model and every other weight.
 
     Raises:
         RuntimeError: a block mask is not squashed yet.
-        ValueError: ``model`` is itself an ``nn.Linear`` (it cannot be replaced in place), or ``min_sparsity`` is
-            outside [0, 1], or ``blocksize`` is below 1, or the model is wrapped in DistributedDataParallel.
-        TypeError: ``model`` is not a module, or ``blocksize`` is not an int or a pair.
+        ValueError: `model` is itself an `nn.Linear` (it cannot be replaced in place), or `min_sparsity` is
+            outside [0, 1], or `blocksize` is below 1, or the model is wrapped in DistributedDataParallel.
+        TypeError: `model` is not a module, or `blocksize` is not an int or a pair.
 
     Example:
         >>> sparsifier.squash_mask()  # doctest: +SKIP
@@ -245,15 +245,26 @@ def _judge(
         return entry("shape_not_multiple", f"{unfit}{remark}")
     sparsity = 1.0 - nonzero_blocks(linear.weight, blocksize).float().mean().item()
     if min_sparsity is not None:
-        needed, code, rule = min_sparsity, "too_few_zero_blocks", "min_sparsity is"
+        needed, code = min_sparsity, "too_few_zero_blocks"
+        rule = f"min_sparsity is {needed:.1%}"
     elif sparsity == 0.0:
         return entry("too_few_zero_blocks", "no block of its weight is all zeros", sparsity)
     else:
-        device = linear.weight.device
-        needed = break_even_sparsity(device.type, blocksize, linear.weight.dtype)
-        code, rule = "slower_than_dense", f"on {device.type} blocks of this size break even at"
+        needed, measured, where = break_even(
+            linear.weight.device.type, blocksize, linear.weight.dtype
+        )
+        code, rule = (
+            "slower_than_dense",
+            f"on {where} blocks of this size break even at {needed:.1%}",
+        )
+        if not measured:
+            dtype = str(linear.weight.dtype).removeprefix("torch.")
+            rule = (
+                f"and nobody has measured from where on {dtype} blocks of this size are faster than dense on {where}: "
+                f"{needed:.1%} is a cautious guess; pass min_sparsity to decide yourself"
+            )
     if sparsity < needed:
-        return entry(code, f"{sparsity:.1%} of its blocks are zero, {rule} {needed:.1%}", sparsity)
+        return entry(code, f"{sparsity:.1%} of its blocks are zero, {rule}", sparsity)
     return entry("swapped", f"{sparsity:.1%} of its blocks are zero", sparsity)
 
 
@@ -290,7 +301,7 @@ def _zero_blocks(weight: Tensor) -> tuple[tuple[int, int] | None, float | None]:
 def _judge_stored(
     linear: nn.Linear, fqn: str, blocksize: tuple[int, int] | None, min_sparsity: float | None
 ) -> SwapEntry:
-    """Decide about a layer whose weight is a ``torch.sparse_bsr`` tensor: there is no dense product to compare with."""
+    """Decide about a layer whose weight is a `torch.sparse_bsr` tensor: there is no dense product to compare with."""
     shape = (linear.out_features, linear.in_features)
     values = linear.weight.values()
     size = tuple(values.shape[1:])
@@ -334,7 +345,7 @@ def _replace(
 
 
 def turn_off_nested_tensors(model: nn.Module) -> list[str]:
-    """Set ``use_nested_tensor = False`` on each ``nn.TransformerEncoder`` around a BSRLinear; return their FQNs.
+    """Set `use_nested_tensor = False` on each `nn.TransformerEncoder` around a BSRLinear; return their FQNs.
 
     An encoder decides on nested tensors from its first layer alone, and BSRLinear has no kernel for them.
     """

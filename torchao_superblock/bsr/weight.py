@@ -1,10 +1,10 @@
-"""``BSRWeight``: the tensor that stands in for a swapped layer's ``.weight``.
+"""`BSRWeight`: the tensor that stands in for a swapped layer's `.weight`.
 
-Much code reads a child's weight instead of calling the child: ``nn.TransformerEncoderLayer`` does to decide on its fast
-path, ``nn.MultiheadAttention`` hands ``out_proj.weight`` to ``F.multi_head_attention_forward``, torchvision's Swin
-hands ``qkv.weight`` to ``F.linear``. A dense stand-in would be silently slow and a ``torch.sparse_bsr`` one would crash
-in some of them. This one answers what a weight is asked (shape, dtype, device), makes ``F.linear`` call the
-block-sparse op, and refuses everything else with advice. Having a ``__torch_function__`` is also what turns torch's
+Much code reads a child's weight instead of calling the child: `nn.TransformerEncoderLayer` does to decide on its fast
+path, `nn.MultiheadAttention` hands `out_proj.weight` to `F.multi_head_attention_forward`, torchvision's Swin
+hands `qkv.weight` to `F.linear`. A dense stand-in would be silently slow and a `torch.sparse_bsr` one would crash
+in some of them. This one answers what a weight is asked (shape, dtype, device), makes `F.linear` call the
+block-sparse op, and refuses everything else with advice. Having a `__torch_function__` is also what turns torch's
 fast paths off.
 """
 
@@ -19,12 +19,17 @@ from torch import Tensor
 from torchao_superblock.bsr.format import bsr_to_dense
 from torchao_superblock.ops import bsr_linear
 
+_ADVICE = (
+    "call the layer itself or torch.nn.functional.linear(x, layer.weight, layer.bias), train layer.values, or get a "
+    "dense copy with layer.to_dense()"
+)
+
 
 def _without_dispatch(function: Callable) -> Callable:
-    """The same function with its ``has_torch_function`` check answering False.
+    """The same function with its `has_torch_function` check answering False.
 
-    ``F.multi_head_attention_forward`` hands itself to ``__torch_function__`` when an argument has one. Running its own
-    body from there, so that the ``F.linear`` inside meets the BSRWeight, needs a copy that does not hand over again.
+    `F.multi_head_attention_forward` hands itself to `__torch_function__` when an argument has one. Running its own
+    body from there, so that the `F.linear` inside meets the BSRWeight, needs a copy that does not hand over again.
     """
     copy = types.FunctionType(
         function.__code__,
@@ -41,7 +46,7 @@ _multi_head_attention_forward = _without_dispatch(F.multi_head_attention_forward
 
 
 class _StandIn:
-    """What the two stand-ins share. Attributes: ``crow_indices, col_indices, values, plan`` and ``shape``."""
+    """What the two stand-ins share. Attributes: `crow_indices, col_indices, values, plan` and `shape`."""
 
     crow_indices: Tensor
     col_indices: Tensor
@@ -64,13 +69,11 @@ class _StandIn:
         # Not a TypeError: Python's operators would swallow it and print their own words.
         name = getattr(func, "__qualname__", None) or getattr(func, "__name__", str(func))
         raise NotImplementedError(
-            f"the weight of a BSRLinear is stored as blocks and does not support {name}; call the layer itself or "
-            "torch.nn.functional.linear(x, layer.weight, layer.bias), train layer.values, or get a dense copy with "
-            "layer.to_dense()"
+            f"the weight of a BSRLinear is stored as blocks and does not support {name}; {_ADVICE}"
         )
 
     def to_dense(self) -> Tensor:
-        """The dense ``(N, K)`` weight; differentiable in ``values``."""
+        """The dense `(N, K)` weight; differentiable in `values`."""
         return bsr_to_dense(self.crow_indices, self.col_indices, self.values, tuple(self.shape))
 
 
@@ -94,17 +97,17 @@ def _linear(input: Tensor, weight: _StandIn, bias: Tensor | None = None) -> Tens
 
 
 class BSRWeight(_StandIn, Tensor):
-    """A ``(N, K)`` weight in BSR format that works in ``F.linear``.
+    """A `(N, K)` weight in BSR format that works in `F.linear`.
 
-    Has the shape, dtype, device and ``requires_grad`` of the weight, and :meth:`to_dense`. ``F.linear`` (also inside
-    ``F.multi_head_attention_forward``) calls :func:`torchao_superblock.ops.bsr_linear`, with gradients reaching
-    ``values``. Every other function raises NotImplementedError with advice.
+    Has the shape, dtype, device and `requires_grad` of the weight, and :meth:`to_dense`. `F.linear` (also inside
+    `F.multi_head_attention_forward`) calls :func:`torchao_superblock.ops.bsr_linear`, with gradients reaching
+    `values`. Every other function raises NotImplementedError with advice.
 
     Args:
-        shape: ``(N, K)``.
-        crow_indices: ``(R + 1,)`` int32.
-        col_indices: ``(nnz,)`` int32.
-        values: ``(nnz, r, c)``.
+        shape: `(N, K)`.
+        crow_indices: `(R + 1,)` int32.
+        col_indices: `(nnz,)` int32.
+        values: `(nnz, r, c)`.
         plan: from :func:`torchao_superblock.ops.build_plan`, or None.
 
     Example:
@@ -129,6 +132,11 @@ class BSRWeight(_StandIn, Tensor):
             device=values.device,
             requires_grad=values.requires_grad,
         )
+        # C++ that asks no __torch_function__ (to_dlpack for one) would read the wrapper's storage, which is nowhere.
+        with torch._C.DisableTorchFunctionSubclass():
+            torch._C._set_storage_data_ptr_access_error_msg(
+                self.untyped_storage()._cdata, _NO_STORAGE
+            )
         self.crow_indices = crow_indices
         self.col_indices = col_indices
         self.values = values
@@ -151,7 +159,9 @@ class BSRWeight(_StandIn, Tensor):
     @classmethod
     def _other(cls, func: Callable, args: tuple, kwargs: dict) -> Any:
         # Asking what a tensor is (getters and the likes of size()) is answered by the wrapper itself.
-        if func in _METADATA or getattr(func, "__name__", "") == "__get__":
+        if func in _METADATA or (
+            getattr(func, "__name__", "") == "__get__" and func not in _OF_PARAMETERS
+        ):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         return super()._other(func, args, kwargs)
@@ -160,6 +170,17 @@ class BSRWeight(_StandIn, Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return _StandIn._other(func, args, kwargs or {})
 
+
+_NO_STORAGE = (
+    f"the weight of a BSRLinear is stored as blocks and has no memory of its own; {_ADVICE}"
+)
+
+# What optimizers and clipping ask of a parameter: an answer would let them pass it by in silence.
+_OF_PARAMETERS = {
+    Tensor.is_leaf.__get__,
+    Tensor.retains_grad.__get__,
+    Tensor.grad.__get__,
+}
 
 _METADATA = {
     Tensor.size,
@@ -180,9 +201,9 @@ _METADATA = {
 
 
 class TracedBSRWeight(_StandIn):
-    """What ``BSRLinear.weight`` is while ``torch.compile`` or ``torch.export`` traces.
+    """What `BSRLinear.weight` is while `torch.compile` or `torch.export` traces.
 
-    Dynamo cannot trace the making of a wrapper tensor, but follows a plain object with ``__torch_function__``.
+    Dynamo cannot trace the making of a wrapper tensor, but follows a plain object with `__torch_function__`.
     """
 
     def __init__(

@@ -65,6 +65,6 @@ def all_or_nothing(model: nn.Module, tensors: Iterable[Tensor] = ()) -> Iterator
 
 
 def overwrite(tensor: Tensor, content: Tensor) -> None:
-    """``tensor.copy_(content)``, also for leaves that require gradients and for tensors made in inference mode."""
+    """`tensor.copy_(content)`, also for leaves that require gradients and for tensors made in inference mode."""
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():
         tensor.copy_(content)

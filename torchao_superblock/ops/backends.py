@@ -6,7 +6,7 @@ from torchao_superblock.ops.bsr_linear import cpu_backend, cuda_backend
 
 
 class Backends(dict[str, dict[str, object]]):
-    """``device type -> {"name", "reason", ...}``; prints as a list."""
+    """`device type -> {"name", "reason", ...}`; prints as a list."""
 
     def __str__(self) -> str:
         lines = []
@@ -21,11 +21,11 @@ class Backends(dict[str, dict[str, object]]):
 
 
 def backends() -> Backends:
-    """Say which kernels ``bsr_linear`` uses on this machine.
+    """Say which kernels `bsr_linear` uses on this machine.
 
     Returns:
-        A dict ``device type -> info`` that prints readably. Each info holds at least ``name`` (for example
-        ``"pytorch"``) and ``reason`` (a sentence), and what else the backend has to say of itself, such as its
+        A dict `device type -> info` that prints readably. Each info holds at least `name` (for example
+        `"pytorch"`) and `reason` (a sentence), and what else the backend has to say of itself, such as its
         instruction set.
 
     Example:

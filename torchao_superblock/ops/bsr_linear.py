@@ -1,10 +1,10 @@
-"""``torch.ops.torchao_superblock.bsr_linear``: schema, checks, fake, autograd, autocast and dispatch.
+"""`torch.ops.torchao_superblock.bsr_linear`: schema, checks, fake, autograd, autocast and dispatch.
 
-The op is registered with ``torch.library.Library`` rather than ``torch.library.custom_op``: at small M the kernel takes
+The op is registered with `torch.library.Library` rather than `torch.library.custom_op`: at small M the kernel takes
 a few microseconds, and the decorator's wrappers alone would cost more than that. For the same reason a call that
-repeats an earlier one skips most of what is here: see ``direct.py``.
+repeats an earlier one skips most of what is here: see `direct.py`.
 
-What a backend (``cpu.py``, ``cuda.py``) sees is always the simple case: 2-D operands of one dtype on one device, whole
+What a backend (`cpu.py`, `cuda.py`) sees is always the simple case: 2-D operands of one dtype on one device, whole
 blocks, M >= 1. Everything else (leading dimensions, ragged edges, empty batches) is dealt with here, once.
 
 Legend: M tokens (all leading dimensions of x together), N out features, K in features, R x C the block grid,
@@ -22,6 +22,8 @@ from torch import Tensor
 from torchao_superblock.ops import direct
 from torchao_superblock.ops.activations import ACTIVATIONS
 from torchao_superblock.ops.aot import register_decomposition
+from torchao_superblock.ops.flops import register_formulas
+from torchao_superblock.ops.forks import watch_forks
 from torchao_superblock.ops.plan import build_plan, plan_fits, plan_length
 
 NAMESPACE = "torchao_superblock"
@@ -44,6 +46,8 @@ _library.define(
     "SymInt block_rows, SymInt block_cols, Tensor? plan=None) -> Tensor",
     tags=_TAGS,
 )
+register_formulas()
+watch_forks()
 _forward_op = torch.ops.torchao_superblock.bsr_linear.default
 _grad_x_op = torch.ops.torchao_superblock.bsr_linear_grad_x.default
 _grad_values_op = torch.ops.torchao_superblock.bsr_linear_grad_values.default
@@ -64,29 +68,34 @@ def bsr_linear(
     out_features: int | None = None,
     activation: str = "none",
     plan: Tensor | None = None,
+    *,
+    in_features: int | None = None,
 ) -> Tensor:
-    """Linear layer with a weight in BSR (block compressed sparse row) format: ``activation(x @ weight.T + bias)``.
+    """Linear layer with a weight in BSR (block compressed sparse row) format: `activation(x @ weight.T + bias)`.
 
-    The same as ``torch.ops.torchao_superblock.bsr_linear``, which exported programs contain; the transforms of
-    ``torch.func`` need this function. Differentiable, twice and in forward mode, in ``x``, ``values`` (the gradient of
-    the stored blocks only) and ``bias``. float16 and bfloat16 accumulate in float32.
+    The same as `torch.ops.torchao_superblock.bsr_linear`, which exported programs contain; the transforms of
+    `torch.func` need this function. Differentiable, twice and in forward mode, in `x`, `values` (the gradient of
+    the stored blocks only) and `bias`. float16 and bfloat16 accumulate in float32.
 
     The contents of the indices are trusted to be a valid BSR index (:func:`torchao_superblock.bsr.format.check_bsr`
     checks them): kernels never read out of bounds because of a bad index, but what they then compute is not specified.
 
     Args:
-        x: ``(..., K)``, any strides.
-        crow_indices: ``(R + 1,)`` int32, where each block row starts in ``col_indices`` and ``values``.
-        col_indices: ``(nnz,)`` int32, block column of each stored block, sorted and unique in each row.
-        values: ``(nnz, r, c)``, the stored blocks, dtype and device of ``x``.
-        bias: ``(N,)`` or None.
-        out_features: N, if the last block row is ragged; None means ``R * r``. K may be ragged as well: what a block
+        x: `(..., K)`, any strides.
+        crow_indices: `(R + 1,)` int32, where each block row starts in `col_indices` and `values`.
+        col_indices: `(nnz,)` int32, block column of each stored block, sorted and unique in each row.
+        values: `(nnz, r, c)`, the stored blocks, dtype and device of `x`.
+        bias: `(N,)` or None.
+        out_features: N, if the last block row is ragged; None means `R * r`. K may be ragged as well: what a block
             holds beyond column K is ignored.
-        activation: one of ``"none"``, ``"relu"``, ``"gelu"``, ``"gelu_tanh"``, ``"silu"``.
-        plan: from :func:`torchao_superblock.ops.build_plan`; None builds what a backward needs at each call.
+        activation: one of `"none"`, `"relu"`, `"gelu"`, `"gelu_tanh"`, `"silu"`.
+        plan: from :func:`torchao_superblock.ops.build_plan`; None builds what a backward needs at each call. A plan of
+            another index slows a forward down; gradients are right on a CPU, which uses none, and NaN on a GPU.
+        in_features: K, to have x checked. A stored weight does not say how wide it is (its last block columns may hold
+            no block), so without this and without a plan, columns of x beyond it count as multiplied with zeros.
 
     Returns:
-        ``(..., N)``, contiguous, dtype of ``x``.
+        `(..., N)`, contiguous, dtype of `x`.
 
     Raises:
         ValueError: a shape does not fit, or the activation is unknown.
@@ -99,6 +108,11 @@ def bsr_linear(
         >>> bsr_linear(torch.ones(1, 4), crow, col, w[None, :, :2])
         tensor([[3., 7.]])
     """
+    if in_features is not None and (x.dim() < 1 or x.shape[-1] != in_features):
+        raise ValueError(
+            f"bsr_linear: x must have in_features={in_features} features in its last dimension, got shape "
+            f"{tuple(x.shape)}"
+        )
     args = (x, crow_indices, col_indices, values, bias, out_features, activation, plan)
     if torch.compiler.is_compiling():
         return _forward_op(*args)
@@ -225,7 +239,7 @@ def _check_grad(grad: Tensor, other: Tensor, name: str, R: int, r: int) -> None:
 
 
 def _flatten(x: Tensor, width: int) -> Tensor:
-    """``(..., K)`` -> ``(M, width)``, padded with zeros up to a whole number of blocks."""
+    """`(..., K)` -> `(M, width)`, padded with zeros up to a whole number of blocks."""
     K = x.shape[-1]
     if x.dim() != 2:
         x = x.reshape(math.prod(x.shape[:-1]), K)
@@ -235,7 +249,7 @@ def _flatten(x: Tensor, width: int) -> Tensor:
 
 
 def _crop(y: Tensor, lead: torch.Size, width: int) -> Tensor:
-    """``(M, padded)`` -> contiguous ``(*lead, width)``."""
+    """`(M, padded)` -> contiguous `(*lead, width)`."""
     if y.shape[1] != width:
         y = y[:, :width].contiguous()
     return y if len(lead) == 1 else y.view(*lead, width)
@@ -292,14 +306,12 @@ def _grad_x(
     lead = grad.shape[:-1]
     if math.prod(lead) == 0 or in_features == 0:
         return grad.new_empty((*lead, in_features))
-    if plan is None:
-        plan = build_plan(crow_indices, col_indices, C)
     grad_x = backend.grad_x(
         _flatten(grad, R * r),
         crow_indices.contiguous(),
         col_indices.contiguous(),
         values.contiguous(),
-        plan.contiguous(),
+        plan if plan is None else plan.contiguous(),
         C,
     )
     return _crop(grad_x, lead, in_features)
@@ -325,14 +337,12 @@ def _grad_values(
         )
     if nnz == 0 or math.prod(x.shape[:-1]) == 0:
         return grad.new_zeros((nnz, block_rows, block_cols))
-    if plan is None:
-        plan = build_plan(crow_indices, col_indices, C)
     return backend.grad_values(
         _flatten(grad, R * block_rows),
         _flatten(x, C * block_cols),
         crow_indices.contiguous(),
         col_indices.contiguous(),
-        plan.contiguous(),
+        plan if plan is None else plan.contiguous(),
         block_rows,
         block_cols,
     )
@@ -445,7 +455,7 @@ register_decomposition(_library, f"{NAMESPACE}::bsr_linear", _forward)
 
 
 def _activation_backward(activation: str, grad: Tensor, z: Tensor) -> Tensor:
-    """Gradient of ``activation(z)`` with respect to ``z``."""
+    """Gradient of `activation(z)` with respect to `z`."""
     if activation == "relu":
         return torch.ops.aten.threshold_backward(grad, z, 0)
     if activation == "silu":
@@ -512,7 +522,8 @@ def _backward(ctx, grad):
         z = _contract(x, crow_indices, col_indices, values, bias, ctx.out_features, plan)
         grad = _activation_backward(ctx.activation, grad, z)
     grad_x = grad_values = grad_bias = None
-    if plan is None and (ctx.needs_input_grad[0] or ctx.needs_input_grad[3]):
+    # One plan for both, where gradients need one at all.
+    if plan is None and x.is_cuda and ctx.needs_input_grad[0] and ctx.needs_input_grad[3]:
         plan = build_plan(crow_indices, col_indices, -(-x.shape[-1] // values.shape[2]))
     if ctx.needs_input_grad[0]:
         grad_x = _contract_grad_x(grad, crow_indices, col_indices, values, x.shape[-1], plan)
@@ -564,7 +575,7 @@ class _TransformableFunction(torch.autograd.Function):
 
 
 class _BSRLinearFunction(torch.autograd.Function):
-    """The same where no transform is active. A ``setup_context`` makes torch bind the arguments to the signature at
+    """The same where no transform is active. A `setup_context` makes torch bind the arguments to the signature at
     each call, which takes the host several times as long as all the rest."""
 
     @staticmethod

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, get_num_threads
 
 from torchao_superblock.ops import gather_gemm
-from torchao_superblock.ops.plan import plan_fits, split_plan
+from torchao_superblock.ops.forks import in_forked_child
+from torchao_superblock.ops.plan import plan_fits
 from torchao_superblock.ops.source_hash import source_hash
 
 __all__ = ["backend_info", "call", "forward", "grad_values", "grad_x"]
@@ -63,6 +64,8 @@ def _load() -> tuple[ModuleType | None, dict[str, object]]:
             "reason": "the compiled kernel is stale: it was built from other sources than those in "
             f"ops/csrc; {_REBUILD}",
         }
+    if in_forked_child():
+        kernel.run_on_one_thread()
     isa = os.environ.get(ISA_VARIABLE, "").lower()
     if isa:
         if isa not in kernel.supported_isas():
@@ -268,7 +271,7 @@ def _fits(plan: Tensor, R: int, C: int, nnz: int) -> bool:
 
 
 def grad_x(
-    grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, plan: Tensor, n_block_cols: int
+    grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, plan: Tensor | None, n_block_cols: int
 ) -> Tensor:
     """grad @ W: the gradient with respect to x.
 
@@ -277,7 +280,7 @@ def grad_x(
         crow: int32 `(R + 1,)`.
         col: int32 `(nnz,)`.
         values: `(nnz, r, c)`, contiguous.
-        plan: int32, from `build_plan`; its transposed index is what the kernel walks.
+        plan: not needed here: the kernel transposes the index itself, in no time beside the product.
         n_block_cols: number of block columns C.
 
     Returns:
@@ -287,22 +290,20 @@ def grad_x(
         ValueError: if an index lies outside of the matrix.
 
     Example:
-        >>> gx = grad_x(grad, crow, col, values, build_plan(crow, col, 12), 12)
+        >>> gx = grad_x(grad, crow, col, values, None, 12)
     """
     if _kernel is None:
         return gather_gemm.grad_x(grad, crow, col, values, plan, n_block_cols)
     M = grad.shape[0]
     nnz, r, c = values.shape
     R = crow.shape[0] - 1
-    transposed = split_plan(plan, R, n_block_cols, nnz)
     out = grad.new_empty((M, n_block_cols * c))
     _kernel.product(
         grad.data_ptr(),
         *grad.stride(),
-        transposed.crow_t.data_ptr(),
-        transposed.row_t.data_ptr(),
-        # An empty tensor's address may be 0, which would mean "not transposed".
-        transposed.perm_t.data_ptr() if nnz else 0,
+        crow.data_ptr(),
+        col.data_ptr(),
+        1,
         values.data_ptr(),
         0,
         out.data_ptr(),
@@ -324,7 +325,7 @@ def grad_values(
     x: Tensor,
     crow: Tensor,
     col: Tensor,
-    plan: Tensor,
+    plan: Tensor | None,
     block_rows: int,
     block_cols: int,
 ) -> Tensor:
@@ -335,7 +336,7 @@ def grad_values(
         x: `(M, K)`, any strides.
         crow: int32 `(R + 1,)`.
         col: int32 `(nnz,)`.
-        plan: int32, from `build_plan`.
+        plan: not needed here.
         block_rows: r.
         block_cols: c.
 
@@ -346,7 +347,7 @@ def grad_values(
         ValueError: if an index lies outside of the matrix.
 
     Example:
-        >>> gv = grad_values(grad, x, crow, col, build_plan(crow, col, 12), 64, 64)
+        >>> gv = grad_values(grad, x, crow, col, None, 64, 64)
     """
     if _kernel is None:
         return gather_gemm.grad_values(grad, x, crow, col, plan, block_rows, block_cols)

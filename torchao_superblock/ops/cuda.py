@@ -27,7 +27,7 @@ from triton.runtime.errors import OutOfResources
 from torchao_superblock.ops import direct
 from torchao_superblock.ops import triton_kernels as kernels
 from torchao_superblock.ops.launch import OVERLAP, Kernel, can_overlap, watched
-from torchao_superblock.ops.plan import Plan, split_plan
+from torchao_superblock.ops.plan import Plan, build_plan, split_plan
 from torchao_superblock.ops.precision import allows_tf32
 from torchao_superblock.ops.triton_kernels import FMA, NATIVE, TF32, TF32X3
 
@@ -507,6 +507,8 @@ class _Product:
 class _BlockGradient:
     """A prepared `grad_values_kernel` launch: everything but the tensors and M."""
 
+    walks_columns = False  # whether it uses the plan's transposed index
+
     def __init__(self, problem: Problem, tile: Any, wide: bool) -> None:
         self.problem = problem
         self.wide = wide
@@ -603,6 +605,7 @@ class _LineGradient(_BlockGradient):
 
     def set_tile(self, tile: LineTile) -> None:
         self.tile = tile
+        self.walks_columns = tile.transposed
         problem = self.problem
         f, g = (problem.c, problem.r) if tile.transposed else (problem.r, problem.c)
         self.n_tiles = problem.C if tile.transposed else problem.R
@@ -637,6 +640,8 @@ class _LineGradient(_BlockGradient):
 
 class _DenseGradient:
     """The gradient of the values out of a dense product, where the stored blocks are many or tiny."""
+
+    walks_columns = False
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -876,6 +881,34 @@ def _split_tf32(
     parts = torch.empty((2, nnz, r * c), dtype=torch.float32, device=values.device)
     _pack(values, perm, transpose, parts, True, index, kernel)
     return parts[0], parts[1]
+
+
+_check_kernels: dict[tuple[int, torch.dtype, bool], Kernel] = {}
+
+
+def _check_plan(
+    out: Tensor, crow: Tensor, col: Tensor, parts: Plan, transposed: bool, index: int
+) -> Tensor:
+    """A gradient, made NaN if its plan is not of its index.
+
+    Nothing else can tell without waiting for the device: what a layer knows of its plan says nothing while compiling,
+    under DistributedDataParallel's broadcasts and for inference tensors. The launch is the price, a few microseconds.
+    """
+    key = (index, out.dtype, transposed)
+    kernel = _check_kernels.get(key)
+    if kernel is None:
+        constants = {"TRANSPOSED": transposed, "BLOCK": 128}
+        kernel = Kernel(kernels.check_plan_kernel, constants, num_warps=1, num_stages=1)
+        _check_kernels[key] = kernel
+    R, C, nnz = len(parts.row_order), len(parts.col_order), len(parts.row_indices)
+    if transposed:
+        tensors = (parts.crow_t, parts.row_t, parts.perm_t, parts.col_order, crow, col, out)
+    else:
+        tensors = (crow, parts.row_indices, parts.row_indices, parts.row_order, crow, col, out)
+    lines, others = (C, R) if transposed else (R, C)
+    height = out.shape[0]
+    kernel((lines, 1, 1), index, tensors, lines, others, nnz, height, out.numel() // height)
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1124,7 +1157,7 @@ class traceable:
 
 
 def grad_x(
-    grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, plan: Tensor, n_block_cols: int
+    grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, plan: Tensor | None, n_block_cols: int
 ) -> Tensor:
     """`grad @ W`: the same product as the forward, over the transposed index.
 
@@ -1133,7 +1166,7 @@ def grad_x(
         crow: `(R + 1,)` int32.
         col: `(nnz,)` int32.
         values: `(nnz, r, c)` contiguous.
-        plan: packed plan.
+        plan: packed plan; None builds one.
         n_block_cols: C.
 
     Returns:
@@ -1146,6 +1179,8 @@ def grad_x(
     M = grad.shape[0]
     nnz, r, c = values.shape
     R = crow.shape[0] - 1
+    if plan is None:
+        plan = build_plan(crow, col, n_block_cols)
     parts = split_plan(plan, R, n_block_cols, nnz)
     if M >= HOPPER_TOKENS and _device(index).capability == 90:
         # A forward over the transposed index, once the blocks are transposed: a pass of a few microseconds.
@@ -1154,7 +1189,8 @@ def grad_x(
         hopper = hopper_kernel(grad, *index_t, blocks, None, "none", None, index, tuned=False)
         if hopper is not None:
             _pack(values, parts.perm_t, True, blocks, False, index)
-            return hopper(grad, *index_t, blocks, None, "none", None)
+            out = hopper(grad, *index_t, blocks, None, "none", None)
+            return _check_plan(out, crow, col, parts, True, index)
     stride_m, stride_n = _strides(grad)
     precision = _precision(grad.dtype, index)
     # TF32 tensor cores take no transposed operand, so float32 blocks are transposed beforehand.
@@ -1200,7 +1236,7 @@ def grad_x(
     low = values
     if packed:
         values, low = _split_tf32(values, parts.perm_t, True, index)
-    return launch(
+    out = launch(
         index,
         grad,
         parts.crow_t,
@@ -1214,6 +1250,7 @@ def grad_x(
         stride_m,
         stride_n,
     )
+    return _check_plan(out, crow, col, parts, True, index)
 
 
 def grad_values(
@@ -1221,7 +1258,7 @@ def grad_values(
     x: Tensor,
     crow: Tensor,
     col: Tensor,
-    plan: Tensor,
+    plan: Tensor | None,
     block_rows: int,
     block_cols: int,
 ) -> Tensor:
@@ -1232,7 +1269,7 @@ def grad_values(
         x: `(M, C * c)`, any strides.
         crow: `(R + 1,)` int32.
         col: `(nnz,)` int32.
-        plan: packed plan.
+        plan: packed plan; None builds one.
         block_rows: r.
         block_cols: c.
 
@@ -1247,6 +1284,8 @@ def grad_values(
     if nnz == 0:
         return grad.new_empty((0, r, c))
     R, C = crow.shape[0] - 1, x.shape[1] // c
+    if plan is None:
+        plan = build_plan(crow, col, C)
     parts = split_plan(plan, R, C, nnz)
     strides = (*_strides(grad), *_strides(x))
     precision = _precision(grad.dtype, index)
@@ -1281,7 +1320,8 @@ def grad_values(
             )
             launch = (_LineGradient if gathers else _BlockGradient)(problem, tile, wide)
         _remember(_launches, key, launch)
-    return launch(index, grad, x, crow, col, parts, strides)
+    out = launch(index, grad, x, crow, col, parts, strides)
+    return _check_plan(out, crow, col, parts, launch.walks_columns, index)
 
 
 def backend_info() -> dict[str, object]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchao_superblock.ops.activations import ACTIVATIONS
-from torchao_superblock.ops.plan import split_plan
+from torchao_superblock.ops.plan import build_plan, split_plan
 
 # Elements gathered for one bmm. Larger batches save calls, smaller ones keep the copy in the cache.
 _MAX_GATHER = 1 << 20
@@ -38,14 +38,13 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check_indices(crow: Tensor, col: Tensor, n_block_cols: int, what: str = "") -> None:
+def check_indices(crow: Tensor, col: Tensor, n_block_cols: int) -> None:
     """Refuse index contents that would reach outside of the tensors.
 
     Args:
         crow: block row pointers, integer, `(R + 1,)`.
         col: block column of each stored block, integer, `(nnz,)`.
         n_block_cols: number of block columns C.
-        what: prefix for the names in the messages, for example `"transposed "`.
 
     Raises:
         ValueError: if the pointers do not rise from 0 to nnz or a column lies outside of `[0, C)`.
@@ -53,20 +52,20 @@ def check_indices(crow: Tensor, col: Tensor, n_block_cols: int, what: str = "") 
     nnz = col.numel()
     if int(crow[0]) != 0 or int(crow[-1]) != nnz or bool((crow[1:] < crow[:-1]).any()):
         raise ValueError(
-            f"{what}crow_indices must start at 0, never decrease and end at nnz = {nnz}; "
+            f"crow_indices must start at 0, never decrease and end at nnz = {nnz}; "
             f"got {crow[:3].tolist()} ... {crow[-3:].tolist()}"
         )
     if nnz:
         low, high = (int(v) for v in torch.aminmax(col))
         if low < 0 or high >= n_block_cols:
             raise ValueError(
-                f"{what}col_indices must lie in [0, {n_block_cols}) for {n_block_cols} block "
+                f"col_indices must lie in [0, {n_block_cols}) for {n_block_cols} block "
                 f"columns; got {low if low < 0 else high}"
             )
 
 
 def _product(x: Tensor, crow: Tensor, col: Tensor, blocks: Tensor, perm: Tensor | None) -> Tensor:
-    """The product of x `(M, K)` and the transpose of a BSR matrix, as `(N, M)`.
+    """The product of x `(M, K)` and the transpose of a BSR matrix with int64 indices, as `(N, M)`.
 
     `blocks` is `(nnz, r, c)`; with `perm`, stored block j of row i is `blocks[perm[j]]`.
     """
@@ -77,7 +76,6 @@ def _product(x: Tensor, crow: Tensor, col: Tensor, blocks: Tensor, perm: Tensor 
     # A block column becomes one contiguous slab, so that the gather below is a few long copies.
     x_CcM = x.t().to(dtype).contiguous().view(K // c, c, M)
     y_RrM = x_CcM.new_zeros(R, r, M)
-    crow, col = crow.long(), col.long()
     counts = crow.diff()
     if M <= _FEW_ROWS:
         # Copying the weights would take longer than using them: one small product for each block.
@@ -127,6 +125,7 @@ def forward(
     Example:
         >>> y = forward(x, crow, col, values, None, "gelu", None)
     """
+    crow, col = crow.long(), col.long()  # copies: what is checked is what is used
     check_indices(crow, col, x.shape[1] // values.shape[2])
     y = _product(x, crow, col, values, None).t().contiguous()
     if bias is not None:
@@ -135,7 +134,7 @@ def forward(
 
 
 def grad_x(
-    grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, plan: Tensor, n_block_cols: int
+    grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, plan: Tensor | None, n_block_cols: int
 ) -> Tensor:
     """`grad @ W`: the gradient with respect to x, with the arguments of :func:`forward`.
 
@@ -144,7 +143,7 @@ def grad_x(
         crow: int32 `(R + 1,)`.
         col: int32 `(nnz,)`.
         values: `(nnz, r, c)`.
-        plan: int32, from `build_plan`; its transposed index is what this product walks.
+        plan: not needed here: the index is transposed anew, so that it cannot be of another one.
         n_block_cols: number of block columns C.
 
     Returns:
@@ -154,13 +153,18 @@ def grad_x(
         ValueError: if an index lies outside of the matrix.
 
     Example:
-        >>> gx = grad_x(grad, crow, col, values, build_plan(crow, col, 12), 12)
+        >>> gx = grad_x(grad, crow, col, values, None, 12)
     """
+    crow, col = crow.clone(), col.clone()
+    check_indices(crow, col, n_block_cols)
+    plan = build_plan(crow, col, n_block_cols)
     p = split_plan(plan, crow.numel() - 1, n_block_cols, col.numel())
-    check_indices(p.crow_t, p.row_t, crow.numel() - 1, "transposed ")
     blocks = values.transpose(1, 2)
     return (
-        _product(grad, p.crow_t, p.row_t, blocks, p.perm_t.long()).t().to(grad.dtype).contiguous()
+        _product(grad, p.crow_t.long(), p.row_t.long(), blocks, p.perm_t.long())
+        .t()
+        .to(grad.dtype)
+        .contiguous()
     )
 
 
@@ -169,7 +173,7 @@ def grad_values(
     x: Tensor,
     crow: Tensor,
     col: Tensor,
-    plan: Tensor,
+    plan: Tensor | None,
     block_rows: int,
     block_cols: int,
 ) -> Tensor:
@@ -180,7 +184,7 @@ def grad_values(
         x: `(M, K)`, any strides.
         crow: int32 `(R + 1,)`.
         col: int32 `(nnz,)`.
-        plan: int32, from `build_plan`; gives the block row of each stored block.
+        plan: not needed here.
         block_rows: r.
         block_cols: c.
 
@@ -191,12 +195,13 @@ def grad_values(
         ValueError: if an index lies outside of the matrix.
 
     Example:
-        >>> gv = grad_values(grad, x, crow, col, build_plan(crow, col, 12), 64, 64)
+        >>> gv = grad_values(grad, x, crow, col, None, 64, 64)
     """
     M, K = x.shape
     nnz, r, c = col.numel(), block_rows, block_cols
+    crow, col = crow.long(), col.long()
     check_indices(crow, col, K // c)
-    row = split_plan(plan, crow.numel() - 1, K // c, nnz).row_indices
+    row = torch.repeat_interleave(crow.diff(), output_size=nnz)
     dtype = _accumulation_dtype(x.dtype)
     grad_RrM = grad.t().to(dtype).contiguous().view(-1, r, M)
     x_CcM = x.t().to(dtype).contiguous().view(-1, c, M)

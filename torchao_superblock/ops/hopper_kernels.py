@@ -80,7 +80,7 @@ def _line_layout(warps, programs):
 
 @gluon.constexpr_function
 def _product_layout(tokens, step, programs):
-    """Of an accumulator: 64 outputs of ``tokens`` tokens, of which each program of a pair has half."""
+    """Of an accumulator: 64 outputs of `tokens` tokens, of which each program of a pair has half."""
     shares = [[0, 1]] * (programs - 1)
     shape = [16, tokens // programs, step]
     return gl.NVMMADistributedLayout([3, 0], [4, 1], shape, cga_layout=shares)
@@ -238,7 +238,7 @@ def _tile(
 ):
     """Tile t: its first token, its group, and whether it is half a tile.
 
-    Groups fastest, so that programs find x in the L2 cache. The last ``halves`` are halves of tiles.
+    Groups fastest, so that programs find x in the L2 cache. The last `halves` are halves of tiles.
     """
     half = False
     second = 0
@@ -250,7 +250,7 @@ def _tile(
         tiles -= halves // 2
     m = t // groups
     if DYNAMIC:
-        # The last ``turn`` token tiles group by group: in the plan's order, what is drawn last takes least.
+        # The last `turn` token tiles group by group: in the plan's order, what is drawn last takes least.
         m_tiles = tiles // groups
         tail = gl.minimum(m_tiles, turn)
         u = t - (m_tiles - tail) * groups
@@ -258,7 +258,7 @@ def _tile(
         m = gl.where(last, m_tiles - tail + u % tail, m)
         group = gl.where(last, u // tail, t % groups)
     else:
-        # Shifted after every ``turn`` token tiles, so that each program meets all.
+        # Shifted after every `turn` token tiles, so that each program meets all.
         group = (t + m // turn) % groups
         if HALVES:
             # Few tiles a program. Where groups divide the programs these are of groups that follow each other: a long
@@ -274,7 +274,7 @@ def _draw(schedule, n, DYNAMIC: gl.constexpr):
     The launch may overlap the zeroing of the counter (hopper.py). Every program waits for that here, before it reads x;
     later waits take no time.
 
-    For a pair the first program draws its ``n``-th number and leaves it where both find it, plus 1 because 0 was there.
+    For a pair the first program draws its `n`-th number and leaves it where both find it, plus 1 because 0 was there.
     It waits for the number, while the slices of x on their way keep the tensor cores busy.
     """
     number = 0
@@ -334,7 +334,7 @@ def _numbers_of_pair(schedule, n):
 def _hand_out(schedule, t, number, last, n, slot, phase, DYNAMIC: gl.constexpr):
     """The program's tile after t: the one that was drawn, told to the other warps, or a fixed one.
 
-    Returns it and, for a pair, what ``last`` is next time: the number it left, higher than all before.
+    Returns it and, for a pair, what `last` is next time: the number it left, higher than all before.
     """
     following = t + gl.num_programs(0)
     if DYNAMIC:
@@ -464,7 +464,7 @@ def _copy_block(
     PACKED: gl.constexpr,
     COPIED: gl.constexpr,
 ):
-    """Copy the part of a block row's block in column ``low`` that lies in the strip."""
+    """Copy the part of a block row's block in column `low` that lies in the strip."""
     BOX: gl.constexpr = w_desc.block_type.shape[0]
     BK: gl.constexpr = w_desc.block_type.shape[1]
     position = first + _popcount(bits & (low - 1))
@@ -693,7 +693,14 @@ def _activate(z, FLOAT32: gl.constexpr, ACTIVATION: gl.constexpr):
             # bfloat16. A term more costs 3072 x 768 in bfloat16 5 % of its time.
             q = -0.4779005317 + a * (-0.0376014026 + a * 0.0026371515)
             q = -1.0005491601 + a * (-1.1430988875 + a * q)
-        z = _positive(z) - a * _exp2(q)
+        if FLOAT32:
+            # The positive part as z / 2 + |z| / 2: of minus infinity that is NaN, as torch has it. In 16 bits, where a
+            # multiplication more may be seen in the time, minus infinity gives 0.
+            positive = 0.5 * z
+            positive += gl.abs(positive)
+        else:
+            positive = _positive(z)
+        z = positive - a * _exp2(q)
     elif ACTIVATION == "gelu_tanh":
         # 0.5 z (1 + tanh(u)) = z / (1 + 2^(-2 log2(e) u)), u = sqrt(2 / pi) (z + 0.044715 z^3)
         u = z * (-2.3022081985 - 0.10294323960 * (z * z))
@@ -1105,7 +1112,7 @@ def _consume(
     tma.store_wait(0)
 
 
-# The parts of a plan start anywhere: one compiled kernel serves them all. ``halves`` and ``turn`` are 1 where
+# The parts of a plan start anywhere: one compiled kernel serves them all. `halves` and `turn` are 1 where
 # they say nothing, which Triton makes a constant of: each parameter more, and each division, costs small blocks time.
 @gluon.jit(
     do_not_specialize=["tiles", "groups", "rows", "columns", "nnz"],

@@ -1,17 +1,17 @@
-"""Plain Triton kernels: one block-sparse matrix product, its weight gradient in two forms, and two small helpers.
+"""Plain Triton kernels: one block-sparse matrix product, its weight gradient in two forms, and a few small helpers.
 
 They run on every NVIDIA GPU that Triton supports, can be traced into an exported program, and run in Triton's
-interpreter, which is how they are tested on machines without a GPU. ``cuda.py`` decides how they are launched.
+interpreter, which is how they are tested on machines without a GPU. `cuda.py` decides how they are launched.
 
-What limits them: an x tile that was loaded for one stored block feeds only ``r`` outputs, so the product re-reads x
-from the L2 cache, about ``nnz * M * c`` elements in all. Everything here serves to keep those reads wide, in flight and
-few: asynchronous copies several steps ahead, tall tiles of tokens (each re-reads ``values`` once), programs that run
+What limits them: an x tile that was loaded for one stored block feeds only `r` outputs, so the product re-reads x
+from the L2 cache, about `nnz * M * c` elements in all. Everything here serves to keep those reads wide, in flight and
+few: asynchronous copies several steps ahead, tall tiles of tokens (each re-reads `values` once), programs that run
 together share their tokens, and small blocks are gathered into one wide step.
 
 Legend: M tokens, N out features, K in features, R x C the block grid, r x c the block size, nnz stored blocks;
 BM x BN the output tile of a program, BK how far it steps along the nonzeros of its block row.
 
-Integers stand for names in the launch parameters (``ACTIVATION``, ``PRECISION``): they survive every compiler.
+Integers stand for names in the launch parameters (`ACTIVATION`, `PRECISION`): they survive every compiler.
 """
 
 import triton
@@ -31,9 +31,12 @@ FMA = 3  # float32 without tensor cores, for GPUs that have no TF32
 # anywhere. Strides and the addresses of x and values are left to Triton, which makes wide loads of them.
 _NUMBERS = (
     *("M", "numel", "n_splits", "n_block_rows", "n_block_cols", "n_lines", "n_others", "nnz"),
-    "tokens_per_split",
+    *("tokens_per_split", "height", "width"),
 )
-_INDICES = ("start_ptr", "block_ptr", "perm_ptr", "order_ptr", "row_ptr", "col_ptr", "bias_ptr")
+_INDICES = (
+    *("start_ptr", "block_ptr", "perm_ptr", "order_ptr", "row_ptr", "crow_ptr", "col_ptr"),
+    "bias_ptr",
+)
 
 
 @triton.jit
@@ -54,7 +57,7 @@ def _activate(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _tf32_high(x):
-    """The TF32 number nearest to x. ``x - _tf32_high(x)`` is exact and holds the other 12 bits."""
+    """The TF32 number nearest to x. `x - _tf32_high(x)` is exact and holds the other 12 bits."""
     bits = x.to(tl.uint32, bitcast=True)
     high = ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
     # Rounded, a GPU's own NaN (0x7fffffff) would carry into its sign and become -0.
@@ -541,3 +544,72 @@ def grad_values_lines_kernel(
         out_tile = out + element[:, None] + (i * STRIDE_F)[None, :]
         stored = present[:, None] & (i < f)[None, :]
         tl.store(out_tile, acc.to(out_ptr.dtype.element_ty), mask=stored)
+
+
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_INDICES)
+def check_plan_kernel(
+    start_ptr,  # (n_lines + 1,) where the blocks of each line start: crow, or of the plan with TRANSPOSED
+    row_ptr,  # (nnz,) block row of each block, of the plan; with TRANSPOSED line after line
+    perm_ptr,  # (nnz,) position of each block, line after line, of the plan; if TRANSPOSED
+    order_ptr,  # (n_lines,) lines, those with most blocks first, of the plan
+    crow_ptr,  # (n_others + 1,) the index itself, if TRANSPOSED
+    col_ptr,  # (nnz,)
+    out_ptr,  # (height, width) what was computed with the plan
+    n_lines,
+    n_others,
+    nnz,
+    height,
+    width,
+    TRANSPOSED: tl.constexpr,  # lines are block columns, not block rows
+    BLOCK: tl.constexpr,
+):
+    """Overwrites a gradient with NaN if the plan that it was computed with is not of its index.
+
+    One program a line; what it takes is a few dependent reads of L2. Together they prove the plan: each block of a line
+    lies in it, positions ascend, so that none is there twice, and the lines hold nnz blocks in all, so that none is
+    missing. Lines strictly ordered by (blocks, number) are all different, so that each was worked on.
+    """
+    line = tl.program_id(0)
+    begin = tl.load(start_ptr + line)
+    end = tl.load(start_ptr + line + 1)
+    fits = (begin >= 0) & (begin <= end) & (end <= nnz)
+    if TRANSPOSED:
+        fits &= (tl.load(start_ptr) == 0) & (tl.load(start_ptr + n_lines) == nnz)
+    begin = tl.where(fits, begin, 0)
+    end = tl.where(fits, end, 0)
+    fits = fits.to(tl.int32)
+    for first in range(begin, end, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        inside = j < end
+        row = tl.load(row_ptr + j, mask=inside, other=0)
+        if TRANSPOSED:
+            place = tl.load(perm_ptr + j, mask=inside, other=0)
+            before = tl.load(perm_ptr + j - 1, mask=inside & (j > begin), other=-1)
+            good = (place > before) & (place < nnz) & (row >= 0) & (row < n_others)
+            looked_at = inside & good & (place >= 0)
+            column = tl.load(col_ptr + place, mask=looked_at, other=-1)
+            good &= column == line
+            good &= tl.load(crow_ptr + row, mask=looked_at, other=nnz) <= place
+            good &= tl.load(crow_ptr + row + 1, mask=looked_at, other=0) > place
+        else:
+            good = row == line
+        fits = tl.minimum(fits, tl.min((good | (inside == 0)).to(tl.int32), axis=0))
+
+    this = tl.load(order_ptr + line)
+    following = tl.load(order_ptr + tl.minimum(line + 1, n_lines - 1))
+    in_range = (this >= 0) & (this < n_lines) & (following >= 0) & (following < n_lines)
+    this = tl.where(in_range, this, 0)
+    following = tl.where(in_range, following, 0)
+    blocks = tl.load(start_ptr + this + 1) - tl.load(start_ptr + this)
+    fewer = tl.load(start_ptr + following + 1) - tl.load(start_ptr + following)
+    in_order = (blocks > fewer) | ((blocks == fewer) & (this < following))
+    fits = tl.minimum(fits, (in_range & (in_order | (line == n_lines - 1))).to(tl.int32))
+
+    # No turn at all where it fits.
+    row_of_out = out_ptr
+    for _ in range(0, height * (1 - fits)):
+        for k0 in range(0, width, BLOCK):
+            k = k0 + tl.arange(0, BLOCK)
+            nan = tl.full((BLOCK,), float("nan"), out_ptr.dtype.element_ty)
+            tl.store(row_of_out + k, nan, mask=k < width)
+        row_of_out += width

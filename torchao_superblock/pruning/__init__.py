@@ -9,6 +9,13 @@ from torchao_superblock.pruning.masks.magnitude import MagnitudeSparsifier
 from torchao_superblock.pruning.masks.prune_and_grow import RigLSparsifier
 from torchao_superblock.pruning.masks.spartan import SpartanSparsifier
 from torchao_superblock.pruning.masks.supermask import Supermask, SupermaskSparsifier
+from torchao_superblock.pruning.one_shot import (
+    OneShotReport,
+    PrunedTensor,
+    Sensitivity,
+    prune_one_shot,
+    sensitivity,
+)
 from torchao_superblock.pruning.ramp import Progress
 from torchao_superblock.pruning.sparsifier import BlockSparsifier, CubicSL, LambdaSL
 from torchao_superblock.pruning.squash import squash
@@ -23,12 +30,17 @@ __all__ = [
     "MagnitudeSparsifier",
     "MaskSummary",
     "MaskedTensor",
+    "OneShotReport",
     "Progress",
+    "PrunedTensor",
     "RigLSparsifier",
+    "Sensitivity",
     "SkippedTensor",
     "SpartanSparsifier",
     "Supermask",
     "SupermaskSparsifier",
+    "prune_one_shot",
+    "sensitivity",
     "squash",
 ]
 

@@ -33,6 +33,11 @@ def _from_contributing() -> type[BlockSparsifier]:
 KINDS: dict[str, Callable[..., Any]] = {
     "supermask": SupermaskSparsifier,
     "supermask_norms": lambda *args: SupermaskSparsifier(*args, scores_init="weight_norm"),
+    "supermask_ramp": lambda *args: SupermaskSparsifier(*args, ramp_steps=1),
+    "magnitude_ramp": lambda *args: MagnitudeSparsifier(*args, ramp_steps=1, update_every=1),
+    "spartan_ramp": lambda *args: SpartanSparsifier(
+        *args, ramp_steps=1, freeze_step=1000, update_every=1
+    ),
     "magnitude": lambda *args: MagnitudeSparsifier(*args, update_every=1),
     "magnitude_weighted": lambda *args: MagnitudeSparsifier(
         *args, update_every=2, gradient_weighted=True, gain=0.5

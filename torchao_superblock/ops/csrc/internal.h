@@ -22,6 +22,7 @@ enum { SB_UNPACKED, SB_PACKING, SB_PACKED };
  * strips by the thread that first comes to it, while it uses them. */
 typedef struct {
     const sb_product *p;
+    const int32_t *perm;  /* where each block is stored, as (c, r), if W is the transpose of what is stored; else NULL */
     const int64_t *group; /* (n_groups + 1): first strip of each group, in order of the columns of y */
     int64_t n_groups;
     void *packed;                /* the strips of all groups */
@@ -67,7 +68,7 @@ extern const sb_kernels sb_kernels_avx2;
 extern const sb_kernels sb_kernels_avx512;
 
 /* Scratch of the calling thread: kept between calls, freed when the thread ends. NULL: no memory. */
-enum { SB_SCRATCH_X, SB_SCRATCH_W, SB_SCRATCH_JOB, SB_SCRATCH_FLAGS, SB_N_SCRATCH };
+enum { SB_SCRATCH_X, SB_SCRATCH_W, SB_SCRATCH_JOB, SB_SCRATCH_FLAGS, SB_SCRATCH_INDEX, SB_N_SCRATCH };
 void *sb_scratch(int which, size_t bytes);
 
 /* Lines of one set of the L1 cache; 8 where the system does not say. */

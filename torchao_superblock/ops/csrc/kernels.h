@@ -135,11 +135,9 @@ SB_INLINE vf select_f(vi condition, vf a, vf b) {
 
 SB_INLINE vf splat_f(float s) { return s - (vf){0}; }
 
-/* exp(x) = 2^n exp(f), n = round(x / ln 2), |f| <= ln(2)/2; relative error 2e-7 at most. */
+/* exp(x) = 2^n exp(f), n = round(x / ln 2), |f| <= ln(2)/2; relative error 2e-7 at most. Where that is no normal number
+ * of float32, 0 or infinity: the activations divide by it or multiply with it, and x may be as large as any. */
 SB_INLINE vf exp_f(vf x) {
-    const vf low = splat_f(-87.0f), high = splat_f(88.0f);
-    x = select_f(x < low, low, x);
-    x = select_f(x > high, high, x);
     const vf magic = splat_f(0x1.8p23f); /* adding it rounds to an integer */
     const vf shifted = x * 0x1.715476p+0f + magic;
     const vf n = shifted - magic;
@@ -151,7 +149,9 @@ SB_INLINE vf exp_f(vf x) {
     e = e * f + 0.49999991059303284f;
     e = e * f + 1.0f;
     e = e * f + 1.0f;
-    return (vf)((vu)e + (((vu)shifted - (vu)magic) << 23));
+    e = (vf)((vu)e + (((vu)shifted - (vu)magic) << 23));
+    e = select_f(x < -87.33f, (vf){0}, e);
+    return select_f(x > 88.72f, splat_f(INFINITY), e);
 }
 
 /* x * (probability that a normal variable is below x). The upper tail of |x| is

@@ -92,11 +92,12 @@ SB_INLINE void TYPED(pack_x_as)(const void *x, int64_t x_row, int64_t x_col, int
 }
 
 /* Lanes [n0, n0 + width) of stored block `values[j]`, k-major and zero-padded to `lanes`. */
-SB_INLINE void TYPED(pack_block_as)(const sb_product *p, int64_t j, int64_t n0, int64_t width, int64_t lanes,
+SB_INLINE void TYPED(pack_block_as)(const sb_product_job *job, int64_t j, int64_t n0, int64_t width, int64_t lanes,
                                     T *out, const int dtype) {
+    const sb_product *p = job->p;
     const int64_t r = p->r, c = p->c;
-    const int64_t block = (p->perm ? p->perm[j] : j) * r * c;
-    if (p->perm) { /* stored as (c, r): already k-major */
+    const int64_t block = (job->perm ? job->perm[j] : j) * r * c;
+    if (job->perm) { /* stored as (c, r): already k-major */
         for (int64_t k = 0; k < c; k++) {
             const int64_t from = block + k * r + n0;
             int64_t n = 0;
@@ -147,20 +148,21 @@ static void TYPED(pack_x)(const sb_product *p, int64_t m0, int64_t rows, const u
     }
 }
 
-static void TYPED(pack_block)(const sb_product *p, int64_t j, int64_t n0, int64_t width, int64_t lanes, T *out) {
+static void TYPED(pack_block)(const sb_product_job *job, int64_t j, int64_t n0, int64_t width, int64_t lanes, T *out) {
+    const sb_product *p = job->p;
     switch (p->dtype) {
 #ifdef SB_DOUBLE
     default:
-        TYPED(pack_block_as)(p, j, n0, width, lanes, out, SB_FLOAT64);
+        TYPED(pack_block_as)(job, j, n0, width, lanes, out, SB_FLOAT64);
 #else
     case SB_BFLOAT16:
-        TYPED(pack_block_as)(p, j, n0, width, lanes, out, SB_BFLOAT16);
+        TYPED(pack_block_as)(job, j, n0, width, lanes, out, SB_BFLOAT16);
         break;
     case SB_FLOAT16:
-        TYPED(pack_block_as)(p, j, n0, width, lanes, out, SB_FLOAT16);
+        TYPED(pack_block_as)(job, j, n0, width, lanes, out, SB_FLOAT16);
         break;
     default:
-        TYPED(pack_block_as)(p, j, n0, width, lanes, out, SB_FLOAT32);
+        TYPED(pack_block_as)(job, j, n0, width, lanes, out, SB_FLOAT32);
 #endif
     }
 }
@@ -356,10 +358,11 @@ SB_INLINE int64_t TYPED(strip_size)(const sb_product *p, const sb_strip *strip) 
     return (p->crow[strip->row + 1] - p->crow[strip->row]) * p->c * TYPED(padded)(strip->width);
 }
 
-static void TYPED(pack_strip)(const sb_product *p, const sb_strip *strip, T *out) {
+static void TYPED(pack_strip)(const sb_product_job *job, const sb_strip *strip, T *out) {
+    const sb_product *p = job->p;
     const int64_t lanes = TYPED(padded)(strip->width);
     for (int64_t j = p->crow[strip->row]; j < p->crow[strip->row + 1]; j++, out += p->c * lanes)
-        TYPED(pack_block)(p, j, strip->n0, strip->width, lanes, out);
+        TYPED(pack_block)(job, j, strip->n0, strip->width, lanes, out);
 }
 
 /* Asks for the lines of y that `rows` rows of a strip will write: they lie a row of y apart, too far for
@@ -390,7 +393,7 @@ static void TYPED(product_piece)(const sb_product_job *job, const T *x, int dire
         for (n = 0; n < SB_CHUNK && first + n < end && chunk < SB_CHUNK_ELEMENTS; chunk += size[n++]) {
             strips[n] = TYPED(strip)(p, first + n);
             size[n] = TYPED(strip_size)(p, &strips[n]);
-            if (pack) TYPED(pack_strip)(p, &strips[n], w + chunk);
+            if (pack) TYPED(pack_strip)(job, &strips[n], w + chunk);
         }
         for (int64_t m = 0; m < rows; m += SB_PANEL) {
             const int64_t height = sb_min(SB_PANEL, rows - m);

@@ -37,11 +37,6 @@ static PyObject *result(int status, int64_t n_block_cols, int64_t nnz) {
                             "col_indices must lie in [0, %lld), the number of block columns; check the index with "
                             "torchao_superblock.bsr.format.check_bsr",
                             (long long)n_block_cols);
-    case SB_BAD_PERM:
-        return PyErr_Format(PyExc_ValueError,
-                            "the plan's positions must lie in [0, %lld), the number of stored blocks; build the plan "
-                            "again with build_plan",
-                            (long long)nnz);
     default:
         return PyErr_NoMemory();
     }
@@ -53,7 +48,7 @@ static PyObject *product(PyObject *self, PyObject *const *args, Py_ssize_t n) {
     if (parse(args, n, 18, a)) return NULL;
     const sb_product p = {
         .x = pointer(a[0]), .x_row = a[1], .x_col = a[2], .crow = pointer(a[3]), .col = pointer(a[4]),
-        .perm = pointer(a[5]), .values = pointer(a[6]), .bias = pointer(a[7]), .y = pointer(a[8]), .M = a[9],
+        .transposed = a[5] != 0, .values = pointer(a[6]), .bias = pointer(a[7]), .y = pointer(a[8]), .M = a[9],
         .R = a[10], .C = a[11], .r = a[12], .c = a[13], .nnz = a[14], .dtype = (int)a[15],
         .activation = (int)a[16], .threads = (int)a[17],
     };
@@ -61,7 +56,7 @@ static PyObject *product(PyObject *self, PyObject *const *args, Py_ssize_t n) {
     Py_BEGIN_ALLOW_THREADS
     status = sb_run_product(&p);
     Py_END_ALLOW_THREADS
-    return result(status, p.C, p.nnz);
+    return result(status, p.transposed ? p.R : p.C, p.nnz);
 }
 
 static PyObject *grad_values(PyObject *self, PyObject *const *args, Py_ssize_t n) {
@@ -111,15 +106,22 @@ static PyObject *threading(PyObject *self, PyObject *unused) {
     return PyUnicode_FromString(sb_threading());
 }
 
+static PyObject *run_on_one_thread(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    sb_run_on_one_thread();
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"product", (PyCFunction)(void (*)(void))product, METH_FASTCALL,
-     "product(x, x_row, x_col, crow, col, perm, values, bias, y, M, R, C, r, c, nnz, dtype, activation, threads)"},
+     "product(x, x_row, x_col, crow, col, transposed, values, bias, y, M, R, C, r, c, nnz, dtype, activation, threads)"},
     {"grad_values", (PyCFunction)(void (*)(void))grad_values, METH_FASTCALL,
      "grad_values(grad, grad_row, grad_col, x, x_row, x_col, crow, col, out, M, R, C, r, c, nnz, dtype, threads)"},
     {"isa", isa, METH_NOARGS, "The instruction set in use."},
     {"supported_isas", supported_isas, METH_NOARGS, "Instruction sets this processor has, weakest first."},
     {"select_isa", select_isa, METH_O, "Use an instruction set by name."},
     {"threading", threading, METH_NOARGS, "Where the threads come from."},
+    {"run_on_one_thread", run_on_one_thread, METH_NOARGS, "Start no threads any more: this process is a forked child."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -128,6 +130,7 @@ static struct PyModuleDef definition = {
 };
 
 PyMODINIT_FUNC PyInit__cpu(void) {
+    sb_watch_forks();
     PyObject *module = PyModule_Create(&definition);
     if (module && PyModule_AddStringConstant(module, "source_hash", SB_SOURCE_HASH)) {
         Py_DECREF(module);

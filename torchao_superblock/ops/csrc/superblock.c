@@ -90,6 +90,24 @@ int sb_l1_ways(void) {
 #endif
 }
 
+/* The index of the transposed matrix, C x R blocks: blocks stay in the order of their rows, so their positions in
+ * `values` ascend in each column. */
+static void transpose(const int32_t *crow, const int32_t *col, int64_t R, int64_t C, int64_t nnz, int32_t *crow_t,
+                      int32_t *row_t, int32_t *perm_t) {
+    memset(crow_t, 0, sizeof(int32_t) * (size_t)(C + 1));
+    for (int64_t j = 0; j < nnz; j++) crow_t[col[j] + 1]++;
+    for (int64_t i = 0; i < C; i++) crow_t[i + 1] += crow_t[i];
+    /* Each start serves as the place of the column's next block, and has become the next column's start at the end. */
+    for (int64_t i = 0; i < R; i++)
+        for (int32_t j = crow[i]; j < crow[i + 1]; j++) {
+            const int32_t place = crow_t[col[j]]++;
+            row_t[place] = (int32_t)i;
+            perm_t[place] = j;
+        }
+    memmove(crow_t + 1, crow_t, sizeof(int32_t) * (size_t)C);
+    crow_t[0] = 0;
+}
+
 static const sb_kernels *kernels(void) {
     switch (sb_isa_current()) {
 #if defined(__x86_64__)
@@ -113,7 +131,21 @@ static int outside(const int32_t *index, int64_t n, int64_t end) {
     return low < 0 || high >= end;
 }
 
-static int check(const int32_t *crow, const int32_t *col, int64_t R, int64_t C, int64_t nnz) {
+/* Copies an index of R x C blocks to scratch and checks the copy. Nothing else reads the original: another thread may
+ * write to it (load_state_dict during a forward), and what was checked must be what is used. `more` elements of the
+ * scratch are left to the caller, behind the copy. */
+static int copy_index(const int32_t **crow_p, const int32_t **col_p, int64_t R, int64_t C, int64_t nnz, int64_t more,
+                      int32_t **rest) {
+    int32_t *crow = sb_scratch(SB_SCRATCH_INDEX, sizeof(int32_t) * (size_t)(R + 1 + nnz + more));
+    if (!crow) return SB_NO_MEMORY;
+    int32_t *col = crow + R + 1;
+    memcpy(crow, *crow_p, sizeof(int32_t) * (size_t)(R + 1));
+    if (nnz) memcpy(col, *col_p, sizeof(int32_t) * (size_t)nnz);
+    /* The compiler must not look at the original instead. */
+    atomic_signal_fence(memory_order_seq_cst);
+    *crow_p = crow;
+    *col_p = col;
+    *rest = col + nnz;
     int falls = 0;
     for (int64_t i = 0; i < R; i++) falls |= crow[i + 1] < crow[i];
     if (falls || crow[0] != 0 || crow[R] != nnz) return SB_BAD_CROW;
@@ -151,18 +183,29 @@ static int run_small(const sb_product *p, const sb_kernels *k, int threads) {
     return atomic_load(&job.failed) ? SB_NO_MEMORY : SB_OK;
 }
 
-int sb_run_product(const sb_product *p) {
-    int status = check(p->crow, p->col, p->R, p->C, p->nnz);
+int sb_run_product(const sb_product *product) {
+    sb_product checked = *product;
+    const sb_product *p = &checked;
+    const int64_t stored_R = p->transposed ? p->C : p->R, stored_C = p->transposed ? p->R : p->C;
+    int32_t *rest, *perm = NULL;
+    const int status = copy_index(&checked.crow, &checked.col, stored_R, stored_C, p->nnz,
+                                  p->transposed ? p->R + 1 + 2 * p->nnz : 0, &rest);
     if (status) return status;
-    if (p->perm && outside(p->perm, p->nnz, p->nnz)) return SB_BAD_PERM;
     if (p->M < 1 || p->R < 1) return SB_OK;
+    if (p->transposed) {
+        int32_t *row = rest + p->R + 1;
+        perm = row + p->nnz;
+        transpose(p->crow, p->col, stored_R, stored_C, p->nnz, rest, row, perm);
+        checked.crow = rest;
+        checked.col = row;
+    }
 
     const sb_kernels *k = kernels();
     const int64_t lanes = p->dtype == SB_FLOAT64 ? k->lanes_f64 : k->lanes_f32;
     const int64_t size = p->dtype == SB_FLOAT64 ? 8 : 4;
     const int64_t work = (p->nnz * p->c + SB_STRIP_WORK * p->R) * p->r * p->M;
     const int threads = work < SB_SERIAL_WORK ? 1 : p->threads < 1 ? 1 : p->threads;
-    if (p->M <= k->small_m && !p->perm && p->c % lanes == 0) return run_small(p, k, threads);
+    if (p->M <= k->small_m && !perm && p->c % lanes == 0) return run_small(p, k, threads);
 
     /* Rounds of one group for each thread. */
     const int64_t per_row = sb_ceil_div(p->r, 2 * lanes);
@@ -173,7 +216,7 @@ int sb_run_product(const sb_product *p) {
 
     const int64_t max_rows = sb_max(1, SB_X_TILE_BYTES / (size * line * sb_max(1, n_lines)) / SB_PANEL);
     const int64_t own_rows = sb_max(1, p->M / threads / SB_PANEL); /* of each thread, in panels */
-    sb_product_job job = {.p = p, .tile_rows = sb_min(20, sb_min(max_rows, own_rows)) * SB_PANEL};
+    sb_product_job job = {.p = p, .perm = perm, .tile_rows = sb_min(20, sb_min(max_rows, own_rows)) * SB_PANEL};
     job.n_tiles = sb_ceil_div(p->M, job.tile_rows);
     job.n_whole = p->M / job.tile_rows / threads * threads;
 
@@ -211,8 +254,11 @@ int sb_run_product(const sb_product *p) {
     return atomic_load(&job.failed) ? SB_NO_MEMORY : SB_OK;
 }
 
-int sb_run_grad_values(const sb_grad_values *p) {
-    int status = check(p->crow, p->col, p->R, p->C, p->nnz);
+int sb_run_grad_values(const sb_grad_values *product) {
+    sb_grad_values checked = *product;
+    const sb_grad_values *p = &checked;
+    int32_t *rest;
+    const int status = copy_index(&checked.crow, &checked.col, p->R, p->C, p->nnz, 0, &rest);
     if (status) return status;
     if (p->nnz < 1) return SB_OK;
     const sb_kernels *k = kernels();

@@ -13,19 +13,20 @@
 enum sb_dtype { SB_FLOAT32, SB_FLOAT64, SB_FLOAT16, SB_BFLOAT16 };
 enum sb_activation { SB_NONE, SB_RELU, SB_GELU, SB_GELU_TANH, SB_SILU };
 enum sb_isa { SB_BASELINE, SB_AVX2, SB_AVX512, SB_N_ISA };
-enum sb_status { SB_OK, SB_BAD_CROW, SB_BAD_COL, SB_BAD_PERM, SB_NO_MEMORY };
+enum sb_status { SB_OK, SB_BAD_CROW, SB_BAD_COL, SB_NO_MEMORY };
 
-/* y (M, R*r) = act(x (M, C*c) @ W.T + bias), W a BSR matrix of R x C blocks.
- * With perm, stored block j is values[perm[j]] and lies there transposed, as (c, r): that is the
- * product with the transposed matrix, which the backward needs. */
+/* y (M, R*r) = act(x (M, C*c) @ W.T + bias), W a BSR matrix of R x C blocks of r x c.
+ * If transposed, W is the transpose of what is stored: crow (C + 1) and col are the index of a matrix of
+ * C x R blocks of c x r, as the backward needs it.
+ * Another thread may write to crow and col meanwhile: they are read once. */
 typedef struct {
     const void *x;
     int64_t x_row, x_col; /* strides, in elements; any, 0 included */
-    const int32_t *crow, *col, *perm;
+    const int32_t *crow, *col;
     const void *values, *bias;
     void *y;
     int64_t M, R, C, r, c, nnz;
-    int dtype, activation, threads;
+    int dtype, activation, threads, transposed;
 } sb_product;
 
 /* out (nnz, r, c): the stored blocks of grad.T @ x. */
@@ -49,5 +50,9 @@ const char *sb_isa_name(int isa);
 
 /* "openmp (shared with torch)" or "pthread". */
 const char *sb_threading(void);
+/* From now on a forked child runs on one thread: its parent's others do not exist there. */
+void sb_watch_forks(void);
+/* The same for this process, which was forked before anybody watched. */
+void sb_run_on_one_thread(void);
 
 #endif

@@ -34,11 +34,18 @@ static void free_scratch(void *pointer) {
     free(s);
 }
 
-static void after_fork_in_child(void) { atomic_store(&in_forked_child, 1); }
+void sb_run_on_one_thread(void) { atomic_store(&in_forked_child, 1); }
+
+static void watch_forks(void) { pthread_atfork(NULL, NULL, sb_run_on_one_thread); }
+
+void sb_watch_forks(void) {
+    static pthread_once_t watched = PTHREAD_ONCE_INIT;
+    pthread_once(&watched, watch_forks);
+}
 
 static void initialize(void) {
     have_key = pthread_key_create(&scratch_key, free_scratch) == 0;
-    pthread_atfork(NULL, NULL, after_fork_in_child);
+    sb_watch_forks();
 #ifdef RTLD_NOLOAD
     static const char *const libraries[] = {"libtorch_cpu.so", "libtorch_cpu.dylib"};
     for (size_t i = 0; i < sizeof libraries / sizeof *libraries && !gomp_parallel; i++) {

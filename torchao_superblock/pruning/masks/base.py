@@ -237,7 +237,7 @@ class BlockMask(nn.Module):
         with torch.no_grad():
             factors, live = self._factors_and_live()
         carrier = self.scores if self.carrier is None else self.carrier
-        matrix = weight.flatten(1)
+        matrix = weight if weight.ndim == 2 else weight.flatten(1)
         masked = MaskWeight.apply(matrix, carrier, factors, live, self.blocksize, self.statistic)
         return masked if weight.ndim == 2 else masked.view(weight.shape)
 
@@ -287,10 +287,10 @@ class BlockMask(nn.Module):
         if self.carrier is None or self.carrier.grad is None:
             return None
         values = full_tensor(self.carrier.grad)
-        # In two steps: squares of statistics that travel small would underflow.
-        values = values / values.abs().amax().clamp_min(torch.finfo(values.dtype).tiny)
-        values = values / values.square().mean().sqrt()
-        return torch.where(values.isfinite().all(), values, torch.zeros_like(values))
+        # In float64, since statistics travel small. A norm of 0, infinity or NaN scales all to 0.
+        norm = torch.linalg.vector_norm(values, dtype=_double(values.device))
+        scale = (values.numel() ** 0.5 / norm).nan_to_num_(0.0, 0.0, 0.0)
+        return (values * scale).nan_to_num_(0.0, 0.0, 0.0)
 
     @torch.no_grad()
     def block_mask(self) -> Tensor:
@@ -505,6 +505,10 @@ def named_masks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, BlockMa
 def has_mask(module: nn.Module) -> bool:
     """Whether there is a mask anywhere in a module."""
     return any(isinstance(child, BlockMask) for child in module.modules())
+
+
+def _double(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def kept_blocks(n_blocks: int, sparsity_level: float) -> int:

@@ -1,0 +1,90 @@
+"""What `torch.utils.flop_counter` counts for the op and its gradients: two for each stored element and token.
+
+That module imports Triton and takes longer to load than this package, so the formulas are registered once somebody else
+loads it: a `FlopCounterMode` copies the registry when it is made, and a first call of the op would be too late.
+"""
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import math
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_COUNTER = "torch.utils.flop_counter"
+
+_Shape = Sequence[int]
+
+
+def _forward_flops(
+    x_shape: _Shape,
+    crow_shape: _Shape,
+    col_shape: _Shape,
+    values_shape: _Shape,
+    *args: Any,
+    **_: Any,
+) -> int:
+    return 2 * math.prod(x_shape[:-1]) * math.prod(values_shape)
+
+
+def _grad_values_flops(
+    grad_shape: _Shape,
+    x_shape: _Shape,
+    crow_shape: _Shape,
+    col_shape: _Shape,
+    block_rows: int,
+    block_cols: int,
+    *args: Any,
+    **_: Any,
+) -> int:
+    return 2 * math.prod(x_shape[:-1]) * col_shape[0] * block_rows * block_cols
+
+
+def _register(counter: ModuleType) -> None:
+    ops = torch.ops.torchao_superblock
+    counter.register_flop_formula([ops.bsr_linear, ops.bsr_linear_grad_x])(_forward_flops)
+    counter.register_flop_formula(ops.bsr_linear_grad_values)(_grad_values_flops)
+
+
+class _Loader(importlib.abc.Loader):
+    """The counter's own loader, and the formulas afterwards."""
+
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        _register(module)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the counter, once, as everybody else would."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+def register_formulas() -> None:
+    """Register the formulas as soon as `torch.utils.flop_counter` is there."""
+    counter = sys.modules.get(_COUNTER)
+    if counter is None:
+        sys.meta_path.insert(0, _Finder())
+    else:
+        _register(counter)
