@@ -37,9 +37,10 @@ def train(model: nn.Module, sparsifier: Any, *optimizers: Any, steps: int = 4) -
             model(torch.randn(2, 16)).square().sum().backward()
             for optimizer in optimizers:
                 optimizer.step()
-                optimizer.zero_grad()
             if sparsifier is not None:
                 sparsifier.step()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
     return [str(warning.message) for warning in caught if warning.category is UserWarning]
 
 
@@ -73,6 +74,24 @@ def test_an_optimizer_that_decays_everything(fused: dict[str, bool]) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1, **fused)
     texts = train(model, sparsifier, optimizer)
     assert one(texts, "AdamW " + DECAYED + r".*param_groups\(model, weight_decay=\.\.\.\)")
+
+
+@pytest.mark.parametrize("cleared", [False, True])
+def test_gradients_that_scores_are_made_of_must_be_cleared(cleared: bool) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    optimizer = torch.optim.AdamW(model.parameters())
+    sparsifier = SupermaskSparsifier(0.5, 8, scores_init="zeros", ramp_steps=4)
+    sparsifier.prepare(model)
+    if cleared:  # by other means than the optimizer's
+        zero_grad = optimizer.zero_grad
+        optimizer.zero_grad = lambda: (zero_grad(), model.zero_grad())
+    texts = train(model, sparsifier, optimizer)
+    assert texts == [] if cleared else one(texts, UNTRAINED)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    sparsifier.squash_mask()
+    sparsifier.prepare(model)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    assert train(model, sparsifier, optimizer) == []  # nothing reads what decays here
 
 
 def test_both_faults_are_told_once_each() -> None:

@@ -41,7 +41,7 @@ from torchao_superblock.pruning.targets import (
     check_settings,
     resolve,
 )
-from torchao_superblock.pruning.watch import ScoresWatch, remove_settled
+from torchao_superblock.pruning.watch import ScoresWatch, learned, remove_settled
 from torchao_superblock.pruning.written import refuse_lost_write
 
 __all__ = ["BlockSparsifier", "CubicSL", "LambdaSL"]
@@ -235,7 +235,7 @@ class BlockSparsifier(BaseSparsifier):
         self._squashed = {}
         self._links = None
         remove_settled()
-        if any(isinstance(mask.scores, nn.Parameter) for mask in masks):
+        if any(learned(mask) is not None for mask in masks):
             self._watch = ScoresWatch(self._masks)
 
     def step(self, use_path: bool = True) -> None:

@@ -36,6 +36,7 @@ class ScoresWatch:
         self._masks = weakref.WeakMethod(masks)
         self._held: set[int] = set()
         self._stepped: set[int] = set()
+        self._gradients: dict[str, torch.Tensor | None] = {}
         self._told_of_decay = False
         self._settled = False
         self._handle = register_optimizer_step_post_hook(self._look)
@@ -44,6 +45,7 @@ class ScoresWatch:
     def close(self) -> None:
         """Looks no further; the hook goes at the next :func:`remove_settled`."""
         self._settled = True
+        self._gradients.clear()
 
     def _look(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         masks = self._masks()
@@ -53,14 +55,16 @@ class ScoresWatch:
             return
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         scores = [
-            (group["tensor_fqn"], mask, mask.scores)
+            (group["tensor_fqn"], mask, parameter)
             for group, mask in masks()
-            if isinstance(mask.scores, nn.Parameter) and mask.scores.requires_grad
+            if (parameter := learned(mask)) is not None and parameter.requires_grad
         ]
         self._held |= {id(parameter) for *_, parameter in scores} & groups.keys()
         untrained = {fqn: mask for fqn, mask, p in scores if id(p) not in self._held}
         decayed = {
-            fqn: mask for fqn, mask, p in scores if groups.get(id(p), {}).get("weight_decay")
+            fqn: mask
+            for fqn, mask, p in scores
+            if p is mask.scores and groups.get(id(p), {}).get("weight_decay")
         }
         if decayed and not self._told_of_decay:
             self._told_of_decay = True
@@ -78,13 +82,21 @@ class ScoresWatch:
             # any other that there is has had its turn.
             if id(optimizer) in self._stepped:
                 self._warn(
-                    untrained,
-                    "no optimizer trains the scores of {}, so that the masks stay as they started. "
-                    "Build the optimizer after prepare(), from sparsifier.param_groups(model), or add "
-                    "them: optimizer.add_param_group(sparsifier.param_groups(model)[1])",
+                    {
+                        fqn: mask
+                        for fqn, mask in untrained.items()
+                        if mask.carrier is None or mask.carrier.grad is self._gradients[fqn]
+                    },
+                    "no optimizer trains the scores of {}, or clears the gradients that they are made "
+                    "of: the masks do not learn. Build the optimizer after prepare(), from "
+                    "sparsifier.param_groups(model), or add them: "
+                    "optimizer.add_param_group(sparsifier.param_groups(model)[1])",
                 )
                 self.close()
             self._stepped.add(id(optimizer))
+            # Who clears it by other means, as model.zero_grad() does, finds a new one at each step.
+            for fqn, mask, parameter in scores:
+                self._gradients[fqn] = parameter.grad if parameter is mask.carrier else None
 
     def _warn(self, found: dict[str, BlockMask], text: str) -> None:
         names = [fqn for fqn, mask in found.items() if not mask.is_frozen]
@@ -93,6 +105,11 @@ class ScoresWatch:
             warnings.warn(
                 text.format(f"{names[0]!r}{more}"), UserWarning, stacklevel=4
             )  # optimizer.step()
+
+
+def learned(mask: BlockMask) -> nn.Parameter | None:
+    """What an optimizer has to hold: scores, or the carrier of gradients that scores are made of."""
+    return mask.scores if isinstance(mask.scores, nn.Parameter) else mask.carrier
 
 
 _watches: set[ScoresWatch] = set()
