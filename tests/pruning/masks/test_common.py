@@ -315,3 +315,37 @@ def test_samples_can_be_mapped_over(kind: str) -> None:
     for name, gradient in expected.items():
         if "parametrizations.weight.0" not in name:  # squares of gradients do not add up
             torch.testing.assert_close(found[name].sum(0), gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_masks_are_exact_and_forwards_wait_for_nothing(
+    kind: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)).to("cuda", dtype)
+    sparsifier = KINDS[kind](0.75, 32)
+    sparsifier.prepare(model)
+    optimizer = torch.optim.AdamW(sparsifier.param_groups(model), lr=1e-3)
+    x = torch.randn(64, 256, device="cuda", dtype=dtype)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(x).float().square().mean().backward()
+        optimizer.step()
+        sparsifier.step()
+    previous = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = model(x)
+        out.float().square().mean().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode(previous)
+    assert all(int(mask.block_mask().sum()) == kept(mask, 0.75) for mask in masks(model))
+    on_cpu = copy.deepcopy(model).cpu()
+    for a, b in zip(masks(model), masks(on_cpu), strict=True):
+        assert torch.equal(a.block_mask().cpu(), b.block_mask())
+    weight = model[0].weight.detach()
+    assert torch.equal(weight.cpu(), on_cpu[0].weight)
+    sparsifier.squash_mask()
+    assert torch.equal(model[0].weight, weight)
+    assert torch.equal(model(x), out)
