@@ -324,7 +324,7 @@ def plot_swap_report(report: SwapReport, *, title: str | None = None) -> Figure:
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    default = f"{len(report.swapped)} of {len(entries)} linear layers swapped to BSR; bars: fraction of zero blocks"
+    default = f"{len(report.swapped)} of {len(entries)} weights swapped to BSR; bars: fraction of zero blocks"
     axes.set_title(title or default, loc="left", fontsize=11, fontweight="bold", color=_INK)
     return figure
 

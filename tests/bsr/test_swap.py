@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from expecttest import assert_expected_inline
 from torch import nn
 from torch.nn.utils import parametrize
@@ -61,7 +62,7 @@ def test_report_accounts_for_every_linear_and_prints_as_a_table():
     assert_expected_inline(
         str(report),
         """\
-1 of 9 linear layers swapped to BSR
+1 of 9 weights swapped to BSR
 layer    shape  block  sparsity  result
 mlp      64x64  16x16  75.0%     swapped
 dense    64x64  64x64  0.0%      skipped: 0.0% of its blocks are zero, min_sparsity is 50.0%
@@ -91,6 +92,65 @@ integer  64x64  -      -         skipped: its dtype is torch.complex64""",
         "swapped",
     )
     assert all(getattr(model, name) is module for name, module in untouched.items())
+
+
+class Conv1D(nn.Module):
+    """As in transformers: a linear layer with its weight transposed, and no `nn.Linear`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(32, 64))
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(4, 64, 32))
+        self.gate = nn.Parameter(torch.randn(4, 2))
+
+
+def test_report_accounts_for_weights_outside_of_linear_layers():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches = nn.Conv2d(3, 16, 4)
+            self.position = nn.Parameter(torch.randn(1, 9, 64))
+            self.words = nn.Embedding(64, 32)
+            self.masked_words = nn.Embedding(64, 32)
+            self.attention = nn.MultiheadAttention(32, 4)
+            self.fused = Conv1D()
+            self.experts = Experts()
+            self.pruned = nn.utils.prune.l1_unstructured(nn.Linear(32, 32), "weight", 0.5)
+            self.old_norm = nn.utils.weight_norm(nn.Linear(32, 32))
+            self.ragged = nn.Linear(30, 32)
+            self.norm = nn.LayerNorm(32)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the old weight_norm
+        model = Model()
+    with torch.no_grad():
+        model.masked_words.weight[16:32] = 0
+        model.fused.weight[:16] = 0
+        model.experts.up[1] = 0
+        model.ragged.weight[:16] = 0
+    before = snapshot(model)
+    report = swap_to_bsr(model, min_sparsity=0.5)
+    assert_unchanged(model, before)
+    assert str(report).startswith("0 of 9 weights swapped to BSR\n")
+    assert {entry.fqn: (entry.code, entry.sparsity) for entry in report.skipped} == {
+        "patches.weight": ("no_twin", 0.0),
+        "masked_words.weight": ("no_twin", 0.25),
+        "attention.in_proj_weight": ("no_twin", 0.0),
+        "attention.out_proj": ("too_few_zero_blocks", 0.0),
+        "fused.weight": ("no_twin", 0.5),
+        "experts.up": ("no_twin", 0.25),
+        "pruned": ("parametrized", None),
+        "old_norm": ("parametrized", None),
+        "ragged": ("shape_not_multiple", None),
+    }
+    reasons = {entry.fqn: entry.reason for entry in report.skipped}
+    assert reasons["fused.weight"] == "Conv1D has no block-sparse twin"
+    assert reasons["ragged"].endswith("from 8 to 256; 50.0% of its elements are zero")
 
 
 def test_an_explicit_block_size_that_does_not_divide_is_a_skip():

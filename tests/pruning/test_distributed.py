@@ -19,6 +19,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.pruning.masks.kinds import KINDS
 from torchao_superblock.pruning import (
     MagnitudeSparsifier,
     RigLSparsifier,
@@ -292,6 +293,65 @@ def check_squash_at_once(rank: int) -> None:
         torch.testing.assert_close(model(x), expected(x))
 
 
+def check_fsdp_1(rank: int, use_orig_params: bool) -> None:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model, plain = make_model(), make_model(1)
+    config = [{"tensor_fqn": "[02].weight"}]
+    # Levels alone: the scores are those that the optimizer trains.
+    sparsifier = SupermaskSparsifier(0.5, 8, scores_init="kaiming_uniform")
+    sparsifier.prepare(model, config)
+    SupermaskSparsifier(0.5, 8, scores_init="kaiming_uniform").prepare(plain, config)
+    # Without a device FSDP refuses by itself; with a CPU it frees what it shards.
+    wrapped = FullyShardedDataParallel(
+        model, device_id=torch.device("cpu"), use_orig_params=use_orig_params
+    )
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    torch.manual_seed(rank)
+    for level in (0.5, 0.75, 0.8):
+        for group in sparsifier.groups:
+            group["sparsity_level"] = level
+        wrapped(torch.randn(4, 24)).square().sum().backward()
+        optimizer.step()
+        sparsifier.step()
+    kept = [max(1, round(15 * (1 - 0.8)))] * 2
+    for read in (
+        sparsifier.summary,
+        sparsifier.freeze,
+        sparsifier.state_dict,
+        sparsifier.squash_mask,
+        lambda: squash(model),
+        lambda: squash(wrapped),
+    ):
+        with pytest.raises(RuntimeError, match=r"0\.weight' is sharded"):
+            read()
+    with FullyShardedDataParallel.summon_full_params(wrapped):
+        assert [entry.kept for entry in sparsifier.summary().groups] == kept
+        state = sparsifier.state_dict()["state"]
+        assert all(same_on_all_ranks(entry["mask"].to(torch.uint8)) for entry in state.values())
+        for fold in (sparsifier.squash_mask, lambda: squash(model)):
+            with pytest.raises(RuntimeError, match=r"(?s)'0\.weight' is sharded.*full_state_dict"):
+                fold()
+    x = torch.randn(2, 24)
+    expected = wrapped(x).detach()
+    # The way out that the error names.
+    gathered = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True))
+    if rank == 0:
+        plain.load_state_dict(gathered)
+        squash(plain)
+        torch.testing.assert_close(plain(x), expected)
+        assert [int((m != 0).sum()) for m in block_norms(plain)] == kept
+
+
+def block_norms(model: nn.Sequential) -> list[torch.Tensor]:
+    weights = [model[i].weight.detach() for i in (0, 2)]
+    return [
+        weight.unflatten(1, (-1, 8)).unflatten(0, (-1, 8)).square().sum(3).sum(1)
+        for weight in weights
+    ]
+
+
 CHECKS: dict[str, Callable[[int], None]] = {
     "ddp": functools.partial(check_ddp, frozen=False),
     "ddp_frozen": functools.partial(check_ddp, frozen=True),
@@ -301,6 +361,8 @@ CHECKS: dict[str, Callable[[int], None]] = {
     "prepare_sharded": check_prepare_sharded,
     "gathered_state_dict": check_gathered_state_dict,
     "squash_at_once": check_squash_at_once,
+    "fsdp_1": functools.partial(check_fsdp_1, use_orig_params=False),
+    "fsdp_1_orig_params": functools.partial(check_fsdp_1, use_orig_params=True),
     **{
         f"{kind}_{'fsdp' if shard else 'ddp'}": functools.partial(
             check_kind, kind=kind, shard=shard
@@ -347,3 +409,41 @@ def test_fsdp2_state_dict_serves_an_unsharded_model(run: Callable[[str], None]) 
 
 def test_fsdp2_squash_is_refused_before_and_after_a_forward(run: Callable[[str], None]) -> None:
     run("squash_at_once")
+
+
+@pytest.mark.parametrize("name", ["fsdp_1", "fsdp_1_orig_params"])
+def test_fsdp1_steps_and_refuses_by_name_what_it_has_released(
+    run: Callable[[str], None], name: str
+) -> None:
+    run(name)
+
+
+@pytest.mark.parametrize("released", ["scores", "weight"])
+def test_zero_3_leaves_parameters_of_no_elements(released: str) -> None:
+    model = make_model()
+    sparsifier = SupermaskSparsifier(0.5, 8, scores_init="kaiming_uniform")
+    sparsifier.prepare(model, [{"tensor_fqn": "0.weight"}])
+    parametrizations = model[0].parametrizations.weight
+    parameter = parametrizations[0].scores if released == "scores" else parametrizations.original
+    parameter.data = torch.empty(0)
+    sparsifier.groups[0]["sparsity_level"] = 0.75
+    sparsifier.step()
+    assert int(parametrizations[0].n_kept) == 4
+    reads = [sparsifier.squash_mask, lambda: squash(model)]
+    if released == "scores":
+        reads += [sparsifier.summary, sparsifier.freeze, sparsifier.state_dict]
+    for read in reads:
+        with pytest.raises(RuntimeError, match=r"'0\.weight' is sharded and released from memory"):
+            read()
+
+
+def test_a_kind_that_measures_weights_refuses_to_step_without_them() -> None:
+    model = make_model()
+    sparsifier = KINDS["example"](0.5, 8)
+    sparsifier.prepare(model, [{"tensor_fqn": "0.weight"}])
+    sparsifier.step()
+    model[0].parametrizations.weight.original.data = torch.empty(0)
+    with pytest.raises(
+        RuntimeError, match=r"step: '0\.weight' is sharded and released from memory"
+    ):
+        sparsifier.step()

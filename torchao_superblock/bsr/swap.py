@@ -1,11 +1,12 @@
 """Replace the linear layers of a model by :class:`BSRLinear` where that pays, and say what became of each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from numbers import Real
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from torchao_superblock.bsr import sequential
 from torchao_superblock.bsr.format import infer_blocksize, nonzero_blocks
@@ -20,28 +21,29 @@ from torchao_superblock.common.modules import (
     storage_address,
 )
 from torchao_superblock.common.names import without_compile_prefix
-from torchao_superblock.common.swappable import shape_obstacle
+from torchao_superblock.common.swappable import TWINS, shape_obstacle, type_obstacle
+from torchao_superblock.common.weights import other_weights
 from torchao_superblock.ops.break_even import break_even
 
 
 @dataclass(frozen=True)
 class SwapEntry:
-    """What became of one linear layer.
+    """What became of one linear layer, or of another weight that stays dense.
 
     Attributes:
-        fqn: its fully qualified name.
-        shape: `(out_features, in_features)`.
+        fqn: the layer's fully qualified name; another weight's is that of the tensor.
+        shape: `(out_features, in_features)`; another weight's own shape.
         blocksize: `(rows, cols)`, or None where none was found.
         sparsity: fraction of blocks that hold only zeros, or None where it was not looked at.
         reason: a sentence.
         code: a short stable word: `swapped`, or why not: `customised`, `filtered_out`, `invalid_indices`,
-            `linear_subclass`, `meta_device`, `odd_shape`, `other_blocksize`, `parametrized`,
-            `shape_not_multiple`, `sharded`, `slower_than_dense`, `sparse_layout`, `tied_weight`,
+            `linear_subclass`, `meta_device`, `no_twin` (not in a linear layer), `odd_shape`, `other_blocksize`,
+            `parametrized`, `shape_not_multiple`, `sharded`, `slower_than_dense`, `sparse_layout`, `tied_weight`,
             `too_few_zero_blocks`, `uninitialized`, `unsupported_dtype`, `weight_subclass`.
     """
 
     fqn: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     blocksize: tuple[int, int] | None
     sparsity: float | None
     reason: str
@@ -54,7 +56,9 @@ class SwapReport:
 
     Attributes:
         swapped: one :class:`SwapEntry` for each layer that is a :class:`BSRLinear` now.
-        skipped: one for each layer that was left alone, with the reason.
+        skipped: one for each layer that was left alone, with the reason, and one for each other weight: convolutions,
+            the projections of attention, experts in one 3-D tensor, matrices that a module holds itself, and embeddings
+            if they have blocks of zeros.
         notes: sentences about anything else that was changed in the model.
     """
 
@@ -64,7 +68,7 @@ class SwapReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{len(self.swapped)} of {len(self.swapped) + len(self.skipped)} linear layers swapped to BSR"
+            f"{len(self.swapped)} of {len(self.swapped) + len(self.skipped)} weights swapped to BSR"
         ]
         rows = [("layer", "shape", "block", "sparsity", "result")]
         for entry in [*self.swapped, *self.skipped]:
@@ -144,7 +148,7 @@ def swap_to_bsr(
             report's shapes are those before.
 
     Returns:
-        A :class:`SwapReport` that accounts for every `nn.Linear` of the model.
+        A :class:`SwapReport` that accounts for every `nn.Linear` of the model and every other weight.
 
     Raises:
         RuntimeError: a block mask is not squashed yet.
@@ -189,12 +193,12 @@ def swap_to_bsr(
     replacements: dict[nn.Module, BSRLinear] = {}
     owners = parameter_owners(model)
     for fqn, module in model.named_modules():
+        name = without_compile_prefix(fqn)
         twin = twin_of(type(module))
         if twin is None and not isinstance(module, nn.Linear):
+            report.skipped += _other_weights(module, name)
             continue
-        entry = _judge(
-            module, without_compile_prefix(fqn), blocksize, min_sparsity, filter_fn, owners
-        )
+        entry = _judge(module, name, blocksize, min_sparsity, filter_fn, owners)
         if entry.code == "swapped":
             try:
                 replacements[module] = twin.bsr.from_dense(module, entry.blocksize)
@@ -236,7 +240,9 @@ def _judge(
         blocksize = infer_blocksize(linear.weight)
     unfit = shape_obstacle(shape, blocksize)
     if unfit is not None or blocksize is None:
-        return entry("shape_not_multiple", unfit)
+        zeros = (linear.weight.detach() == 0).double().mean().item()
+        remark = f"; {zeros:.1%} of its elements are zero" if zeros else ""
+        return entry("shape_not_multiple", f"{unfit}{remark}")
     sparsity = 1.0 - nonzero_blocks(linear.weight, blocksize).float().mean().item()
     if min_sparsity is not None:
         needed, code = min_sparsity, "too_few_zero_blocks"
@@ -260,6 +266,36 @@ def _judge(
     if sparsity < needed:
         return entry(code, f"{sparsity:.1%} of its blocks are zero, {rule}", sparsity)
     return entry("swapped", f"{sparsity:.1%} of its blocks are zero", sparsity)
+
+
+def _other_weights(module: nn.Module, fqn: str) -> Iterator[SwapEntry]:
+    """The weights of a module that is no linear layer: no swap stores them as blocks."""
+    if any(type(module) is twin.bsr for twin in TWINS.values()):
+        return
+    kind = parametrize.type_before_parametrizations(module)
+    for name, tensor in other_weights(module):
+        blocksize = sparsity = None
+        if tensor.layout is torch.strided and type(tensor.data) is Tensor and not tensor.is_meta:
+            blocksize, sparsity = _zero_blocks(tensor.detach())
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and not sparsity:
+            continue
+        yield SwapEntry(
+            f"{fqn}.{name}" if fqn else name,
+            tuple(tensor.shape),
+            blocksize,
+            sparsity,
+            type_obstacle(kind, name) or "it is not a weight that a swap stores as blocks",
+            "no_twin",
+        )
+
+
+def _zero_blocks(weight: Tensor) -> tuple[tuple[int, int] | None, float | None]:
+    """Block size and fraction of zero blocks of a matrix, or of several on top of each other."""
+    matrix = weight.reshape(-1, weight.shape[-1]) if weight.dim() <= 3 else weight.flatten(1)
+    blocksize = infer_blocksize(matrix)
+    if blocksize is None:
+        return None, None
+    return blocksize, 1.0 - nonzero_blocks(matrix, blocksize).float().mean().item()
 
 
 def _judge_stored(

@@ -24,6 +24,36 @@ def is_dtensor(value: object) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
+def refuse_released(tensor: Tensor, shape: tuple[int, ...], where: str, way_out: str = "") -> None:
+    """Raises if the values of a tensor are elsewhere at the moment; reading them would be a read of no memory.
+
+    Between forwards, `FullyShardedDataParallel` and DeepSpeed's ZeRO-3 leave a tensor without memory, or one of
+    another shape, in the place of a parameter.
+
+    Args:
+        tensor: is not read.
+        shape: what it has when it is there.
+        where: what the error begins with.
+        way_out: how the error ends; by default with the public ways to have the values here for a while.
+
+    Raises:
+        RuntimeError: if its values are not here.
+    """
+    if is_dtensor(tensor) or tensor.is_meta:
+        return
+    needed = tensor.numel() * tensor.element_size()
+    if tuple(tensor.shape) == shape and tensor.untyped_storage().nbytes() >= needed:
+        return
+    raise RuntimeError(
+        f"{where} is sharded and released from memory (FullyShardedDataParallel, DeepSpeed ZeRO-3). "
+        + (
+            way_out
+            or "Call this on every rank inside FullyShardedDataParallel.summon_full_params(model), or "
+            "deepspeed.zero.GatheredParameters(model.parameters())"
+        )
+    )
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a tensor, without gradient; gathers a DTensor (call it on every rank then)."""
     tensor = tensor.detach()

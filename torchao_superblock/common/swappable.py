@@ -41,9 +41,9 @@ def type_obstacle(cls: type[nn.Module], tensor_name: str) -> str | None:
     """Why no swap can store this tensor of such a module as blocks: a sentence, or None."""
     twin = TWINS.get(cls)
     if twin is None:
-        return f"a {cls.__name__} has no block-sparse twin"
+        return f"{cls.__name__} has no block-sparse twin"
     if tensor_name not in twin.tensors:
-        return f"the swap leaves the {tensor_name} of a {cls.__name__} dense"
+        return f"the swap leaves the {tensor_name} of {cls.__name__} dense"
     return None
 
 

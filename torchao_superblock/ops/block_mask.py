@@ -24,6 +24,7 @@ BROKEN = 2
 """`live` of a mask whose state was averaged beyond repair."""
 
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+_functorch_interpreter = torch._C._functorch.peek_interpreter_stack
 
 
 def block_grid(shape: tuple[int, int], blocksize: tuple[int, int]) -> tuple[int, int]:
@@ -102,11 +103,11 @@ def mask_weight(
         mask = torch.where(live == BROKEN, torch.full_like(factors, float("nan")), factors)
     if is_whole(weight.shape, blocksize):
         return _mask_blocks(weight, mask, blocksize)
-    out = torch.empty_like(weight)
+    parts = []
     for rows, cols, block_rows, block_cols, block in regions(weight.shape, blocksize):
         part = _mask_blocks(weight[rows, cols], mask[block_rows, block_cols], block)
-        out[rows, cols] = part
-    return out
+        parts.append((rows.start, part))
+    return _put_together(parts)
 
 
 def mask_weight_backward(
@@ -163,11 +164,10 @@ def block_sum(a: Tensor, b: Tensor, blocksize: tuple[int, int]) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     if is_whole(a.shape, blocksize):
         return _sum_blocks(a, b, blocksize, dtype)
-    rows: dict[int, list[Tensor]] = {}
-    for a_rows, a_cols, _, _, block in regions(a.shape, blocksize):
-        part = _sum_blocks(a[a_rows, a_cols], b[a_rows, a_cols], block, dtype)
-        rows.setdefault(a_rows.start, []).append(part)
-    return torch.cat([torch.cat(parts, dim=1) for parts in rows.values()])
+    parts = []
+    for rows, cols, _, _, block in regions(a.shape, blocksize):
+        parts.append((rows.start, _sum_blocks(a[rows, cols], b[rows, cols], block, dtype)))
+    return _put_together(parts)
 
 
 def block_norm(weight: Tensor, blocksize: tuple[int, int]) -> Tensor:
@@ -223,6 +223,14 @@ def regions(
             yield rows, cols, block_rows, block_cols, (r, c)
 
 
+def _put_together(parts: list[tuple[int, Tensor]]) -> Tensor:
+    """One matrix of its parts, each with the row where it begins; without a write, for `vmap`'s sake."""
+    rows: dict[int, list[Tensor]] = {}
+    for start, part in parts:
+        rows.setdefault(start, []).append(part)
+    return torch.cat([torch.cat(row, dim=1) for row in rows.values()])
+
+
 def _spans(length: int, size: int) -> Iterator[tuple[slice, slice, int]]:
     count, rest = divmod(length, size)
     if count:
@@ -237,8 +245,12 @@ def _as_blocks(weight: Tensor, blocksize: tuple[int, int]) -> Tensor:
 
 
 def _mask_blocks(weight: Tensor, mask: Tensor, blocksize: tuple[int, int]) -> Tensor:
-    factors = mask.to(weight.dtype)[:, None, :, None]
-    return (_as_blocks(weight, blocksize) * factors).reshape(weight.shape)
+    blocks = _as_blocks(weight, blocksize) * mask.to(weight.dtype)[:, None, :, None]
+    if not blocks.is_contiguous():
+        return blocks.reshape(weight.shape)
+    # Nobody has the blocks but this function: the result is a tensor of its own, no view of them, so
+    # that autograd lets it be written and its own views keep it alive.
+    return torch.ops.aten._unsafe_view.default(blocks, weight.shape)
 
 
 def _sum_blocks(a: Tensor, b: Tensor, blocksize: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -251,8 +263,8 @@ def _triton_kernels(*tensors: Tensor) -> ModuleType | None:
     """The Triton module where these tensors can be given to a kernel, else None."""
     if not tensors[0].is_cuda or torch.compiler.is_compiling():
         return None
-    if any(type(tensor) not in _PLAIN_TENSORS for tensor in tensors):
-        return None
+    if any(type(tensor) not in _PLAIN_TENSORS for tensor in tensors) or _functorch_interpreter():
+        return None  # inside torch.func's transforms there is no memory to give to a kernel
     return _import_triton_kernels()
 
 

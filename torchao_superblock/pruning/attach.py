@@ -3,7 +3,8 @@
 `torch.nn.utils.parametrize` supplies the mechanism. What is added to it here:
 
 * `reset_parameters()` that reaches the weight under the mask, and the scores.
-* Pickling, which parametrize refuses.
+* Reads that notice what is written into their results.
+* Pickling, which parametrize refuses, and copies of modules that keep what they read.
 * Removal from one copy: deep copies share their parametrized class, so parametrize's own removal
   takes the property away from all of them.
 * A property that evaluates the mask once a forward (see `reading.py`).
@@ -11,15 +12,17 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from torchao_superblock.pruning.masks.base import BlockMask, find_mask, masks_of
 from torchao_superblock.pruning.reading import RAW, read_once, reader, rebuild_reader, scope
+from torchao_superblock.pruning.written import forget_lost_write, read_watched
 
 _RESETS = ("reset_parameters", "_reset_parameters")
 
@@ -33,7 +36,12 @@ def attach(module: nn.Module, tensor_name: str, mask: BlockMask) -> None:
         _own_class(module)
     # `unsafe` skips a trial forward; there is nothing to find out, and a meta weight has no values.
     parametrize.register_parametrization(module, tensor_name, mask, unsafe=True)
-    _equip_class(module, [tensor_name])
+    equip(module)
+
+
+def equip(module: nn.Module) -> None:
+    """Gives the class of a masked module what parametrize alone leaves out; again is allowed."""
+    _equip_class(module, list(masks_of(module)))
 
 
 def detach(module: nn.Module, tensor_name: str) -> None:
@@ -42,9 +50,13 @@ def detach(module: nn.Module, tensor_name: str) -> None:
     _own_class(module)
     parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=False)
     _move_before(module, tensor_name, mask.followers if mask is not None else ())
+    forget_lost_write(module, tensor_name)
     if parametrize.is_parametrized(module) and not masks_of(module):
-        for name in type(module).__dict__.get("_equipped", ()):
-            delattr(type(module), name)
+        for name, before in type(module).__dict__.get("_equipped", {}).items():
+            if before is None:
+                delattr(type(module), name)
+            else:
+                setattr(type(module), name, before)
 
 
 def _own_class(module: nn.Module) -> None:
@@ -78,7 +90,10 @@ def _equip_class(module: nn.Module, tensor_names: list[str]) -> None:
     base = cls.__bases__[0]
     for name in tensor_names:
         evaluate = cls.__dict__[name]
-        setattr(cls, name, property(reader(name, evaluate.fget), evaluate.fset))
+        if not hasattr(evaluate.fget, "_reads_mask"):
+            read = reader(name, _watching(name, evaluate.fget))
+            read._reads_mask = True
+            setattr(cls, name, property(read, _writer(name, evaluate.fset)))
     equipment: dict[str, Any] = {
         "__reduce_ex__": _reduce_masked,
         "register_parameter": _assigning(base.register_parameter),
@@ -86,9 +101,13 @@ def _equip_class(module: nn.Module, tensor_names: list[str]) -> None:
     for name in _RESETS:
         if hasattr(base, name):
             equipment[name] = _resetting(getattr(base, name))
+    if "__deepcopy__" in cls.__dict__:  # parametrize's; a class that has its own keeps it
+        equipment["__deepcopy__"] = _copy_masked
+    before = {name: cls.__dict__.get(name) for name in (*equipment, "_equipped")}
     for name, value in equipment.items():
         setattr(cls, name, value)
-    cls._equipped = (*equipment, "_equipped")
+    if "_equipped" not in cls.__dict__:
+        cls._equipped = before
 
 
 def _assigning(register: Callable[..., None]) -> Callable[..., None]:
@@ -103,6 +122,22 @@ def _assigning(register: Callable[..., None]) -> Callable[..., None]:
     return assign_or_register
 
 
+def _watching(
+    tensor_name: str, evaluate: Callable[[nn.Module], Tensor]
+) -> Callable[[nn.Module], Tensor]:
+    return lambda module: read_watched(module, tensor_name, evaluate)
+
+
+def _writer(
+    tensor_name: str, assign: Callable[[nn.Module, Tensor], None]
+) -> Callable[[nn.Module, Tensor], None]:
+    def write(self: nn.Module, value: Tensor) -> None:
+        assign(self, value)
+        forget_lost_write(self, tensor_name)
+
+    return write
+
+
 def _resetting(reset: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(reset)
     def reset_weight_then_scores(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -112,6 +147,7 @@ def _resetting(reset: Callable[..., Any]) -> Callable[..., Any]:
             result = reset(self, *args, **kwargs)
         for name, mask in masks.items():
             mask.reset_parameters(self.parametrizations[name].original)
+            forget_lost_write(self, name)
         return result
 
     return reset_weight_then_scores
@@ -121,7 +157,26 @@ def _reduce_masked(self: nn.Module, protocol: int) -> tuple[Any, ...]:
     base = type(self).__bases__[0]
     reads = "_reads_once" in base.__dict__
     names, masked = list(self.parametrizations), list(masks_of(self))
-    return _rebuild, (base.__bases__[0] if reads else base, reads, names, masked), self.__dict__
+    state = base.__getstate__(self)  # parametrize's own refuses
+    if isinstance(state, dict):
+        state = {name: _without_history(value) for name, value in state.items()}
+    return _rebuild, (base.__bases__[0] if reads else base, reads, names, masked), state
+
+
+def _without_history(value: Any) -> Any:
+    """Weights that a module read and keeps, as recurrent ones do, without the graph that made them."""
+    if isinstance(value, Tensor) and not value.is_leaf:
+        return value.detach()
+    if type(value) is list and any(isinstance(v, Tensor) and not v.is_leaf for v in value):
+        return [_without_history(item) for item in value]
+    return value
+
+
+def _copy_masked(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    rebuild, arguments, state = self.__reduce_ex__(4)
+    copied = memo[id(self)] = rebuild(*arguments)
+    copied.__setstate__(copy.deepcopy(state, memo))
+    return copied
 
 
 def _rebuild(base: type[nn.Module], reads: bool, names: list[str], masked: list[str]) -> nn.Module:

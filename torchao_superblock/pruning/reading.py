@@ -138,7 +138,8 @@ def reader(tensor_name: str, evaluate: Callable[[nn.Module], Tensor]) -> Callabl
 
 
 def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
-    return rebuild_reader, (type(self).__bases__[0],), self.__dict__
+    base = type(self).__bases__[0]
+    return rebuild_reader, (base,), base.__getstate__(self)
 
 
 def rebuild_reader(base: type[nn.Module]) -> nn.Module:

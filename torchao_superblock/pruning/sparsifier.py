@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
@@ -26,12 +25,12 @@ from torchao_superblock.pruning.masks.base import (
     BlockMask,
     check_sparsity_level,
     find_mask,
-    kept_blocks,
     named_masks,
 )
 from torchao_superblock.pruning.masks.given import GivenMask
 from torchao_superblock.pruning.ramp import Progress, Ramp, check_ramp
 from torchao_superblock.pruning.reading import read_masked_children_once
+from torchao_superblock.pruning.replaced import Links, follow, refuse_adapters
 from torchao_superblock.pruning.squash import check_foldable, fold
 from torchao_superblock.pruning.summary import MaskedTensor, MaskSummary
 from torchao_superblock.pruning.targets import (
@@ -40,6 +39,8 @@ from torchao_superblock.pruning.targets import (
     check_settings,
     resolve,
 )
+from torchao_superblock.pruning.watch import ScoresWatch, learned, remove_settled
+from torchao_superblock.pruning.written import refuse_lost_write
 
 __all__ = ["BlockSparsifier", "CubicSL", "LambdaSL"]
 
@@ -56,6 +57,7 @@ class _MaskStates(Mapping[str, dict[str, Any]]):
     def __getitem__(self, fqn: str) -> dict[str, Any]:
         entry = dict(self._loaded.get(fqn, {}))
         if "mask" not in entry and fqn in self._masks:
+            self._masks[fqn].refuse_released(f"state: {fqn!r}")
             entry["mask"] = self._masks[fqn].block_mask()
         elif fqn not in self._masks and not entry:
             raise KeyError(fqn)
@@ -99,6 +101,9 @@ class BlockSparsifier(BaseSparsifier):
     """
 
     mask_type: ClassVar[type[BlockMask]]
+
+    _links: Links | None = None
+    _watch: ScoresWatch | None = None
 
     def __init__(
         self,
@@ -163,23 +168,27 @@ class BlockSparsifier(BaseSparsifier):
         """Puts a block mask on the weights that the config names. The model changes in place.
 
         From then on the weight is computed at each read: initialise it before, by assignment, or with
-        the module's `reset_parameters()`; writing into what a read returned is lost.
+        the module's `reset_parameters()`; writing into what a read returned is
+        lost, and the next read says so (not where it was written through `.data`).
 
         Args:
             model: not yet wrapped in DDP or fully_shard.
             config: None for the weight of every exact `nn.Linear`, or a list of entries. An entry has
                 a `tensor_fqn` and any setting of the constructor (`sparsity_level`, `blocksize`, ...).
-                A `tensor_fqn` with `*`, `?` or `[` is a glob over whole names (`*` crosses dots): it
-                reaches the weights of `nn.Linear` and its subclasses and the projection weights of
-                `nn.MultiheadAttention`, each its own group. Any other names one tensor exactly, which
-                can be any 2-D floating parameter. A later entry overrides an earlier glob.
+                A `tensor_fqn` that is the name of a tensor as it stands means that one, which can be
+                any 2-D floating parameter. Another with `*`, `?` or `[` is a glob over whole names
+                (`*` crosses dots): it reaches the weights of `nn.Linear` and its subclasses and the
+                projection weights of `nn.MultiheadAttention`, each its own group. An entry with
+                `"exclude": True` takes out what earlier entries reached (entries that all exclude
+                start from what None reaches). A later entry overrides an earlier glob.
                 None and globs skip what cannot be masked; :meth:`summary` lists it.
 
         Raises:
             ValueError: for a name without a match, a tensor named twice, an exactly named tensor that
                 cannot be masked, a bad setting, or if nothing is left to mask.
             TypeError: for a config of the wrong form.
-            RuntimeError: if this sparsifier or the tensor is prepared already, or the model is
+            RuntimeError: if this sparsifier or the tensor is prepared already, the tensor belongs to
+                the base of an adapter, or the model is
                 wrapped. The model is unchanged after an error.
         """
         self._notice_squash()
@@ -193,6 +202,7 @@ class BlockSparsifier(BaseSparsifier):
         config = check_config(config, self.mask_type.settings())
         groups, skipped = resolve(model, config, self.defaults)
         _refuse_ddp(model, groups)
+        refuse_adapters(model, {g["module"]: g["tensor_fqn"] for g in groups}, "prepare")
         # Before any scores are drawn: an error must not move the random number generator.
         for group in groups:
             where = f"prepare: {group['tensor_fqn']!r} "
@@ -208,6 +218,7 @@ class BlockSparsifier(BaseSparsifier):
             "_skipped": skipped,
             "_squashed": {},
             "_squashing": False,
+            "_links": None,
         }
         before = dict(vars(self))
         try:
@@ -221,6 +232,10 @@ class BlockSparsifier(BaseSparsifier):
             self.__dict__ = before
             raise
 
+        remove_settled()
+        if any(learned(mask) is not None for _group, mask in self._masks()):
+            self._watch = ScoresWatch(self._masks)
+
     def step(self, use_path: bool = True) -> None:
         """Takes one step along the ramp: renews the masks, applies the groups' levels, freezes in time.
 
@@ -233,14 +248,21 @@ class BlockSparsifier(BaseSparsifier):
 
         Raises:
             RuntimeError: before `prepare` and after `squash_mask`, or where gradients that the masks
-                need are gone.
+                need are gone; if a masked module was replaced by one without a mask, or became the
+                base of an adapter; if a masked weight was written in place; if FSDP 1 or ZeRO-3 has
+                released what this kind of mask measures.
             ValueError: for a level outside `[0, 1)`; nothing has been changed then.
         """
+        remove_settled()
         self._require_groups("step")
         if not self.enable_mask_update:
             return
         for group in self.groups:
-            check_sparsity_level(group["sparsity_level"], f"step: {group['tensor_fqn']!r} has ")
+            where = f"step: {group['tensor_fqn']!r}"
+            check_sparsity_level(group["sparsity_level"], f"{where} has ")
+            refuse_lost_write(group["module"], group["tensor_name"], f"{where}: ")
+        for group, mask in self._masks():
+            mask.refuse_step(_original(group), f"step: {group['tensor_fqn']!r}")
         self._require_gradients()
         self._steps += 1
         for entry in self._loaded.values():
@@ -276,7 +298,9 @@ class BlockSparsifier(BaseSparsifier):
         """
         self._require_groups("freeze")
         for group, mask in self._masks():
-            mask.freeze(group["module"].parametrizations[group["tensor_name"]].original)
+            mask.refuse_freeze(_original(group), f"freeze: {group['tensor_fqn']!r}")
+        for group, mask in self._masks():
+            mask.freeze(_original(group))
 
     def unfreeze(self) -> None:
         """Lets the masks follow scores and levels again.
@@ -326,28 +350,15 @@ class BlockSparsifier(BaseSparsifier):
         Reads the masks back to the host. Under FSDP2 call it on every rank.
 
         Raises:
+            RuntimeError: if a masked module was replaced by one without a mask, or became the base of
+                an adapter; if FSDP 1 or ZeRO-3 has released the scores.
             ValueError: if an average was written into the model whose mixed masks mean nothing.
         """
+        self._follow("summary")
         entries = []
         for group, mask in self._masks():
-            grid = mask.grid
             mask.check_sound(f"summary: {group['tensor_fqn']!r}: ")
-            if mask.held_mask.is_meta:
-                kept = kept_blocks(math.prod(grid), group["sparsity_level"])
-            else:
-                kept = int(mask.block_mask().sum())
-            entries.append(
-                MaskedTensor(
-                    fqn=group["tensor_fqn"],
-                    shape=mask.tensor_shape or mask.weight_shape,
-                    blocksize=mask.blocksize,
-                    grid=grid,
-                    target_sparsity=float(group["sparsity_level"]),
-                    sparsity=1 - kept / math.prod(grid),
-                    kept=kept,
-                    frozen=mask.is_frozen,
-                )
-            )
+            entries.append(MaskedTensor.of(group, mask))
         return MaskSummary(entries, list(self._skipped))
 
     # ---------------------------------------------------------------------------------------------
@@ -483,6 +494,7 @@ class BlockSparsifier(BaseSparsifier):
 
         The scores are in the model's own state dict, and so is the mask of its next forward.
         """
+        self._follow("state_dict")
         groups = []
         for group in self.groups:
             saved = {key: group[key] for key in ("tensor_fqn", *self.mask_type.settings())}
@@ -557,7 +569,8 @@ class BlockSparsifier(BaseSparsifier):
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler replaces `step` by a wrapper bound to this very object; weak references and
         # that wrapper stay behind.
-        state = {k: v for k, v in self.__dict__.items() if k not in ("step", "_squashed")}
+        local = ("step", "_squashed", "_links", "_watch")
+        state = {k: v for k, v in self.__dict__.items() if k not in local}
         return {**state, "_squashed_names": list(self._squashed)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -585,12 +598,17 @@ class BlockSparsifier(BaseSparsifier):
         if self.groups:
             self._squashed = {g["tensor_fqn"]: weakref.ref(g["module"]) for g in self.groups}
         vars(self).update(groups=[], _loaded={}, _skipped=[], _squashing=False)
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+            remove_settled()
 
     def _require_groups(
         self, method: str, way_out: str = "call prepare(model, config) first"
     ) -> None:
         self._notice_squash()
         if self.groups:
+            self._follow(method)
             return
         if self._squashed:
             raise RuntimeError(
@@ -598,6 +616,11 @@ class BlockSparsifier(BaseSparsifier):
                 "call prepare(model, config) to start again"
             )
         raise RuntimeError(f"{method}: no model is prepared; {way_out}")
+
+    def _follow(self, method: str) -> None:
+        """Takes note of modules that were replaced since the last call."""
+        if self.groups:
+            self._links = follow(self.model, self.groups, self._links, method)
 
     def _new_mask(self, group: dict[str, Any]) -> BlockMask:
         if "mask" in group:
@@ -651,6 +674,10 @@ class BlockSparsifier(BaseSparsifier):
 
 def _weight(group: dict[str, Any]) -> Tensor:
     return group["module"]._parameters[group["tensor_name"]]
+
+
+def _original(group: dict[str, Any]) -> Tensor:
+    return group["module"].parametrizations[group["tensor_name"]].original
 
 
 def _refuse_ddp(model: nn.Module, groups: list[dict[str, Any]]) -> None:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchao_superblock.common.all_or_nothing import all_or_nothing
 from torchao_superblock.common.names import find_fqn, nearest_names
-from torchao_superblock.common.sharding import GATHER_FIRST, is_dtensor, sharding_wrapper
+from torchao_superblock.common.sharding import (
+    GATHER_FIRST,
+    is_dtensor,
+    refuse_released,
+    sharding_wrapper,
+)
 from torchao_superblock.pruning.attach import detach
 from torchao_superblock.pruning.checkpoints import accept_dense_checkpoints
 from torchao_superblock.pruning.masks.base import BlockMask, named_masks
 from torchao_superblock.pruning.reading import undo_read_once
+from torchao_superblock.pruning.replaced import refuse_adapters
+from torchao_superblock.pruning.written import refuse_lost_write
 
 Found = tuple[str, nn.Module, str, BlockMask]
 
@@ -45,8 +52,9 @@ def squash(model: nn.Module, *, masks_from: nn.Module | None = None) -> nn.Modul
 
     Raises:
         RuntimeError: if the model carries no block mask, a weight carries another parametrization
-            on top of its mask, or a masked weight is sharded: gather the full state dict, load it
-            into a prepared copy that is not, and squash that.
+            on top of its mask, is the base of an adapter or was written in place, or a masked weight
+            is sharded: gather the full state dict, load it into a prepared copy that is not, and
+            squash that.
         ValueError: if scores are NaN, an average has mixed masks beyond repair, or `masks_from`
             lacks a mask or has one of other blocks. The model is unchanged after an error.
 
@@ -82,7 +90,9 @@ def check_foldable(model: nn.Module, found: list[Found]) -> None:
         RuntimeError: see :func:`squash`.
         ValueError: see :func:`squash`.
     """
+    refuse_adapters(model, {module: fqn for fqn, module, *_ in found}, "squash")
     for fqn, module, name, mask in found:
+        refuse_lost_write(module, name, f"squash: {fqn!r}: ")
         parametrizations = module.parametrizations[name]
         if len(parametrizations) > 1:
             others = [type(p).__name__ for p in parametrizations if not isinstance(p, BlockMask)]
@@ -95,7 +105,16 @@ def check_foldable(model: nn.Module, found: list[Found]) -> None:
                 f"squash: {fqn!r} is on the meta device and has no values; materialise the model "
                 "with to_empty(device=...) and load its state dict first"
             )
-        wrapper = sharding_wrapper(model, module)
+        refuse_released(
+            parametrizations.original,
+            mask.tensor_shape or mask.weight_shape,
+            f"squash: {fqn!r}",
+            GATHER_FIRST,
+        )
+        mask.refuse_released(f"squash: {fqn!r}", GATHER_FIRST)
+        wrapper = sharding_wrapper(model, module) or _flat_parameter(
+            parametrizations.original, mask
+        )
         if wrapper is not None or is_dtensor(parametrizations.original):
             raise RuntimeError(
                 f"squash: {fqn!r} is sharded by {wrapper or 'DTensor'}, so no rank holds all of its "
@@ -146,3 +165,16 @@ def _with_masks_of(source: nn.Module, found: list[Found]) -> list[Found]:
             )
         result.append((fqn, module, name, other))
     return result
+
+
+def _flat_parameter(weight: Tensor, mask: BlockMask) -> str | None:
+    """What shards a weight that lies in one storage with its scores, as `summon_full_params` lays them out.
+
+    Seen from a model inside the wrapper; only a wrapper that sees to several processes does so.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    if is_dtensor(weight) or mask.scores.is_meta:
+        return None
+    same = weight.untyped_storage().data_ptr() == mask.scores.untyped_storage().data_ptr()
+    return "a wrapper that lays parameters out in one tensor" if same else None

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+from torchao_superblock.common.swappable import shape_obstacle, type_obstacle
+from torchao_superblock.pruning.masks.base import BlockMask, kept_blocks
 from torchao_superblock.pruning.targets import SkippedTensor
 
 
@@ -20,6 +29,11 @@ class MaskedTensor:
         sparsity: fraction of blocks that the present mask prunes.
         kept: number of blocks that it keeps.
         frozen: whether the mask is held.
+        scores_frozen: whether scores that are there to be trained take no gradient
+            (`requires_grad` is False): the mask then follows the level alone.
+        zeros: fraction of the weight's elements in pruned blocks; differs from `sparsity` where the
+            blocks at the edges are smaller. None on the meta device.
+        swap_obstacle: why no swap can use the zeros, a sentence; None if one can.
     """
 
     fqn: str
@@ -30,6 +44,34 @@ class MaskedTensor:
     sparsity: float
     kept: int
     frozen: bool
+    scores_frozen: bool = False
+    zeros: float | None = None
+    swap_obstacle: str | None = None
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any], mask: BlockMask) -> MaskedTensor:
+        """What there is to say about one group; reads its mask back to the host."""
+        mask.refuse_released(f"summary: {group['tensor_fqn']!r}")
+        n_blocks = math.prod(mask.grid)
+        if mask.held_mask.is_meta:
+            kept, zeros = kept_blocks(n_blocks, group["sparsity_level"]), None
+        else:
+            found = mask.block_mask().cpu()
+            kept, zeros = int(found.sum()), _pruned_elements(found, mask)
+        trained = isinstance(mask.scores, nn.Parameter)
+        return cls(
+            fqn=group["tensor_fqn"],
+            shape=mask.tensor_shape or mask.weight_shape,
+            blocksize=mask.blocksize,
+            grid=mask.grid,
+            target_sparsity=float(group["sparsity_level"]),
+            sparsity=1 - kept / n_blocks,
+            kept=kept,
+            frozen=mask.is_frozen,
+            scores_frozen=trained and not mask.scores.requires_grad,
+            zeros=zeros,
+            swap_obstacle=_swap_obstacle(group, mask),
+        )
 
 
 @dataclass(frozen=True)
@@ -58,7 +100,7 @@ class MaskSummary:
                     _by(entry.grid),
                     f"{entry.target_sparsity:.1%}",
                     f"{entry.sparsity:.1%}",
-                    "frozen" if entry.frozen else "",
+                    "frozen" if entry.frozen else "scores frozen" if entry.scores_frozen else "",
                 )
                 for entry in self.groups
             ]
@@ -69,10 +111,41 @@ class MaskSummary:
                 f"{_count(len(self.groups), 'tensor')} masked: "
                 f"{kept} of {_count(blocks, 'block')} kept, {1 - kept / blocks:.1%} pruned"
             )
+        unused = [entry for entry in self.groups if entry.swap_obstacle is not None]
+        if unused:
+            lines.append(f"{_count(len(unused), 'tensor')} masked to no use at a swap:")
+            lines += [f"  {entry.fqn}: {entry.swap_obstacle}{_zeros(entry)}" for entry in unused]
         if self.skipped:
             lines.append(f"{_count(len(self.skipped), 'tensor')} skipped:")
             lines += [f"  {entry.fqn} {_by(entry.shape)}: {entry.reason}" for entry in self.skipped]
         return "\n".join(lines)
+
+
+def _pruned_elements(block_mask: Tensor, mask: BlockMask) -> float:
+    """Fraction of the elements that `block_mask`, `(R, C)`, prunes: edge blocks may be smaller."""
+    heights, widths = (
+        torch.full((blocks,), size, dtype=torch.float64).clamp(
+            max=length - size * torch.arange(blocks)
+        )
+        for blocks, size, length in zip(mask.grid, mask.blocksize, mask.weight_shape, strict=True)
+    )
+    kept = heights @ block_mask.double() @ widths
+    return 1 - float(kept) / math.prod(mask.weight_shape)
+
+
+def _swap_obstacle(group: Mapping[str, Any], mask: BlockMask) -> str | None:
+    kind = type_before_parametrizations(group["module"])
+    obstacle = type_obstacle(kind, group["tensor_name"])
+    if obstacle is None and shape_obstacle(mask.weight_shape, mask.blocksize) is not None:
+        # Smaller blocks than those of the mask may do: a swap reads their size off the zeros.
+        obstacle = shape_obstacle(mask.weight_shape)
+    return obstacle
+
+
+def _zeros(entry: MaskedTensor) -> str:
+    if entry.zeros is None or math.isclose(entry.zeros, entry.sparsity):
+        return ""
+    return f" ({entry.zeros:.1%} of its elements are pruned)"
 
 
 def _by(sizes: tuple[int, ...]) -> str:

@@ -18,10 +18,11 @@ from torchao_superblock.common.blocks import block_grid, check_blocksize
 from torchao_superblock.common.modules import parameter_owners, storage_address
 from torchao_superblock.common.names import nearest_names, without_wrapper_prefixes
 from torchao_superblock.common.sharding import is_dtensor
+from torchao_superblock.common.weights import is_hidden, other_weights
 from torchao_superblock.ops.block_mask import nonzero_blocks
 from torchao_superblock.pruning.masks.base import Check, find_mask
 
-_EXTRAS = ("mask", "types")
+_EXTRAS = ("mask", "types", "exclude")
 """What an entry may have besides its name and settings."""
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -30,13 +31,15 @@ _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weig
 
 @dataclass(frozen=True)
 class SkippedTensor:
-    """A weight that a glob, or no config at all, reached and that is not masked.
+    """A weight that a glob, or no config at all, may be thought to reach and that is not masked.
 
     Attributes:
         fqn: its fully qualified name.
         shape: its shape.
         code: a short stable word: `smaller_than_block`, `one_block`, `shared`, `parametrized`,
-            `not_2d`, `dtype`, `layout`, `tensor_subclass` or `uninitialized`.
+            `not_a_parameter`, `not_2d`, `grouped`, `dtype`, `layout`, `tensor_subclass` or
+            `uninitialized`; `excluded` by an entry; `not_plain_linear`, `not_linear` or `embedding`
+            where it had to be named.
         reason: the same in a sentence.
     """
 
@@ -53,6 +56,7 @@ class _Site:
     module: nn.Module
     tensor_name: str
     fqn: str
+    is_other_weight: bool = False
     names: list[str] = field(default_factory=list)
 
     @property
@@ -68,6 +72,22 @@ class _Site:
         if isinstance(self.module, nn.Linear):
             return self.tensor_name == "weight"
         return isinstance(self.module, nn.MultiheadAttention) and self.tensor_name in _PROJECTIONS
+
+    @property
+    def is_plain_linear(self) -> bool:
+        kind = parametrize.type_before_parametrizations(self.module)
+        return kind is nn.Linear and self.tensor_name == "weight"
+
+    def is_reached(self, types: tuple[type[nn.Module], ...]) -> bool:
+        """Whether a glob for these types of modules reaches it."""
+        return self.is_projection or (
+            isinstance(self.module, types) and self.tensor_name == "weight"
+        )
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether a glob, or no config at all, may be thought to reach it."""
+        return self.is_projection or self.is_other_weight
 
 
 def check_config(config: object, checks: Mapping[str, Check]) -> list[dict[str, Any]] | None:
@@ -119,7 +139,7 @@ def check_config(config: object, checks: Mapping[str, Check]) -> list[dict[str, 
 
 
 def _check_extras(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What an entry may say besides settings: a mask that is given, and types that a glob reaches."""
+    """What an entry may say besides settings: a given mask, types that a glob reaches, no mask at all."""
     extras: dict[str, Any] = {}
     if "mask" in entry:
         mask = entry["mask"]
@@ -127,11 +147,6 @@ def _check_extras(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise TypeError(
                 f"{where}mask must be a bool tensor over the block grid, True = kept, or 'weights' for the blocks "
                 f"that are not zero now; got {mask.dtype if isinstance(mask, Tensor) else mask!r}"
-            )
-        if isinstance(mask, Tensor) and _is_glob(entry["tensor_fqn"]):
-            raise ValueError(
-                f"{where}a glob can name several weights, and a mask is for one: give its whole name, or "
-                "'weights' as the mask"
             )
         if "sparsity_level" in entry:
             raise ValueError(
@@ -149,11 +164,17 @@ def _check_extras(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
                 f"{where}types={entry['types']!r} must be a tuple of module types, such as (nn.Conv2d,)"
             )
         extras["types"] = types
+    exclude = entry.get("exclude", False)
+    if not isinstance(exclude, bool):
+        raise TypeError(f"{where}exclude={exclude!r} must be True or False")
+    if exclude:
+        rest = [repr(key) for key in entry if key not in ("tensor_fqn", "exclude")]
+        if rest:
+            raise ValueError(
+                f"{where}an entry that excludes has no use for {', '.join(rest)}: remove one of the two"
+            )
+        extras["exclude"] = True
     return extras
-
-
-def _is_glob(pattern: str) -> bool:
-    return any(character in pattern for character in "*?[")
 
 
 def check_settings(
@@ -185,46 +206,24 @@ def resolve(
     """
     sites = list(_sites(model))
     owners = parameter_owners(model, without_wrapper_prefixes)
-    # key -> (site, settings, whether it was named exactly)
-    chosen: dict[tuple[int, str], tuple[_Site, dict[str, Any], bool]] = {}
-    if config is None:
-        for site in sites:
-            plain = parametrize.type_before_parametrizations(site.module) is nn.Linear
-            if plain and site.tensor_name == "weight":
-                chosen[site.key] = (site, {}, False)
-        if not chosen:
-            raise ValueError(
-                f"nothing to prune: {type(model).__name__} has no nn.Linear (subclasses are not "
-                "counted when config is None). Name the weights: "
-                "config=[{'tensor_fqn': '...'}]"
-            )
-    for entry in config or ():
-        pattern = entry["tensor_fqn"]
-        settings = {key: value for key, value in entry.items() if key != "tensor_fqn"}
-        exact = not _is_glob(pattern)
-        types = settings.pop("types", ())
-        # As it stands first: a model may have a part of its own that is called `module`.
-        matches = [site for site in sites if _matches(pattern.lstrip("."), site, exact, types)] or [
-            site
-            for site in sites
-            if _matches(without_wrapper_prefixes(pattern), site, exact, types)
-        ]
-        if not matches:
-            raise ValueError(_no_match(pattern, exact, sites))
-        for site in matches:
-            earlier = chosen.pop(site.key, None)
-            if earlier is not None and earlier[2]:
-                raise ValueError(
-                    f"{site.fqn!r} is configured twice: {pattern!r} names a tensor that an earlier "
-                    "entry names exactly. Remove one of them, or put the glob before the exact name "
-                    "to override it"
-                )
-            chosen[site.key] = (site, settings, exact)
-
     groups, skipped = [], []
-    for site, settings, exact in chosen.values():
+    everything = config is None or all("exclude" in entry for entry in config)
+    chosen = _choose(config or (), sites, [site for site in sites if everything and site.is_weight])
+    if everything and not any(site.is_plain_linear for site in sites):
+        raise ValueError(
+            f"nothing to prune: {type(model).__name__} has no nn.Linear (subclasses are not counted "
+            "when no entry names a weight). Name the weights: config=[{'tensor_fqn': '...'}]"
+        )
+    for site, settings, exact in chosen:
         group = {**defaults, **settings}
-        obstacle = _obstacle(site, check_blocksize(group["blocksize"]), owners)
+        types = group.pop("types", ())
+        reached = site.is_plain_linear if everything else site.is_reached(types)
+        if "exclude" in settings:
+            obstacle = "excluded", settings["exclude"], ""
+        elif exact or reached:
+            obstacle = _obstacle(site, check_blocksize(group["blocksize"]), owners)
+        else:
+            obstacle = _out_of_reach(site)
         if obstacle is not None:
             code, reason, way_out = obstacle
             if exact:
@@ -249,6 +248,76 @@ def resolve(
     return groups, skipped
 
 
+def _choose(
+    entries: Sequence[Mapping[str, Any]], sites: list[_Site], everything: list[_Site]
+) -> list[tuple[_Site, dict[str, Any], bool]]:
+    """What entries reach: the site, its settings, and whether it was named as it stands.
+
+    Of two entries the later one decides. Where that excludes, the settings are the reason alone.
+
+    Args:
+        entries: from :func:`check_config`.
+        sites: all of the model.
+        everything: what is reached before the first entry.
+    """
+    chosen = {site.key: (site, {}, False) for site in everything}
+    too_early: dict[tuple[int, str], str] = {}
+    for entry in entries:
+        pattern = entry["tensor_fqn"]
+        settings = {key: value for key, value in entry.items() if key != "tensor_fqn"}
+        excludes = "exclude" in settings
+        types = settings.get("types", ())
+        if excludes:
+            settings = {"exclude": f"the entry {pattern!r} excludes it"}
+        matches, exact = _find(pattern, sites, types, excludes)
+        if not matches:
+            raise ValueError(_no_match(pattern, exact, sites))
+        if isinstance(settings.get("mask"), Tensor) and not exact:
+            raise ValueError(
+                f"{pattern!r}: a glob can name several weights, and a mask is for one: give its whole "
+                "name, or 'weights' as the mask"
+            )
+        for site in matches:
+            earlier = chosen.get(site.key)
+            if earlier is not None and not (exact or excludes or site.is_reached(types)):
+                continue  # a glob that could not mask it does not override what names it
+            if earlier is not None and earlier[2]:
+                raise ValueError(
+                    f"{site.fqn!r} is configured twice: {pattern!r} names a tensor that an earlier "
+                    "entry names exactly. Remove one of them, or put the glob before the exact name "
+                    "to override it"
+                )
+            if excludes and earlier is None:
+                too_early[site.key] = pattern
+                continue
+            if site.key in too_early and site.is_reached(types) and not exact:
+                raise ValueError(
+                    f"{site.fqn!r} is excluded by {too_early[site.key]!r} and reached by the later "
+                    f"entry {pattern!r}, and the later of two entries decides. Put the one that "
+                    "excludes it after the one that reaches it"
+                )
+            chosen.pop(site.key, None)
+            chosen[site.key] = (site, settings, exact and not excludes)
+    return list(chosen.values())
+
+
+def _find(
+    pattern: str, sites: list[_Site], types: tuple[type[nn.Module], ...], excludes: bool
+) -> tuple[list[_Site], bool]:
+    """The sites that a pattern means, and whether it is their name as it stands rather than a glob."""
+    # As it stands first: a part of a model may be called `module`, or have brackets in its name.
+    for exact in (True, False):
+        for text in (pattern.lstrip("."), without_wrapper_prefixes(pattern)):
+            matches = [
+                site
+                for site in sites
+                if _matches(text, site, exact, excludes or site.is_weight or site.is_reached(types))
+            ]
+            if any(exact or excludes or site.is_reached(types) for site in matches):
+                return matches, exact
+    return [], not any(character in pattern for character in "*?[")
+
+
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 
 
@@ -264,9 +333,12 @@ def _sites(model: nn.Module) -> Iterator[_Site]:
         own = list(module._parameters)
         if parametrize.is_parametrized(module):
             own += list(module.parametrizations)
+        if isinstance(module, nn.Linear) and is_hidden(module):
+            own.append("weight")
+        others = {name for name, _ in other_weights(module)}
         for name in own:
             key = (id(module), name)
-            site = found.setdefault(key, _Site(module, name, clean + name))
+            site = found.setdefault(key, _Site(module, name, clean + name, name in others))
             site.names += [real + name, clean + name]
         for name, child in module._modules.items():
             if child is None or (name == "parametrizations" and isinstance(child, nn.ModuleDict)):
@@ -278,17 +350,24 @@ def _sites(model: nn.Module) -> Iterator[_Site]:
 
     walk(model, "", "")
     for site in found.values():
-        if site.parameter is not None or parametrize.is_parametrized(site.module, site.tensor_name):
+        parametrized = parametrize.is_parametrized(site.module, site.tensor_name)
+        hidden = site.tensor_name == "weight" and is_hidden(site.module)
+        if site.parameter is not None or parametrized or hidden:
             yield site
 
 
-def _matches(pattern: str, site: _Site, exact: bool, types: tuple[type[nn.Module], ...]) -> bool:
+def find_module(model: nn.Module, tensor_fqn: str) -> nn.Module | None:
+    """The module whose tensor has this name, with wrapper prefixes or without; None if there is none."""
+    for site in _sites(model):
+        if tensor_fqn in site.names:
+            return site.module
+    return None
+
+
+def _matches(pattern: str, site: _Site, exact: bool, reachable: bool) -> bool:
     if exact:
         return pattern in site.names
-    reached = site.is_projection or (
-        isinstance(site.module, types) and site.tensor_name == "weight"
-    )
-    return reached and any(fnmatch.fnmatchcase(name, pattern) for name in site.names)
+    return reachable and any(fnmatch.fnmatchcase(name, pattern) for name in site.names)
 
 
 def _given_mask(site: _Site, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -338,6 +417,24 @@ def _shape(site: _Site) -> tuple[int, ...]:
         return tuple(getattr(site.module, site.tensor_name).shape)
 
 
+def _out_of_reach(site: _Site) -> tuple[str, str, str]:
+    """Why a glob, or no config at all, leaves this weight alone: code, reason and way out."""
+    kind = parametrize.type_before_parametrizations(site.module).__name__
+    name_it = "name it exactly to mask it"
+    if site.is_projection:
+        way_out = "name it or use a glob"
+        return "not_plain_linear", f"{kind} is not reached without a config: {way_out}", way_out
+    if isinstance(site.module, nn.Conv2d):
+        way_out = "name it exactly, or its type in a glob's 'types'"
+        return "not_linear", f"{kind} is no nn.Linear: {way_out} to mask it", way_out
+    ndim = len(_shape(site))
+    if ndim != 2:
+        return "not_2d", f"{kind} holds it with {ndim} dimensions, and a mask takes 2", ""
+    if isinstance(site.module, nn.Embedding | nn.EmbeddingBag):
+        return "embedding", f"an embedding is not reached in passing: {name_it}", name_it
+    return "not_linear", f"{kind} is no nn.Linear: {name_it}", name_it
+
+
 def _obstacle(
     site: _Site, blocksize: tuple[int, int], owners: dict[tuple[object, int], list[str]]
 ) -> tuple[str, str, str] | None:
@@ -352,6 +449,13 @@ def _obstacle(
             "or squash_mask() before preparing it again"
         )
     tensor = site.parameter
+    if tensor is None and not parametrize.is_parametrized(site.module, site.tensor_name):
+        return (
+            "not_a_parameter",
+            "it is no Parameter: others compute it before each forward (torch.nn.utils.prune or "
+            "weight_norm)",
+            "make it one first, with torch.nn.utils.prune.remove or remove_weight_norm",
+        )
     if tensor is None:
         kinds = {type(p).__name__ for p in site.module.parametrizations[site.tensor_name]}
         return (

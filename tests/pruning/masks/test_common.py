@@ -298,6 +298,25 @@ def test_the_meta_device_and_back(kind: str) -> None:
     assert torch.equal(model(batch(0)), source(batch(0)))
 
 
+def test_samples_can_be_mapped_over(kind: str) -> None:
+    model, sparsifier, optimizer = make(kind)
+    train(model, sparsifier, optimizer, range(2))
+    model.eval()
+    linears = nn.Sequential(model.up, nn.GELU(), model.down)
+    x = batch(9)[0]
+    torch.testing.assert_close(torch.func.vmap(linears)(x), linears(x))
+    state = dict(linears.named_parameters()), dict(linears.named_buffers())
+
+    def loss(parameters: Any, buffers: Any, x: Tensor) -> Tensor:
+        return torch.func.functional_call(linears, (parameters, buffers), (x,)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, None, 0))(*state, x)
+    expected = torch.func.grad(loss)(*state, x)
+    for name, gradient in expected.items():
+        if "parametrizations.weight.0" not in name:  # squares of gradients do not add up
+            torch.testing.assert_close(found[name].sum(0), gradient, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_masks_are_exact_and_forwards_wait_for_nothing(

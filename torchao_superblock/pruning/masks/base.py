@@ -23,6 +23,7 @@ from torchao_superblock.common.sharding import (
     is_dtensor,
     local_rows_and_columns,
     local_tensor,
+    refuse_released,
 )
 from torchao_superblock.ops.block_mask import (
     BROKEN,
@@ -58,6 +59,8 @@ class MaskWeight(torch.autograd.Function):
                      or sum over the block of grad * grad, times STATISTIC_SCALE
                      or 0 unless live
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -150,6 +153,9 @@ class BlockMask(nn.Module):
 
     SETTINGS: ClassVar[Mapping[str, Check]] = {}
     """Constructor arguments of this kind besides `sparsity_level` and `blocksize`."""
+
+    update_reads_weight: ClassVar[bool] = True
+    """Whether :meth:`update` and :meth:`freeze` may read the weight; what is sharded away is refused then."""
 
     scores: Tensor
     n_kept: Tensor
@@ -348,6 +354,28 @@ class BlockMask(nn.Module):
                 "cannot mask a sharded weight: under fully_shard read `.weight` inside the forward "
                 "of the module, or call `.unshard()` on the FSDP module first"
             )
+
+    def refuse_released(self, where: str, way_out: str = "") -> None:
+        """Raises where FSDP 1 or ZeRO-3 has taken the scores out of memory; see there."""
+        refuse_released(self.scores, self.grid, where, way_out)
+
+    def refuse_step(self, weight: Tensor, where: str) -> None:
+        """The same for what :meth:`update` and :meth:`apply_level` use; levels alone need nothing.
+
+        Args:
+            weight: under the mask; is not read.
+            where: what the error begins with.
+        """
+        if self.carrier is not None:
+            refuse_released(self.carrier, self.grid, where)
+        if self.update_reads_weight or self.factor is not None:
+            refuse_released(weight, self.tensor_shape or self.weight_shape, where)
+
+    def refuse_freeze(self, weight: Tensor, where: str) -> None:
+        """The same for what :meth:`freeze` uses."""
+        self.refuse_released(where)
+        if self.update_reads_weight:
+            refuse_released(weight, self.tensor_shape or self.weight_shape, where)
 
     def check_foldable(self, fqn: str) -> None:
         """Refuses to fold a mask that means nothing.

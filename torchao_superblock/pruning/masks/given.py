@@ -18,6 +18,8 @@ class GivenMask(BlockMask):
         mask: bool `(R, C)`, True = kept, of which there is at least one.
     """
 
+    update_reads_weight = False
+
     def __init__(self, weight: Tensor, blocksize: BlockSize, mask: Tensor) -> None:
         object.__setattr__(self, "_mask", mask.detach().clone())
         super().__init__(weight, blocksize, 1 - int(mask.sum()) / mask.numel())

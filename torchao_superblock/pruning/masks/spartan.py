@@ -40,6 +40,8 @@ class _SoftTopK(torch.autograd.Function):
         grad_weight = grad * m * factor + weight * (beta / mean(norm) * dz / norm)
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         weight: Tensor,

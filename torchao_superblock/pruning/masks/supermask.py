@@ -75,6 +75,8 @@ class Supermask(BlockMask):
         torch.Size([3072, 768])
     """
 
+    update_reads_weight = False
+
     SETTINGS: ClassVar[Mapping[str, Check]] = {"scores_init": check_scores_init}
 
     _sharded_scores: Tensor | None = None
