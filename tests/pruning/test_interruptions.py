@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,12 +11,12 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-import torchao_superblock
+from tests.injection import each_interruption
 from torchao_superblock.pruning import MagnitudeSparsifier, SpartanSparsifier, SupermaskSparsifier
 from torchao_superblock.pruning import squash as squash_model
 
-PACKAGE = str(Path(torchao_superblock.__file__).parent)
-SAMPLES = 40
+ERRORS = (MemoryError, KeyboardInterrupt)
+STEP = 89  # lines from one interruption to the next
 
 SPARSIFIERS: dict[str, Callable[[], Any]] = {
     "supermask": lambda: SupermaskSparsifier(0.5, 8),
@@ -51,39 +49,6 @@ def make() -> nn.Module:
     return Model().eval()
 
 
-def interrupt(call: Callable[[], object], at: int, error: type[BaseException]) -> tuple[int, bool]:
-    """Raises at the `at`-th line that the package executes; says how many there were, and if it came out."""
-    count = 0
-
-    def line(frame: Any, event: str, _: object) -> Any:
-        nonlocal count
-        if event == "line":
-            count += 1
-            if count == at:
-                raise error
-        return line
-
-    def enter(frame: Any, event: str, _: object) -> Any:
-        return line if frame.f_code.co_filename.startswith(PACKAGE) else None
-
-    previous = sys.gettrace()
-    sys.settrace(enter)
-    try:
-        call()
-    except error:
-        return count, True
-    finally:
-        sys.settrace(previous)
-    return count, False
-
-
-def points(lines: int) -> Iterator[tuple[int, type[BaseException]]]:
-    """Lines spread over the call, the first and the last ones among them."""
-    step = max(1, lines // SAMPLES)
-    for i, at in enumerate([*range(1, lines, step), *range(lines - 4, lines + 1)]):
-        yield at, (MemoryError, KeyboardInterrupt)[i % 2]
-
-
 def look(model: nn.Module) -> dict[str, Any]:
     """Which objects, classes, properties and hooks a model is made of."""
     seen: dict[str, Any] = {}
@@ -109,23 +74,23 @@ def finished(model: nn.Module) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("kind", list(SPARSIFIERS))
-def test_prepare_happens_or_does_not(kind: str) -> None:
-    def world() -> tuple[nn.Module, Any, Callable[[], None]]:
+@pytest.mark.parametrize("error", ERRORS)
+def test_prepare_happens_or_does_not(kind: str, error: type[BaseException]) -> None:
+    def world() -> Callable[[], None]:
+        nonlocal model, sparsifier, twin, before, settings, y, random_state
         model, sparsifier = make(), SPARSIFIERS[kind]()
-        return model, sparsifier, lambda: sparsifier.prepare(model, [{"tensor_fqn": "*"}])
-
-    expected_model, _, act = world()
-    for _ in range(2):  # the first one imports
-        expected_model, _, act = world()
-        lines, _ = interrupt(act, 0, MemoryError)
-    expected = expected_model(X)
-    for at, error in points(lines):
-        model, sparsifier, act = world()
         twin = copy.deepcopy(model)  # shares the class of its head
         before, settings, y = look(model), dict(vars(sparsifier)), model(X)
         random_state = torch.get_rng_state()
-        _, raised = interrupt(act, at, error)
-        assert raised, at
+        return act
+
+    def act() -> None:
+        sparsifier.prepare(model, [{"tensor_fqn": "*"}])
+
+    model = sparsifier = twin = before = settings = y = random_state = None
+    world()()
+    expected = model(X)
+    for at in each_interruption(world, STEP, error):
         assert look(model) == before, at
         assert vars(sparsifier) == settings, at
         assert torch.equal(torch.get_rng_state(), random_state), at
@@ -137,23 +102,26 @@ def test_prepare_happens_or_does_not(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", list(SPARSIFIERS))
 @pytest.mark.parametrize("way", ["squash", "squash_mask"])
-def test_squash_can_be_called_again(kind: str, way: str) -> None:
-    def world() -> tuple[nn.Module, Any, Callable[[], object]]:
+@pytest.mark.parametrize("error", ERRORS)
+def test_squash_can_be_called_again(kind: str, way: str, error: type[BaseException]) -> None:
+    def world() -> Callable[[], None]:
+        nonlocal model, sparsifier
         model, sparsifier = make(), SPARSIFIERS[kind]()
         sparsifier.prepare(model, [{"tensor_fqn": "*"}])
-        if way == "squash":
-            return model, sparsifier, lambda: squash_model(model)
-        return model, sparsifier, lambda: sparsifier.squash_mask(("sparsity_level",))
+        return act
 
-    expected, _, act = world()
-    y = expected(X)
-    for _ in range(2):
-        expected, _, act = world()
-        lines, _ = interrupt(act, 0, MemoryError)
-    for at, error in points(lines):
-        model, sparsifier, act = world()
-        _, raised = interrupt(act, at, error)
-        assert raised, at
+    def act() -> None:
+        if way == "squash":
+            squash_model(model)
+        else:
+            sparsifier.squash_mask(("sparsity_level",))
+
+    model = sparsifier = None
+    world()
+    y = model(X)
+    act()
+    expected = model
+    for at in each_interruption(world, STEP, error):
         torch.testing.assert_close(model(X), y)
         copied = copy.deepcopy(model)
         # Interrupted after its last change there is nothing left to do, and a repeat would say so.

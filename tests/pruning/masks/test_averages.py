@@ -64,7 +64,8 @@ X = torch.linspace(-1, 1, 3 * 32).view(3, 32)
 @pytest.mark.parametrize("how", list(AVERAGES))
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_level_that_stays_is_averaged_right(kind: str, how: str, frozen: bool) -> None:
-    model, sparsifier = make(kind, 1 / 32)
+    model, sparsifier = make(kind)
+    set_level(model, 1 / 32)
     if frozen:
         sparsifier.freeze()
     expected = kept(model)
@@ -87,7 +88,8 @@ def test_a_level_that_stays_is_averaged_right(kind: str, how: str, frozen: bool)
 @pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("change", ["level", "freeze", "other held mask"])
 def test_a_mixture_is_refused_by_name_and_masks_from_repairs_it(kind: str, change: str) -> None:
-    model, sparsifier = make(kind, 0.1)
+    model, sparsifier = make(kind)
+    set_level(model, 0.1)
     if change == "other held mask":
         sparsifier.freeze()
     ema = AVERAGES["half"](model)
