@@ -159,7 +159,10 @@ def test_without_a_recipe_there_is_no_gain_and_no_other_state() -> None:
         "parametrizations.weight.original",
         *(
             f"parametrizations.weight.0.{name}"
-            for name in ("scores", "n_kept", "frozen", "held_mask")
+            for name in (
+                *("scores", "n_kept", "frozen", "held_mask"),
+                *("checksums", "moments", "held_mean"),  # what averages are told by
+            )
         ),
     }
 

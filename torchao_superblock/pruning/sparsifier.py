@@ -227,14 +227,14 @@ class BlockSparsifier(BaseSparsifier):
                     attach(group["module"], group["tensor_name"], self._new_mask(group))
                 read_masked_children_once(model)
                 refuse_dense_checkpoints(model)
-                vars(self).update(prepared)
+                remove_settled()
+                masks = [find_mask(group["module"], group["tensor_name"]) for group in groups]
+                if any(learned(mask) is not None for mask in masks):
+                    prepared["_watch"] = ScoresWatch(self._masks)
+                vars(self).update(prepared)  # the last line that can be interrupted
         except BaseException:
             self.__dict__ = before
             raise
-
-        remove_settled()
-        if any(learned(mask) is not None for _group, mask in self._masks()):
-            self._watch = ScoresWatch(self._masks)
 
     def step(self, use_path: bool = True) -> None:
         """Takes one step along the ramp: renews the masks, applies the groups' levels, freezes in time.
