@@ -15,6 +15,7 @@ INTERPRETED = """
     import itertools, torch
     from torchao_superblock.ops import block_mask as plain
     from torchao_superblock.ops import block_mask_triton as kernels
+    from torchao_superblock.pruning import BlockMask
 
     torch.manual_seed(0)
     for n, kept in [(1, 1), (5, 2), (33, 7), (300, 60), (300, 300)]:
@@ -25,7 +26,45 @@ INTERPRETED = """
         for frozen in (False, True):
             args = (scores, torch.tensor(kept), held, torch.tensor(frozen))
             for a, b in zip(kernels.block_mask(*args), plain.block_mask(*args), strict=True):
-                assert a.dtype == b.dtype == torch.bool and torch.equal(a, b), (n, kept, frozen)
+                assert a.dtype == b.dtype and torch.equal(a, b), (n, kept, frozen)
+
+    # Averages of two states, some equal and some not, as EMA tools leave them: every way to accept and refuse.
+    seen = set()
+    for n, levels, freezes, masks, share, copied in [
+        *itertools.product((5,), ((2, 2), (2, 3)), ((0, 0), (1, 1), (0, 1)), (1, 2), (0.5, 0.95), (False, True)),
+        (150, (20, 20), (1, 1), 1, 0.95, False),
+        (150, (20, 20), (1, 1), 2, 0.95, False),
+        (150, (20, 20), (1, 1), 2, 0.5, False),
+    ]:
+        states = []
+        held = torch.rand(2, n, 1) < 0.5
+        for level, freeze, pattern in zip(levels, freezes, held[[0, masks - 1]]):
+            mask = BlockMask(torch.empty(n, 1), 1, 0.0)
+            mask.set_sparsity_level(1 - level / n)
+            if freeze:
+                mask.hold(pattern)
+            states.append(mask)
+        old, new = states
+        for name, buffer in new.named_buffers():
+            if name != "scores" and not (copied and not buffer.is_floating_point()):
+                buffer.copy_(buffer * share + old.get_buffer(name) * (1 - share))
+        args = (torch.randn(n, 1), new.n_kept, new.held_mask, new.frozen, new.guards)
+        want = plain.block_mask(*args)
+        order = args[0].view(-1).argsort(descending=True)
+        for got in kernels.block_mask(*args), kernels.choose_blocks(order, *args[1:]):
+            for a, b in zip(got, want, strict=True):
+                assert a.dtype == b.dtype and torch.equal(a, b), (n, levels, freezes, masks, share, copied)
+        seen.add((int(want[1]), copied))
+    assert seen == {(0, False), (1, False), (2, False), (0, True), (1, True)}
+
+    for live, dtype, block in itertools.product(
+        (0, 1, plain.BROKEN), (torch.float32, torch.float16, torch.float64), ((32, 32), (8, 4))
+    ):
+        weight, live = torch.randn(64, 32).to(dtype), torch.tensor(live, dtype=torch.uint8)
+        mask = torch.rand(plain.block_grid((64, 32), block)) < 0.5
+        a, b = (m.mask_weight(weight, mask, block, live) for m in (kernels, plain))
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        assert bool(a.isnan().all()) == (live == plain.BROKEN)
 
     for (shape, block), dtype in itertools.product(
         [
@@ -94,18 +133,21 @@ COMPILED = """
         source = ASTSource(kernel, signature, constexprs=constants)
         assert "ptx" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
 
-    build(
-        kernels._block_mask_kernel,
-        dict(scores_ptr="*fp32", n_kept_ptr="*i64", held_ptr="*u8", frozen_ptr="*u8", out_ptr="*u8"),
-        I_TILE=32, J_TILE=128, J_TILES=5,
+    state = dict(
+        n_kept_ptr="*i64", held_ptr="*i8", frozen_ptr="*i8", checksums_ptr="*i64", moments_ptr="*fp64",
+        held_mean_ptr="*fp32", out_ptr="*u8",
     )
+    for guarded in (True, False):
+        constants = dict(GUARDED=guarded, TOLERANCE=0.1, I_TILE=32, J_TILE=128, J_TILES=5)
+        build(kernels._block_mask_kernel, dict(scores_ptr="*fp32", **state), **constants)
+        build(kernels._choose_blocks_kernel, dict(order_ptr="*i64", **state), **constants)
     for dtype, mask in (("fp32", "u8"), ("bf16", "u8"), ("fp64", "u8"), ("fp32", "fp32"), ("bf16", "fp32")):
-        for tile_in_block in (True, False):
+        for tile_in_block, guarded in ((True, True), (False, True), (False, False)):
             build(
                 kernels._mask_weight_kernel,
-                dict(weight_ptr="*" + dtype, mask_ptr="*" + mask, out_ptr="*" + dtype),
+                dict(weight_ptr="*" + dtype, mask_ptr="*" + mask, live_ptr="*u8", out_ptr="*" + dtype),
                 R_SIZE=64, C_SIZE=64, N_TILE=32, K_TILE=64, TILE_IN_BLOCK=tile_in_block,
-                FACTORS=mask != "u8",
+                FACTORS=mask != "u8", GUARDED=guarded,
             )
         accumulator = "fp64" if dtype == "fp64" else "fp32"
         build(

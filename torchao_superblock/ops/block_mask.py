@@ -17,6 +17,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from torchao_superblock.ops import mask_guards
+from torchao_superblock.ops.mask_guards import Guards
+
+BROKEN = 2
+"""`live` of a mask whose state was averaged beyond repair."""
+
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 _functorch_interpreter = torch._C._functorch.peek_interpreter_stack
 
@@ -27,7 +33,11 @@ def block_grid(shape: tuple[int, int], blocksize: tuple[int, int]) -> tuple[int,
 
 
 def block_mask(
-    scores: Tensor, n_kept: Tensor, held_mask: Tensor, frozen: Tensor
+    scores: Tensor,
+    n_kept: Tensor,
+    held_mask: Tensor,
+    frozen: Tensor,
+    guards: Guards | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Keeps the `n_kept` blocks with the highest scores; on equal scores the earlier block.
 
@@ -39,23 +49,37 @@ def block_mask(
         n_kept: int64, 0-dim, on the same device.
         held_mask: bool or int8 `(R, C)`, the mask returned while frozen.
         frozen: bool or int8, 0-dim.
+        guards: of the three; what an average did to them is undone, or the mask is broken.
 
     Returns:
-        The bool mask `(R, C)`, True = kept, and a 0-dim bool `live`, the negation of `frozen`. Both
-        are new tensors: a later write to the arguments does not reach them.
+        The bool mask `(R, C)`, True = kept, and `live`, uint8, 0-dim: 1 where the mask follows the
+        scores, 0 while frozen, :data:`BROKEN` (then no block is kept). Both are new tensors: a later
+        write to the arguments does not reach them.
     """
-    kernels = _triton_kernels(scores, n_kept, held_mask, frozen)
-    if kernels is not None and scores.numel() <= kernels.MAX_PAIRWISE_BLOCKS:
-        return kernels.block_mask(scores, n_kept, held_mask, frozen)
-    n = scores.numel()
+    kernels = _triton_kernels(scores, n_kept, held_mask, frozen, *(guards or ()))
+    if kernels is not None:
+        if scores.numel() <= kernels.MAX_PAIRWISE_BLOCKS:
+            return kernels.block_mask(scores, n_kept, held_mask, frozen, guards)
+        return kernels.choose_blocks(_ranking(scores), n_kept, held_mask, frozen, guards)
+    sound = None
+    if guards is not None and not mask_guards.untouched(n_kept, held_mask, frozen, guards):
+        n_kept, held_mask, frozen, sound = mask_guards.settle(n_kept, held_mask, frozen, guards)
+    ahead = torch.arange(scores.numel(), device=scores.device) < n_kept
+    mask = torch.zeros_like(ahead).scatter(0, _ranking(scores), ahead).view(scores.shape)
+    mask = torch.where(frozen.bool(), held_mask.bool(), mask)
+    live = frozen.logical_not().to(torch.uint8)
+    return mask, live if sound is None else torch.where(sound, live, BROKEN)
+
+
+def _ranking(scores: Tensor) -> Tensor:
+    """Blocks by descending score."""
     # Sorting the negated scores upwards is what puts NaN last; stable is what breaks ties by index.
-    order = scores.detach().reshape(-1).neg().argsort(stable=True)
-    ahead = torch.arange(n, device=scores.device) < n_kept
-    mask = torch.zeros_like(ahead).scatter(0, order, ahead).view(scores.shape)
-    return torch.where(frozen.bool(), held_mask.bool(), mask), frozen.logical_not()
+    return scores.detach().reshape(-1).neg().argsort(stable=True)
 
 
-def mask_weight(weight: Tensor, mask: Tensor, blocksize: tuple[int, int]) -> Tensor:
+def mask_weight(
+    weight: Tensor, mask: Tensor, blocksize: tuple[int, int], live: Tensor | None = None
+) -> Tensor:
     """The weight with pruned blocks at zero.
 
     Floating factors are rounded to the weight's dtype first. Pruned blocks must be finite: outside
@@ -66,13 +90,17 @@ def mask_weight(weight: Tensor, mask: Tensor, blocksize: tuple[int, int]) -> Ten
         weight: `(N, K)`, floating.
         mask: `(R, C)`, bool, or floating factors.
         blocksize: `(r, c)`.
+        live: as :func:`block_mask` returns it; where it is :data:`BROKEN`, every element is NaN.
 
     Returns:
         A new `(N, K)` tensor of the weight's dtype.
     """
-    kernels = _triton_kernels(weight, mask)
+    kernels = _triton_kernels(weight, mask, *(() if live is None else (live,)))
     if kernels is not None and kernels.can_mask_weight(weight, mask):
-        return kernels.mask_weight(weight, mask, blocksize)
+        return kernels.mask_weight(weight, mask, blocksize, live)
+    if live is not None and mask_guards.read(live) not in ([0], [1]):
+        factors = mask.to(weight.dtype)
+        mask = torch.where(live == BROKEN, torch.full_like(factors, float("nan")), factors)
     if is_whole(weight.shape, blocksize):
         return _mask_blocks(weight, mask, blocksize)
     parts = []
@@ -99,7 +127,7 @@ def mask_weight_backward(
         grad: `(N, K)`, the gradient of the masked weight.
         weight: `(N, K)`, the weight that was masked; None if no gradient of the scores is needed.
         mask: `(R, C)`, bool, or floating factors.
-        live: bool, 0-dim: False makes the gradient of the scores zero.
+        live: bool or uint8, 0-dim: 0 makes the gradient of the scores zero.
         blocksize: `(r, c)`.
         need_grad_weight: whether to compute the gradient of the weight.
 
@@ -117,7 +145,7 @@ def mask_weight_backward(
     grad_scores = None
     if weight is not None:
         sums = block_sum(grad, weight, blocksize)
-        grad_scores = torch.where(live, sums, torch.zeros_like(sums))
+        grad_scores = torch.where(live != 0, sums, torch.zeros_like(sums))
     return grad_weight, grad_scores
 
 

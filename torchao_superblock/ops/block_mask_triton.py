@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchao_superblock.ops.mask_guards import TOLERANCE, Guards
+
 MAX_PAIRWISE_BLOCKS = 16384
 """Above this many blocks, comparing all pairs costs more than sorting does."""
 
@@ -37,13 +39,121 @@ def _places(scores, index, n):
 
 
 @triton.jit
+def _mix(x):
+    # As in mask_guards.py.
+    x = (x & 0x7FFFFFFF) * 0x2545F491 + ((x >> 31) & 0x7FFFFFFF) * 0x5BD1E995
+    return ((x & 0x7FFFFFFF) * 0x1B873593) ^ (x >> 31)
+
+
+@triton.jit
+def _settle(
+    n_kept_ptr,  # () int64
+    held_ptr,  # (n,) int8
+    frozen_ptr,  # () int8
+    checksums_ptr,  # (2,) int64
+    moments_ptr,  # (3,) float64
+    held_mean_ptr,  # (n,) float32
+    n,
+    TOLERANCE: tl.constexpr,
+    J_TILE: tl.constexpr,
+    J_TILES: tl.constexpr,
+):
+    """`n_kept`, `frozen`, whether `held_mean` stands for `held`, `live`: see mask_guards.settle."""
+    n_kept = tl.load(n_kept_ptr)
+    frozen = tl.load(frozen_ptr).to(tl.int64)
+    mean = tl.load(moments_ptr)
+    spread = tl.abs(tl.load(moments_ptr + 1) - mean * mean)
+    frozen_mean = tl.load(moments_ptr + 2)
+    level_copied = _mix(n_kept * 0x1E3779B97F + 0x1F83D9ABFB) == tl.load(checksums_ptr)
+    rounded = tl.where(mean < 2147483648.0, mean + 0.5, 0.0).to(tl.int64)
+    level_sound = level_copied | ((spread < TOLERANCE) & (rounded >= 1))
+
+    sums = tl.zeros((J_TILE,), dtype=tl.int64)
+    apart = tl.zeros((J_TILE,), dtype=tl.int32)
+    nothing_held = (frozen == 0) & (_mix(frozen + 0x1A54FF53A5) == tl.load(checksums_ptr + 1))
+    if nothing_held == 0:
+        for tile in range(0, J_TILES):
+            j = tile * J_TILE + tl.arange(0, J_TILE)
+            weight = (j.to(tl.int64) * 0x9E3779B1) & 0x7FFFFFFF
+            weight = (((weight * weight) >> 20) & 0x7FFFFFFF) | 1
+            sums += tl.load(held_ptr + j, mask=j < n, other=0).to(tl.int64) * weight
+            share = tl.load(held_mean_ptr + j, mask=j < n, other=0.0)
+            distance = tl.abs(share - tl.where(share > 0.5, 1.0, 0.0))
+            apart += tl.where(distance < TOLERANCE, 0, 1)
+    checksum = _mix(frozen * (tl.sum(sums, axis=0) + 0x13C6EF372F) + 0x1A54FF53A5)
+    copied = checksum == tl.load(checksums_ptr + 1)
+    agreed = frozen_mean > 0.5
+    is_frozen = tl.where(copied, frozen != 0, agreed)
+    flag_agrees = tl.abs(frozen_mean - tl.where(agreed, 1.0, 0.0)) < TOLERANCE
+    unanimous = tl.sum(apart, axis=0) == 0
+    pattern_sound = copied | (flag_agrees & (unanimous | (is_frozen == 0)))
+
+    sound = pattern_sound & (level_sound | is_frozen)
+    n_kept = tl.where(level_copied, n_kept, rounded)
+    live = tl.where(sound, tl.where(is_frozen, 0, 1), 2)
+    return n_kept, is_frozen, copied == 0, live
+
+
+@triton.jit
+def _state(
+    n_kept_ptr,
+    held_ptr,
+    frozen_ptr,
+    checksums_ptr,
+    moments_ptr,
+    held_mean_ptr,
+    n,
+    GUARDED: tl.constexpr,
+    TOLERANCE: tl.constexpr,
+    J_TILE: tl.constexpr,
+    J_TILES: tl.constexpr,
+):
+    if GUARDED:
+        n_kept, frozen, by_mean, live = _settle(
+            n_kept_ptr,
+            held_ptr,
+            frozen_ptr,
+            checksums_ptr,
+            moments_ptr,
+            held_mean_ptr,
+            n,
+            TOLERANCE,
+            J_TILE,
+            J_TILES,
+        )
+    else:
+        n_kept = tl.load(n_kept_ptr)
+        frozen = tl.load(frozen_ptr) != 0
+        by_mean = frozen & (frozen == 0)
+        live = tl.where(frozen, 0, 1)
+    return n_kept, frozen, by_mean, live
+
+
+@triton.jit
+def _keep(ahead, i, frozen, by_mean, live, held_ptr, held_mean_ptr, n, GUARDED: tl.constexpr):
+    """Which of the blocks `i` are kept, if `ahead` says so while nothing is held."""
+    keep = ahead.to(tl.uint8)
+    if frozen:
+        keep = (tl.load(held_ptr + i, mask=i < n, other=0) != 0).to(tl.uint8)
+        if GUARDED:
+            if by_mean:
+                keep = (tl.load(held_mean_ptr + i, mask=i < n, other=0.0) > 0.5).to(tl.uint8)
+    return tl.where(live == 2, tl.zeros_like(keep), keep)
+
+
+@triton.jit
 def _block_mask_kernel(
     scores_ptr,  # (n,) float32
-    n_kept_ptr,  # () int64
-    held_ptr,  # (n,) uint8
-    frozen_ptr,  # () uint8
+    n_kept_ptr,
+    held_ptr,
+    frozen_ptr,
+    checksums_ptr,
+    moments_ptr,
+    held_mean_ptr,
     out_ptr,  # (n + 1,) uint8: the mask, then `live`
     n,
+    GUARDED: tl.constexpr,
+    TOLERANCE: tl.constexpr,
     I_TILE: tl.constexpr,
     J_TILE: tl.constexpr,
     J_TILES: tl.constexpr,  # a constant, for the interpreters that cannot loop to an argument
@@ -58,13 +168,63 @@ def _block_mask_kernel(
         j = tile * J_TILE + tl.arange(0, J_TILE)
         place_j = _places(tl.load(scores_ptr + j, mask=j < n, other=0.0), j, n)
         rank += tl.sum((place_j[None, :] > place_i[:, None]).to(tl.int32), axis=1)
-    frozen = tl.load(frozen_ptr)
-    keep = (rank < tl.load(n_kept_ptr)).to(tl.uint8)
-    if frozen != 0:
-        keep = tl.load(held_ptr + i, mask=in_range, other=0)
+    # Every program reads the whole state again, which costs less than a launch of its own would.
+    n_kept, frozen, by_mean, live = _state(
+        n_kept_ptr,
+        held_ptr,
+        frozen_ptr,
+        checksums_ptr,
+        moments_ptr,
+        held_mean_ptr,
+        n,
+        GUARDED,
+        TOLERANCE,
+        J_TILE,
+        J_TILES,
+    )
+    keep = _keep(rank < n_kept, i, frozen, by_mean, live, held_ptr, held_mean_ptr, n, GUARDED)
     tl.store(out_ptr + i, keep, mask=in_range)
     if tl.program_id(0) == 0:
-        tl.store(out_ptr + n, (frozen == 0).to(tl.uint8))
+        tl.store(out_ptr + n, live.to(tl.uint8))
+
+
+@triton.jit
+def _choose_blocks_kernel(
+    order_ptr,  # (n,) int64: blocks by descending score
+    n_kept_ptr,
+    held_ptr,
+    frozen_ptr,
+    checksums_ptr,
+    moments_ptr,
+    held_mean_ptr,
+    out_ptr,  # (n + 1,) uint8: the mask, then `live`
+    n,
+    GUARDED: tl.constexpr,
+    TOLERANCE: tl.constexpr,
+    I_TILE: tl.constexpr,
+    J_TILE: tl.constexpr,
+    J_TILES: tl.constexpr,
+):
+    place = tl.program_id(0) * I_TILE + tl.arange(0, I_TILE)
+    in_range = place < n
+    i = tl.load(order_ptr + place, mask=in_range, other=0)
+    n_kept, frozen, by_mean, live = _state(
+        n_kept_ptr,
+        held_ptr,
+        frozen_ptr,
+        checksums_ptr,
+        moments_ptr,
+        held_mean_ptr,
+        n,
+        GUARDED,
+        TOLERANCE,
+        J_TILE,
+        J_TILES,
+    )
+    keep = _keep(place < n_kept, i, frozen, by_mean, live, held_ptr, held_mean_ptr, n, GUARDED)
+    tl.store(out_ptr + i, keep, mask=in_range)
+    if tl.program_id(0) == 0:
+        tl.store(out_ptr + n, live.to(tl.uint8))
 
 
 @triton.jit
@@ -82,6 +242,7 @@ def _times(weight, factor):
 def _mask_weight_kernel(
     weight_ptr,  # (N, K)
     mask_ptr,  # (R, C) uint8, or float32 factors
+    live_ptr,  # () uint8
     out_ptr,  # (N, K)
     N,
     K,
@@ -92,6 +253,7 @@ def _mask_weight_kernel(
     K_TILE: tl.constexpr,
     TILE_IN_BLOCK: tl.constexpr,
     FACTORS: tl.constexpr,
+    GUARDED: tl.constexpr,
 ):
     n = tl.program_id(1) * N_TILE + tl.arange(0, N_TILE)
     k = tl.program_id(0) * K_TILE + tl.arange(0, K_TILE)
@@ -113,6 +275,9 @@ def _mask_weight_kernel(
     weight = tl.load(weight_ptr + offsets, mask=inside_kept, other=0.0)
     if FACTORS:
         weight = _times(weight, factor)
+    if GUARDED:
+        if tl.load(live_ptr) == 2:
+            weight = tl.full((N_TILE, K_TILE), float("nan"), weight.dtype)
     tl.store(out_ptr + offsets, weight, mask=inside)
 
 
@@ -178,27 +343,59 @@ def _mask_weight_backward_kernel(
 
 
 def block_mask(
-    scores: Tensor, n_kept: Tensor, held_mask: Tensor, frozen: Tensor
+    scores: Tensor, n_kept: Tensor, held_mask: Tensor, frozen: Tensor, guards: Guards | None = None
 ) -> tuple[Tensor, Tensor]:
     """See :func:`torchao_superblock.ops.block_mask.block_mask`."""
-    n = scores.numel()
-    out = torch.empty(n + 1, dtype=torch.uint8, device=scores.device)
-    i_tile, j_tile = 32, 128
-    with _on_device(scores):
-        _block_mask_kernel[(triton.cdiv(n, i_tile),)](
-            scores.detach().contiguous(),
+    ranked = scores.detach().contiguous()
+    return _launch_mask(_block_mask_kernel, 32, 128, ranked, n_kept, held_mask, frozen, guards)
+
+
+def choose_blocks(
+    order: Tensor, n_kept: Tensor, held_mask: Tensor, frozen: Tensor, guards: Guards | None = None
+) -> tuple[Tensor, Tensor]:
+    """The mask and `live` of :func:`block_mask`, from a ranking that is there already.
+
+    Args:
+        order: int64 `(n,)`, blocks by descending score.
+        n_kept: int64, 0-dim.
+        held_mask: bool or int8 `(R, C)`.
+        frozen: bool or int8, 0-dim.
+        guards: of the three.
+    """
+    return _launch_mask(_choose_blocks_kernel, 1024, 4096, order, n_kept, held_mask, frozen, guards)
+
+
+def _launch_mask(
+    kernel: triton.JITFunction,
+    i_tile: int,
+    j_tile: int,
+    ranked: Tensor,
+    n_kept: Tensor,
+    held_mask: Tensor,
+    frozen: Tensor,
+    guards: Guards | None,
+) -> tuple[Tensor, Tensor]:
+    n = held_mask.numel()
+    out = torch.empty(n + 1, dtype=torch.uint8, device=n_kept.device)
+    held = held_mask.contiguous().view(torch.int8)
+    with _on_device(n_kept):
+        kernel[(triton.cdiv(n, i_tile),)](
+            ranked,
             n_kept,
-            held_mask.contiguous().view(torch.uint8),
-            frozen.view(torch.uint8),
+            held,
+            frozen.view(torch.int8),
+            # Without guards nothing is read from the last three.
+            *(guards if guards is not None else (n_kept, n_kept, held)),
             out,
             n,
+            GUARDED=guards is not None,
+            TOLERANCE=TOLERANCE,
             I_TILE=i_tile,
             J_TILE=j_tile,
             J_TILES=triton.cdiv(n, j_tile),
             num_warps=4,
         )
-    flags = out.view(torch.bool)
-    return flags[:n].view(scores.shape), flags[n]
+    return out[:n].view(torch.bool).view(held_mask.shape), out[n]
 
 
 def can_mask_weight(weight: Tensor, mask: Tensor) -> bool:
@@ -207,7 +404,9 @@ def can_mask_weight(weight: Tensor, mask: Tensor) -> bool:
     return dtypes and weight.is_contiguous() and weight.numel() > 0
 
 
-def mask_weight(weight: Tensor, mask: Tensor, blocksize: tuple[int, int]) -> Tensor:
+def mask_weight(
+    weight: Tensor, mask: Tensor, blocksize: tuple[int, int], live: Tensor | None = None
+) -> Tensor:
     """See :func:`torchao_superblock.ops.block_mask.mask_weight`."""
     r, c = blocksize
     N, K = weight.shape
@@ -217,10 +416,12 @@ def mask_weight(weight: Tensor, mask: Tensor, blocksize: tuple[int, int]) -> Ten
     if not tile_in_block:
         n_tile, k_tile = 16, 128
     out = torch.empty_like(weight)
+    argument = _mask_argument(mask)
     with _on_device(weight):
         _mask_weight_kernel[(triton.cdiv(K, k_tile), triton.cdiv(N, n_tile))](
             weight.detach(),
-            _mask_argument(mask),
+            argument,
+            argument if live is None else live,
             out,
             N,
             K,
@@ -231,6 +432,7 @@ def mask_weight(weight: Tensor, mask: Tensor, blocksize: tuple[int, int]) -> Ten
             K_TILE=k_tile,
             TILE_IN_BLOCK=tile_in_block,
             FACTORS=mask.dtype != torch.bool,
+            GUARDED=live is not None,
             num_warps=4,
         )
     return out

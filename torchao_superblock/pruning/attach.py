@@ -32,6 +32,8 @@ def attach(module: nn.Module, tensor_name: str, mask: BlockMask) -> None:
     if type(module).forward is not nn.Linear.forward:  # nn.Linear reads its weight just once
         read_once(module)
     mask.followers = _names_after(module, tensor_name)
+    if parametrize.is_parametrized(module):
+        _own_class(module)
     # `unsafe` skips a trial forward; there is nothing to find out, and a meta weight has no values.
     parametrize.register_parametrization(module, tensor_name, mask, unsafe=True)
     equip(module)
@@ -45,10 +47,7 @@ def equip(module: nn.Module) -> None:
 def detach(module: nn.Module, tensor_name: str) -> None:
     """Removes the mask; the weight under it becomes `module.<tensor_name>` again, unmasked."""
     mask = find_mask(module, tensor_name)
-    cls = type(module)
-    # Deep copies share this class, and the property is about to be deleted from it.
-    own = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
-    module.__class__ = type(cls.__name__, cls.__bases__, own)
+    _own_class(module)
     parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=False)
     _move_before(module, tensor_name, mask.followers if mask is not None else ())
     forget_lost_write(module, tensor_name)
@@ -58,6 +57,16 @@ def detach(module: nn.Module, tensor_name: str) -> None:
                 delattr(type(module), name)
             else:
                 setattr(type(module), name, before)
+
+
+def _own_class(module: nn.Module) -> None:
+    """Gives a parametrized module a copy of its class, to which properties can be added or not.
+
+    Deep copies share the class; and as it stays as it was, going back to it undoes everything.
+    """
+    cls = type(module)
+    own = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
+    module.__class__ = type(cls.__name__, cls.__bases__, own)
 
 
 def _names_after(module: nn.Module, tensor_name: str) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from torchao_superblock.pruning.masks.base import has_mask, masks_of
+from torchao_superblock.pruning.masks.base import has_mask, masks_of, refuse_broken_state
 
 
 def refuse_dense_checkpoints(model: nn.Module) -> None:
@@ -26,12 +26,15 @@ def refuse_dense_checkpoints(model: nn.Module) -> None:
             module.register_load_state_dict_pre_hook(_check_checkpoint)
 
 
-def accept_dense_checkpoints(model: nn.Module) -> None:
-    """Removes the check where no mask is left."""
+def accept_dense_checkpoints(model: nn.Module) -> bool:
+    """Removes the check where no mask is left; says whether there was one."""
+    removed = False
     for module in model.modules():
         if not has_mask(module):
             for key in list(_checks(module)):
                 del module._load_state_dict_pre_hooks[key]
+                removed = True
+    return removed
 
 
 def _checks(module: nn.Module) -> Iterator[int]:
@@ -45,9 +48,12 @@ def _check_checkpoint(
 ) -> None:
     modules = dict(module.named_modules(remove_duplicate=False))
     for path, child in modules.items():
-        for name in masks_of(child):
+        for name, mask in masks_of(child).items():
             here = f"{prefix}{path}." if path else prefix
             stored = f"{here}parametrizations.{name}.original"
+            index = list(child.parametrizations[name]).index(mask)
+            key = f"{here}parametrizations.{name}.{index}."
+            refuse_broken_state(state_dict, key, here + name)
             if here + name in state_dict and stored not in state_dict:
                 raise RuntimeError(_dense_into_masked(here, name, here + "scores" in state_dict))
     for key in state_dict:

@@ -14,15 +14,13 @@ from torch import Tensor, nn
 # are imported here and nowhere else.
 from torch.ao.pruning import BaseSparsifier, CubicSL, LambdaSL
 
+from torchao_superblock.common.all_or_nothing import all_or_nothing
 from torchao_superblock.common.blocks import block_grid, check_blocksize
 from torchao_superblock.common.modules import hand_over_hooks
 from torchao_superblock.common.names import find_fqn, nearest_names, without_wrapper_prefixes
 from torchao_superblock.common.swappable import TWINS
-from torchao_superblock.pruning.attach import attach, detach
-from torchao_superblock.pruning.checkpoints import (
-    accept_dense_checkpoints,
-    refuse_dense_checkpoints,
-)
+from torchao_superblock.pruning.attach import attach
+from torchao_superblock.pruning.checkpoints import refuse_dense_checkpoints
 from torchao_superblock.pruning.masks.base import (
     BlockMask,
     check_sparsity_level,
@@ -31,9 +29,9 @@ from torchao_superblock.pruning.masks.base import (
 )
 from torchao_superblock.pruning.masks.given import GivenMask
 from torchao_superblock.pruning.ramp import Progress, Ramp, check_ramp
-from torchao_superblock.pruning.reading import read_masked_children_once, undo_read_once
+from torchao_superblock.pruning.reading import read_masked_children_once
 from torchao_superblock.pruning.replaced import Links, follow, refuse_adapters
-from torchao_superblock.pruning.squash import squash_tensors
+from torchao_superblock.pruning.squash import check_foldable, fold
 from torchao_superblock.pruning.summary import MaskedTensor, MaskSummary
 from torchao_superblock.pruning.targets import (
     SkippedTensor,
@@ -134,6 +132,7 @@ class BlockSparsifier(BaseSparsifier):
         super().__init__(defaults=check_settings(settings, checks, f"{type(self).__name__}: "))
         self._skipped: list[SkippedTensor] = []
         self._squashed: dict[str, weakref.ref[nn.Module]] = {}
+        self._squashing = False  # begun and, if it was interrupted, to be finished
 
     @classmethod
     def require_freeze_step(cls, freeze_step: int | None, why: str) -> None:
@@ -210,32 +209,31 @@ class BlockSparsifier(BaseSparsifier):
             self.check_group(group, where)
             if "mask" not in group:
                 self.mask_type.check_weight(_weight(group), group, where)
-        masks = [self._new_mask(group) for group in groups]
-
-        attached: list[dict[str, Any]] = []
+        prepared = {
+            "model": model,
+            "config": config,
+            "groups": groups,
+            "_loaded": {},
+            "_steps": 0,
+            "_skipped": skipped,
+            "_squashed": {},
+            "_squashing": False,
+            "_links": None,
+        }
+        before = dict(vars(self))
         try:
-            for group, mask in zip(groups, masks, strict=True):
-                attach(group["module"], group["tensor_name"], mask)
-                attached.append(group)
-            read_masked_children_once(model)
-            refuse_dense_checkpoints(model)
+            with all_or_nothing(model):
+                for group in groups:
+                    attach(group["module"], group["tensor_name"], self._new_mask(group))
+                read_masked_children_once(model)
+                refuse_dense_checkpoints(model)
+                vars(self).update(prepared)
         except BaseException:
-            for group in attached:
-                detach(group["module"], group["tensor_name"])
-            undo_read_once(model)
-            accept_dense_checkpoints(model)
+            self.__dict__ = before
             raise
 
-        self.model = model
-        self.config = config
-        self.groups = groups
-        self._loaded = {}
-        self._steps = 0
-        self._skipped = skipped
-        self._squashed = {}
-        self._links = None
         remove_settled()
-        if any(learned(mask) is not None for mask in masks):
+        if any(learned(mask) is not None for _group, mask in self._masks()):
             self._watch = ScoresWatch(self._masks)
 
     def step(self, use_path: bool = True) -> None:
@@ -354,9 +352,13 @@ class BlockSparsifier(BaseSparsifier):
         Raises:
             RuntimeError: if a masked module was replaced by one without a mask, or became the base of
                 an adapter; if FSDP 1 or ZeRO-3 has released the scores.
+            ValueError: if an average was written into the model whose mixed masks mean nothing.
         """
         self._follow("summary")
-        entries = [MaskedTensor.of(group, mask) for group, mask in self._masks()]
+        entries = []
+        for group, mask in self._masks():
+            mask.check_sound(f"summary: {group['tensor_fqn']!r}: ")
+            entries.append(MaskedTensor.of(group, mask))
         return MaskSummary(entries, list(self._skipped))
 
     # ---------------------------------------------------------------------------------------------
@@ -372,6 +374,8 @@ class BlockSparsifier(BaseSparsifier):
     ) -> None:
         """Folds the masks into the weights; see :func:`torchao_superblock.pruning.squash`.
 
+        Interrupted at any point it leaves a model that computes the same; call it again to go on.
+
         Args:
             params_to_keep: settings (`"sparsity_level"`, `"blocksize"`, ...) to leave on each
                 squashed module in a dict `sparse_params`. A module with several masked tensors gets
@@ -382,15 +386,16 @@ class BlockSparsifier(BaseSparsifier):
             RuntimeError: before `prepare`, or when squashed already.
             ValueError: for an unknown setting or module, or NaN scores. Nothing has been folded then.
         """
-        self._require_groups("squash_mask")
+        if not self._squashing:
+            self._require_groups("squash_mask")
         kept = self._kept_params(params_to_keep, params_to_keep_per_layer)
-        squash_tensors(
-            self.model,
-            [
-                (group["tensor_fqn"], group["module"], group["tensor_name"], mask)
-                for group, mask in self._masks()
-            ],
-        )
+        found = [
+            (group["tensor_fqn"], group["module"], group["tensor_name"], mask)
+            for group, mask in self._masks()
+        ]
+        check_foldable(self.model, found)
+        self._squashing = True
+        fold(self.model, found)
         for group, params in zip(self.groups, kept, strict=True):
             if params:
                 _leave_params(group, params, self.groups)
@@ -573,7 +578,7 @@ class BlockSparsifier(BaseSparsifier):
         names = state.pop("_squashed_names", [])
         # What version 0.1 has, and has not.
         state.setdefault("_loaded", state.pop("state", {}))
-        state = {"ramp": Ramp(), "_steps": 0, **state}
+        state = {"ramp": Ramp(), "_steps": 0, "_squashing": False, **state}
         self.__dict__.update(state)
         nothing = nn.Module()
         self._squashed = {name: weakref.ref(nothing) for name in names}
@@ -592,9 +597,7 @@ class BlockSparsifier(BaseSparsifier):
             return
         if self.groups:
             self._squashed = {g["tensor_fqn"]: weakref.ref(g["module"]) for g in self.groups}
-        self.groups = []
-        self._loaded = {}
-        self._skipped = []
+        vars(self).update(groups=[], _loaded={}, _skipped=[], _squashing=False)
         if self._watch is not None:
             self._watch.close()
             self._watch = None

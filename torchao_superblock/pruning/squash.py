@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from torchao_superblock.common.all_or_nothing import all_or_nothing
+from torchao_superblock.common.names import find_fqn, nearest_names
 from torchao_superblock.common.sharding import (
     GATHER_FIRST,
     is_dtensor,
@@ -18,8 +20,10 @@ from torchao_superblock.pruning.reading import undo_read_once
 from torchao_superblock.pruning.replaced import refuse_adapters
 from torchao_superblock.pruning.written import refuse_lost_write
 
+Found = tuple[str, nn.Module, str, BlockMask]
 
-def squash(model: nn.Module) -> nn.Module:
+
+def squash(model: nn.Module, *, masks_from: nn.Module | None = None) -> nn.Module:
     """Folds every block mask of a model into its weight and removes the parametrizations.
 
     Works from the module alone: on the trained model, on a deep copy or an EMA of it
@@ -30,8 +34,18 @@ def squash(model: nn.Module) -> nn.Module:
     An optimizer that goes on training the model afterwards regrows the pruned blocks at its very
     next step, from momentum and new gradients: squash last, or swap to `BSRLinear` to fine-tune.
 
+    An average of the buffers, too (`use_buffers=True`), has masks of its own once what it averaged
+    agrees; before, it is refused, and `masks_from` gives it those of the trained model. An average of
+    parameters only, or of floating tensors only, that does not copy integer buffers keeps the level,
+    and the held masks, with which it began, and nothing can tell: give it `masks_from`.
+
+    Interrupted at any point (no memory left, Ctrl-C) the model computes the same as before; call it
+    again to go on.
+
     Args:
         model: changed in place.
+        masks_from: fold the present masks of this model, prepared alike and not squashed yet, and
+            not those of `model`.
 
     Returns:
         The model.
@@ -41,29 +55,36 @@ def squash(model: nn.Module) -> nn.Module:
             on top of its mask, is the base of an adapter or was written in place, or a masked weight
             is sharded: gather the full state dict, load it into a prepared copy that is not, and
             squash that.
-        ValueError: if scores are NaN. The model is unchanged after an error.
+        ValueError: if scores are NaN, an average has mixed masks beyond repair, or `masks_from`
+            lacks a mask or has one of other blocks. The model is unchanged after an error.
 
     Example:
-        >>> ema = torch.optim.swa_utils.AveragedModel(model)
+        >>> ema = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
         >>> ...
-        >>> squash(ema)
+        >>> squash(ema, masks_from=model)
     """
     found = list(named_masks(model))
     if not found:
+        undo_read_once(model)
+        if accept_dense_checkpoints(model):
+            return model  # all that an interrupted squash had left to do
         raise RuntimeError(
             "squash: the model carries no block mask. It was never prepared, was squashed already, "
             "or is a copy made before prepare()"
         )
-    squash_tensors(model, found)
+    if masks_from is not None:
+        found = _with_masks_of(masks_from, found)
+    check_foldable(model, found)
+    fold(model, found)
     return model
 
 
-def squash_tensors(model: nn.Module, found: list[tuple[str, nn.Module, str, BlockMask]]) -> None:
-    """Folds some of a model's masks; what can go wrong is found out before the first one.
+def check_foldable(model: nn.Module, found: list[Found]) -> None:
+    """Finds out what can go wrong before the first mask is folded.
 
     Args:
         model: the model that `found` is part of.
-        found: FQN, owner, tensor name and mask, as :func:`named_masks` yields them.
+        found: FQN, owner, tensor name and the mask to fold, as :func:`named_masks` yields them.
 
     Raises:
         RuntimeError: see :func:`squash`.
@@ -74,7 +95,7 @@ def squash_tensors(model: nn.Module, found: list[tuple[str, nn.Module, str, Bloc
         refuse_lost_write(module, name, f"squash: {fqn!r}: ")
         parametrizations = module.parametrizations[name]
         if len(parametrizations) > 1:
-            others = [type(p).__name__ for p in parametrizations if p is not mask]
+            others = [type(p).__name__ for p in parametrizations if not isinstance(p, BlockMask)]
             raise RuntimeError(
                 f"squash: {fqn!r} carries {', '.join(others)} besides its block mask; remove the "
                 "other parametrizations first"
@@ -100,11 +121,50 @@ def squash_tensors(model: nn.Module, found: list[tuple[str, nn.Module, str, Bloc
                 f"blocks. {GATHER_FIRST}. Nothing was folded"
             )
         mask.check_foldable(fqn)
+
+
+def fold(model: nn.Module, found: list[Found]) -> None:
+    """Folds some of a model's masks.
+
+    Whatever interrupts it, the model computes the same as before, and what is left can be folded.
+
+    Args:
+        model: the model that `found` is part of.
+        found: FQN, owner, tensor name and the mask to fold.
+    """
     for _fqn, module, name, mask in found:
-        mask.fold_(module.parametrizations[name].original)
-        detach(module, name)
+        weight = module.parametrizations[name].original
+        # Clearing blocks twice changes nothing; multiplying them twice does.
+        repeatable = mask.factors().dtype == torch.bool
+        with all_or_nothing(module, () if repeatable else (weight,)):
+            mask.fold_(weight)
+            detach(module, name)
     undo_read_once(model)
     accept_dense_checkpoints(model)
+
+
+def _with_masks_of(source: nn.Module, found: list[Found]) -> list[Found]:
+    """The same tensors, each with the mask that its namesake has in another model."""
+    others = {fqn: mask for fqn, *_, mask in named_masks(source)}
+    result = []
+    for fqn, module, name, mask in found:
+        other = others.get(find_fqn(fqn, others))
+        if other is None:
+            raise ValueError(
+                f"squash: masks_from has no mask on {fqn!r}"
+                + (
+                    nearest_names(fqn, list(others))
+                    if others
+                    else " and none at all: squash it last"
+                )
+            )
+        if (other.weight_shape, other.blocksize) != (mask.weight_shape, mask.blocksize):
+            raise ValueError(
+                f"squash: {fqn!r} has shape {mask.weight_shape} in blocks of {mask.blocksize}, and in "
+                f"masks_from {other.weight_shape} in blocks of {other.blocksize}"
+            )
+        result.append((fqn, module, name, other))
+    return result
 
 
 def _flat_parameter(weight: Tensor, mask: BlockMask) -> str | None:

@@ -26,11 +26,20 @@ from torchao_superblock.common.sharding import (
     refuse_released,
 )
 from torchao_superblock.ops.block_mask import (
+    BROKEN,
     block_mask,
     block_norm,
     mask_weight,
     mask_weight_backward,
     scale_blocks_,
+)
+from torchao_superblock.ops.mask_guards import (
+    NOTHING_HELD,
+    Guards,
+    held_sum,
+    level_checksum,
+    pattern_checksum,
+    settle,
 )
 from torchao_superblock.pruning.ramp import Progress
 
@@ -62,7 +71,7 @@ class MaskWeight(torch.autograd.Function):
         blocksize: tuple[int, int],
         statistic: bool = False,
     ) -> Tensor:
-        return mask_weight(weight, factors, blocksize)
+        return mask_weight(weight, factors, blocksize, live)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -96,6 +105,11 @@ class BlockMask(nn.Module):
     nothing. The number of kept blocks is exact; of equal scores the one that comes first in
     row-major order wins.
 
+    Level and held mask survive averages of the buffers (`AveragedModel(use_buffers=True)`, Lightning's
+    `EMAWeightAveraging`) once all that was averaged agrees but for a tenth. Until then the mask is
+    broken: no block is kept, the forward is NaN, and squash, summary and loading refuse it by name.
+    Change them with the methods below; what is written straight into the buffers counts as damage.
+
     A kind of mask overrides what differs: :meth:`make_scores` (a buffer, or a Parameter to be
     trained), :meth:`reset_scores`, :meth:`update` (called by the sparsifier's `step()`), and, where
     the factors are not those of a hard choice, :meth:`factors` and :meth:`forward`. Its further
@@ -122,6 +136,9 @@ class BlockMask(nn.Module):
         n_kept: int64 0-dim buffer, the number of blocks to keep.
         frozen: int8 0-dim buffer; while 1, `held_mask` is the mask.
         held_mask: int8 buffer of the grid's shape, 1 = kept.
+        checksums: int64 `(2,)`, moments: float64 `(3,)`, held_mean: float32 of the grid's shape:
+            buffers that tell whether these three were averaged, and what they were
+            (:class:`~torchao_superblock.ops.mask_guards.Guards`).
         factor: float32 0-dim buffer, what kept blocks are multiplied by; None without a gain.
         blocksize: `(rows, cols)`.
         weight_shape: `(N, K)`.
@@ -144,6 +161,9 @@ class BlockMask(nn.Module):
     n_kept: Tensor
     frozen: Tensor
     held_mask: Tensor
+    checksums: Tensor
+    moments: Tensor
+    held_mean: Tensor
     factor: Tensor | None
     carrier: nn.Parameter | None
     gain: float = 0.0
@@ -179,6 +199,7 @@ class BlockMask(nn.Module):
         # Not bool: AveragedModel(use_buffers=True) subtracts buffers.
         self.register_buffer("frozen", torch.zeros((), dtype=torch.int8, device=device))
         self.register_buffer("held_mask", torch.zeros(grid, dtype=torch.int8, device=device))
+        self._make_guards()
         self.gain = check_gain(gain)
         if self.gain:
             self.register_buffer("factor", torch.ones((), dtype=torch.float32, device=device))
@@ -263,6 +284,19 @@ class BlockMask(nn.Module):
         """Whether the mask is held (False on the meta device). Reads it back to the host."""
         return not self.frozen.is_meta and bool(self.frozen)
 
+    @property
+    def guards(self) -> Guards:
+        """What tells whether `n_kept`, `frozen` and `held_mask` were averaged."""
+        buffers = (
+            self._buffers
+        )  # of each forward's host time three attributes would be a microsecond
+        return Guards(buffers["checksums"], buffers["moments"], buffers["held_mean"])
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether an average left no mask (False on the meta device). Reads it back to the host."""
+        return not self.frozen.is_meta and not bool(self._settled()[3])
+
     def block_norms(self, weight: Tensor) -> Tensor:
         """Euclidean norms of the blocks of `weight`, `(R, C)`, gathered where it is sharded."""
         return block_norm(full_tensor(weight).flatten(1), self.blocksize)
@@ -296,6 +330,8 @@ class BlockMask(nn.Module):
     def block_mask(self) -> Tensor:
         """The mask of the next forward: a new bool tensor over the block grid, True = kept.
 
+        Of a broken mask (:attr:`is_broken`) no block is kept.
+
         Where FSDP2 has sharded the scores this gathers them: call it on every rank.
         """
         return self._mask_and_live()[0]
@@ -305,7 +341,11 @@ class BlockMask(nn.Module):
         return (mask if self.factor is None else mask * self.factor), live
 
     def _mask_and_live(self) -> tuple[Tensor, Tensor]:
-        return block_mask(self.full_scores(), self.n_kept, self.held_mask, self.frozen)
+        return block_mask(self.full_scores(), self.n_kept, self.held_mask, self.frozen, self.guards)
+
+    def _settled(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`n_kept`, `held_mask`, `frozen` as they were before an average, and whether they are sound."""
+        return settle(self.n_kept, self.held_mask, self.frozen, self.guards)
 
     def refuse_sharded(self, weight: Tensor) -> None:
         """Raises for a DTensor: its blocks are not all here."""
@@ -344,8 +384,9 @@ class BlockMask(nn.Module):
             fqn: of the masked tensor.
 
         Raises:
-            ValueError: if scores are NaN.
+            ValueError: if the mask is broken, or scores are NaN.
         """
+        self.check_sound(f"squash: {fqn!r}: ")
         if bool(self.full_scores().isnan().any()):
             raise ValueError(
                 f"squash: the scores of {fqn!r} contain NaN, so its mask means nothing: training "
@@ -353,16 +394,34 @@ class BlockMask(nn.Module):
                 "module to start over"
             )
 
+    def check_sound(self, where: str) -> None:
+        """Refuses a mask whose level or pattern an average has mixed beyond repair.
+
+        Args:
+            where: what the error begins with; it names the tensor.
+
+        Raises:
+            ValueError: if the mask is broken.
+        """
+        if self.is_broken:
+            raise ValueError(where + _BROKEN)
+
     def set_sparsity_level(self, sparsity_level: float) -> None:
-        """Writes `n_kept`; the next forward follows. Nothing is read back to the host.
+        """Writes `n_kept` and its guards; the next forward follows. Nothing is read back to the host.
 
         Args:
             sparsity_level: fraction of blocks to prune, in `[0, 1)`.
         """
         n_blocks = self.held_mask.numel()
         self._target_n_kept = kept_blocks(n_blocks, check_sparsity_level(sparsity_level))
-        with torch.no_grad():
-            self.n_kept.fill_(self._target_n_kept)
+        self._write_level(self._target_n_kept)
+
+    @torch.no_grad()
+    def _write_level(self, n_kept: int) -> None:
+        self.n_kept.fill_(n_kept)
+        self.checksums[0].fill_(level_checksum(n_kept))
+        self.moments[0].fill_(n_kept)
+        self.moments[1].fill_(n_kept**2)
 
     @torch.no_grad()
     def apply_level(self, sparsity_level: float, weight: Tensor) -> None:
@@ -392,17 +451,38 @@ class BlockMask(nn.Module):
     def freeze(self, weight: Tensor | None = None) -> None:
         """Holds the present mask, whatever the scores and the level do from now on.
 
+        A broken mask stays broken. Nothing is read back to the host.
+
         Args:
             weight: `(N, K)` under the mask, for kinds whose factors end up in it.
         """
-        self.held_mask.copy_(self.block_mask())
+        mask, live = self._mask_and_live()
+        self.hold(mask)
+        broken = live == BROKEN
+        self.checksums[1].masked_fill_(broken, 0)
+        self.moments[2].masked_fill_(broken, math.nan)
+
+    @torch.no_grad()
+    def hold(self, mask: Tensor) -> None:
+        """Freezes, and holds a given mask.
+
+        Args:
+            mask: bool `(R, C)`, True = kept.
+        """
+        self.held_mask.copy_(mask)
         self.frozen.fill_(1)
+        self.checksums[1].copy_(pattern_checksum(1, held_sum(self.held_mask)))
+        self.moments[2].fill_(1)
+        self.held_mean.copy_(mask)
 
     @torch.no_grad()
     def unfreeze(self) -> None:
         """Lets the mask follow the scores again."""
         self.frozen.fill_(0)
         self.held_mask.fill_(0)
+        self.checksums[1].fill_(NOTHING_HELD)
+        self.moments[2].fill_(0)
+        self.held_mean.fill_(0)
 
     @torch.no_grad()
     def reset_parameters(self, weight: Tensor | None = None) -> None:
@@ -412,7 +492,7 @@ class BlockMask(nn.Module):
             weight: `(N, K)`, what scores may be measured from; the `reset_parameters()` of the
                 masked module passes it.
         """
-        self.n_kept.fill_(self._target_n_kept)
+        self._write_level(self._target_n_kept)
         BlockMask.unfreeze(self)
         if self.factor is not None:
             self._last_factor = self._gain_of_level()
@@ -437,18 +517,83 @@ class BlockMask(nn.Module):
         Args:
             weight: the `(N, K)` weight.
         """
-        scale_local_blocks_(weight, self.factors(), self.blocksize)
+        scale_local_blocks_(weight, self.factors().to(weight.device), self.blocksize)
+
+    def _make_guards(self) -> None:
+        grid, device = self.held_mask.shape, self.held_mask.device
+        checksums = torch.zeros(2, dtype=torch.int64, device=device)
+        # Squares need float64: an average that drifts by its rounding must not look like a mixture.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.register_buffer("checksums", checksums)
+        self.register_buffer("moments", torch.zeros(3, dtype=dtype, device=device))
+        self.register_buffer("held_mean", torch.zeros(grid, dtype=torch.float32, device=device))
+
+    @torch.no_grad()
+    def _trust_state(self) -> None:
+        """Makes the guards of what stands in `n_kept`, `frozen` and `held_mask`, or was settled."""
+        if not hasattr(self, "held_mean") or self.held_mean.device != self.held_mask.device:
+            self._make_guards()
+        n_kept = self.n_kept.to(self.moments.dtype)
+        self.checksums[0].copy_(level_checksum(self.n_kept))
+        self.checksums[1].copy_(pattern_checksum(self.frozen.long(), held_sum(self.held_mask)))
+        self.moments.copy_(torch.stack([n_kept, n_kept**2, self.frozen.to(n_kept.dtype)]))
+        self.held_mean.copy_(self.held_mask)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        try:
+            refuse_broken_state(state_dict, prefix)
+        except RuntimeError as error:
+            error_msgs.append(str(error))
+            return
+        absent: list[str] = []
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, absent, unexpected_keys, error_msgs
+        )
+        guards = [prefix + name for name in Guards._fields]
+        # Checkpoints of earlier versions have none: nothing averaged is taken for granted.
+        old = prefix + "n_kept" in state_dict and set(guards) <= set(absent)
+        missing_keys += [key for key in absent if not (old and key in guards)]
+        if old:
+            self._trust_state()
+        elif not _goes_on(prefix):
+            self._repair()
+
+    @torch.no_grad()
+    def _repair(self) -> None:
+        """Writes what an average of equal masks did to `n_kept`, `frozen` and `held_mask` back."""
+        if self.is_broken or self.frozen.is_meta:
+            return
+        n_kept, held_mask, frozen, _ = self._settled()
+        # While the mask is held, the level may still be a mixture.
+        self.n_kept.copy_(n_kept)
+        self.held_mask.copy_(held_mask)
+        self.frozen.copy_(frozen)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # What pickles of version 0.1 lack.
         self._parameters.setdefault("carrier", None)
         self._buffers.setdefault("factor", None)
+        if "checksums" not in self._buffers:
+            self._trust_state()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockMask:
         # Scores stay float32: in bfloat16 a few hundred blocks share a dozen values.
         def move_only(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
+            try:
+                moved = fn(tensor)
+            except TypeError:  # a device without float64, which only `moments` are
+                tensor = tensor.to(torch.float32)
+                moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(move_only, recurse)
@@ -479,6 +624,46 @@ def scale_local_blocks_(weight: Tensor, factors: Tensor, blocksize: tuple[int, i
     block_rows = torch.arange(rows.start, rows.stop, device=factors.device) // r
     block_cols = torch.arange(cols.start, cols.stop, device=factors.device) // c
     scale_blocks_(local_tensor(weight), factors[block_rows][:, block_cols], (1, 1))
+
+
+_BROKEN = (
+    "an average has mixed masks of different levels, or held ones, in its buffers, so that none of "
+    "them is left. Go on averaging until nearly all that is averaged agrees, or take the masks of the "
+    "trained model: squash(average, masks_from=model)"
+)
+
+
+def refuse_broken_state(state_dict: Mapping[str, Any], prefix: str, fqn: str | None = None) -> None:
+    """Refuses the state of a broken mask, before it is loaded.
+
+    What is loaded into an `AveragedModel` is taken as it is: the run goes on, and so does the average.
+
+    Args:
+        state_dict: of a model.
+        prefix: of the mask's keys.
+        fqn: of the masked tensor.
+
+    Raises:
+        RuntimeError: if it is broken.
+    """
+    names = ("n_kept", "held_mask", "frozen", *Guards._fields)
+    tensors = [state_dict.get(prefix + name) for name in names]
+    if not all(isinstance(t, Tensor) and not t.is_meta and not is_dtensor(t) for t in tensors):
+        return
+    if _goes_on(prefix):
+        return
+    n_kept, held_mask, frozen, *guards = tensors
+    try:
+        *_, sound = settle(n_kept, held_mask, frozen, Guards(*guards))
+    except (RuntimeError, ValueError):  # of other shapes: loading says so
+        return
+    if not bool(sound):
+        raise RuntimeError(f"the checkpoint's mask of {fqn or prefix!r} means nothing: {_BROKEN}")
+
+
+def _goes_on(prefix: str) -> bool:
+    # An AveragedModel of an interrupted run: all that a module below it sees of it is this name.
+    return prefix.startswith("module.")
 
 
 def find_mask(module: nn.Module, tensor_name: str) -> BlockMask | None:

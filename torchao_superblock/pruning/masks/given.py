@@ -26,8 +26,7 @@ class GivenMask(BlockMask):
 
     def reset_scores(self, weight: Tensor | None) -> None:
         self.scores.zero_()
-        self.held_mask.copy_(self._mask)
-        self.frozen.fill_(1)
+        self.hold(self._mask)
 
     @torch.no_grad()
     def freeze(self, weight: Tensor | None = None) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchao_superblock.common.blocks import BlockSize
+from torchao_superblock.ops.block_mask import BROKEN
 from torchao_superblock.pruning.masks.base import (
     BlockMask,
     Check,
@@ -84,7 +85,8 @@ class PruneAndGrowMask(BlockMask):
 
     def _factors_and_live(self) -> tuple[Tensor, Tensor]:
         factors, live = super()._factors_and_live()
-        return factors, live & self.listening.bool()
+        deaf = self.listening.logical_not() & (live != BROKEN)
+        return factors, live.masked_fill(deaf, 0)
 
     @torch.no_grad()
     def update(self, weight: Tensor, progress: Progress) -> None:

@@ -49,13 +49,14 @@ class _SoftTopK(torch.autograd.Function):
         soft: Tensor,
         slope: Tensor,
         factor: Tensor,
+        live: Tensor,
         blocksize: tuple[int, int],
     ) -> Tensor:
-        return mask_weight(weight, hard * soft * factor, blocksize)
+        return mask_weight(weight, hard * soft * factor, blocksize, live)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        weight, _hard, soft, slope, factor, blocksize = inputs
+        weight, _hard, soft, slope, factor, _live, blocksize = inputs
         ctx.blocksize = blocksize
         ctx.save_for_backward(weight, soft, slope, factor)
 
@@ -70,7 +71,7 @@ class _SoftTopK(torch.autograd.Function):
         dm = sums.to(d.dtype) * factor
         dz = d * dm - d / d.sum().clamp_min(1e-12) * (d * dm).sum()
         grad_weight = grad_weight + mask_weight(weight, dz * slope, ctx.blocksize)
-        return grad_weight, None, None, None, None, None
+        return grad_weight, None, None, None, None, None, None
 
 
 class SpartanMask(BlockMask):
@@ -139,11 +140,11 @@ class SpartanMask(BlockMask):
     def forward(self, weight: Tensor) -> Tensor:
         self.refuse_sharded(weight)
         with torch.no_grad():
-            hard = self.block_mask()
+            hard, live = self._mask_and_live()
             factor = torch.ones_like(self.sharpness) if self.factor is None else self.factor
         # Copies: `step()` may write into the buffers between a forward and its backward.
         soft, slope = self.soft.clone(), self.slope.clone()
-        return _SoftTopK.apply(weight, hard, soft, slope, factor.clone(), self.blocksize)
+        return _SoftTopK.apply(weight, hard, soft, slope, factor.clone(), live, self.blocksize)
 
     @torch.no_grad()
     def update(self, weight: Tensor, progress: Progress) -> None:
