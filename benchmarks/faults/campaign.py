@@ -26,7 +26,7 @@ from benchmarks.faults.case import Kind, NotHere, Outcome, attempt
 
 ROOT = Path(__file__).resolve().parents[2]
 # A kind that keeps crashing or hanging would take the whole time.
-MOST_CRASHES = 5
+MOST_CRASHES = 3
 _WORKER = "from benchmarks.faults.campaign import work; work()"
 _KINDS = "benchmarks.faults.campaign:kinds"
 

@@ -81,17 +81,18 @@ def _compile(*command: object) -> None:
 
 
 def _runtime() -> str | None:
-    """AddressSanitizer's library, which has to be loaded before Python itself."""
+    """What has to be loaded before Python itself: AddressSanitizer, and the C++ library whose ``throw`` it wraps."""
+    found = [_library("libasan.so"), _library("libstdc++.so.6")]
+    return None if None in found else " ".join(found)
+
+
+def _library(name: str) -> str | None:
     cc = compiler()
     if cc is None:
         return None
-    names = ["libasan.so", "libclang_rt.asan-x86_64.so"]
-    for name in names:
-        found = subprocess.run([cc, f"-print-file-name={name}"], capture_output=True, text=True)
-        path = found.stdout.strip()
-        if os.path.isabs(path) and os.path.exists(path):
-            return path
-    return None
+    command = [cc, f"-print-file-name={name}"]
+    path = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return path if os.path.isabs(path) and os.path.exists(path) else None
 
 
 def environment(extension: Path) -> dict[str, str]:

@@ -33,7 +33,7 @@ class LoadWhileRunning(Kind):
     )
     short, long = 3, 60
     loads = 60
-    patience = 60.0  # a broken heap may also hang
+    patience = 40.0  # a broken heap may also hang
 
     def run(self, index: int) -> str:
         source = self.random(index)
