@@ -32,7 +32,7 @@ class LoadWhileRunning(Kind):
         "computes what was loaded last"
     )
     short, long = 3, 60
-    loads = 60
+    forwards = 100
     patience = 40.0  # a broken heap may also hang
 
     def run(self, index: int) -> str:
@@ -43,32 +43,32 @@ class LoadWhileRunning(Kind):
         states = [layer.state_dict() for layer in layers[1:]]
         x = torch.randn(rows, width)
         expected = [layer(x) for layer in layers[1:]]
-        shared, stop, errors = layers[0], threading.Event(), []
+        shared, errors = layers[0], []
 
-        def forward() -> None:
-            while not stop.is_set():
+        def forward(train: bool) -> None:
+            for _ in range(self.forwards):
                 try:
-                    y = shared(x)
-                    y.sum().backward()
+                    with torch.set_grad_enabled(train):
+                        y = shared(x)
+                    if train:
+                        y.sum().backward()
                 except (RuntimeError, ValueError):
                     continue  # half of the old index and half of the new one: refused
                 except BaseException as error:
                     errors.append(error)
                     return
 
-        threads = [threading.Thread(target=forward) for _ in range(source.choice([1, 2, 3]))]
+        count = source.choice([1, 2, 3])
+        threads = [threading.Thread(target=forward, args=(i == 2,)) for i in range(count)]
         for thread in threads:
             thread.start()
-        try:
-            for i in range(self.loads):
-                shared.load_state_dict(states[i % 2])
-        finally:
-            stop.set()
-            for thread in threads:
-                thread.join()
+        loads = 0
+        while loads == 0 or any(thread.is_alive() for thread in threads):
+            shared.load_state_dict(states[loads % 2])
+            loads += 1
         if errors:
             raise Fault(f"a forward raises {type(errors[0]).__name__}", errors[0])
-        if not torch.allclose(shared(x), expected[(self.loads - 1) % 2], atol=1e-5):
+        if not torch.allclose(shared(x), expected[(loads - 1) % 2], atol=1e-5):
             raise Fault("another model after loading", f"{width}, block {block}")
         return "right"
 
@@ -80,7 +80,7 @@ class LoadWhileRunningSanitized(LoadWhileRunning):
     about = "the same under AddressSanitizer: nothing is read or written out of bounds"
     short, long = 2, 30
     sanitizer = True
-    loads = 30
+    forwards = 30
 
 
 class ForwardTogether(Kind):
