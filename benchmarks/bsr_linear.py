@@ -137,7 +137,7 @@ class Cell:
         shape: (N, K) of the weight.
         block: block size, int or (rows, cols).
         sparsity: fraction of blocks that are zero.
-        mode: ``"float32"``, ``"tf32"``, ``"bfloat16"``, ``"float16"`` or ``"float64"``.
+        mode: `"float32"`, `"tf32"`, `"bfloat16"`, `"float16"` or `"float64"`.
         goal: speedup over dense to reach, if any.
         peers: measure the peers too.
         graph: time replays of a CUDA graph with cold weights instead of single calls.
@@ -154,10 +154,12 @@ class Cell:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the operands: float32 for the TF32 mode too."""
         return torch.float32 if self.mode == "tf32" else getattr(torch, self.mode)
 
     @property
     def label(self) -> str:
+        """What the progress line calls it."""
         n, k = self.shape
         return (
             f"M {self.M}, {n} x {k}, block {block_text(self.block)}, {self.sparsity}, {self.mode}"
@@ -165,13 +167,13 @@ class Cell:
 
 
 def block_text(block: Block) -> str:
-    """``64`` or ``64x16``."""
+    """`64` or `64x16`."""
     return str(block) if isinstance(block, int) else "x".join(map(str, block))
 
 
 @dataclass(frozen=True)
 class Operands:
-    """Inputs of one cell. ``plan`` is the layer's precomputed schedule, as BSRLinear passes it."""
+    """Inputs of one cell. `plan` is the layer's precomputed schedule, as BSRLinear passes it."""
 
     x: torch.Tensor
     weight: BlockSparse
@@ -180,7 +182,7 @@ class Operands:
 
 
 def make_operands(cell: Cell, device: torch.device) -> Operands:
-    """Random operands of one cell on ``device``."""
+    """Random operands of one cell on `device`."""
     from torchao_superblock.ops.plan import build_plan
 
     n, k = cell.shape
@@ -296,7 +298,7 @@ class Failures:
         self._cells: dict[tuple[str, str], list[str]] = defaultdict(list)
 
     def note(self, cell: Cell, measured: Measurements) -> None:
-        """Remembers every failure of ``measured``."""
+        """Remembers every failure of `measured`."""
         for name in measured:
             if reason := measured.failure(name):
                 self._cells[name, reason].append(cell.label)
@@ -323,11 +325,13 @@ class Context:
 
     @property
     def seconds(self) -> float:
+        """How long one cell is measured."""
         if self.device.type == "cuda":
             return 0.05 if self.quick else 0.12
         return 0.15 if self.quick else 1.0
 
     def progress(self, steps: int, title: str) -> Progress:
+        """A live line for so many cells."""
         return Progress(steps, title)
 
 

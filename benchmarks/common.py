@@ -67,10 +67,12 @@ class Timing:
 
     @property
     def median(self) -> float:
+        """Seconds per call."""
         return statistics.median(self.samples)
 
     @property
     def minimum(self) -> float:
+        """Seconds of the fastest call."""
         return min(self.samples)
 
     @property
@@ -105,12 +107,12 @@ class Measurements(dict[str, "Timing | Failure"]):
     """What :func:`measure` returns: a timing or a failure for each candidate, by name."""
 
     def timing(self, name: str) -> Timing | None:
-        """The timing of ``name``; None if it failed or was not measured."""
+        """The timing of `name`; None if it failed or was not measured."""
         entry = self.get(name)
         return entry if isinstance(entry, Timing) else None
 
     def failure(self, name: str) -> str:
-        """Why ``name`` failed; empty if it did not."""
+        """Why `name` failed; empty if it did not."""
         entry = self.get(name)
         return entry.reason if isinstance(entry, Failure) else ""
 
@@ -120,7 +122,7 @@ class Measurements(dict[str, "Timing | Failure"]):
         return None if timing is None else timing.median * 1e3
 
     def speedup(self, baseline: str, name: str) -> Ratio | None:
-        """How much faster ``name`` is than ``baseline``: median of the ratios within a round."""
+        """How much faster `name` is than `baseline`: median of the ratios within a round."""
         base, other = self.timing(baseline), self.timing(name)
         if base is None or other is None:
             return None
@@ -137,7 +139,7 @@ class Measurements(dict[str, "Timing | Failure"]):
 
 
 def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
-    """``||out - reference|| / ||reference||`` in float64.
+    """`||out - reference|| / ||reference||` in float64.
 
     Args:
         out: the result under test, any floating dtype.
@@ -154,7 +156,7 @@ def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
 def verdict(
     value: float | None, *, at_least: float | None = None, at_most: float | None = None
 ) -> str:
-    """``"pass"`` or ``"miss"`` of a measured value against a goal; empty if there is no goal."""
+    """`"pass"` or `"miss"` of a measured value against a goal; empty if there is no goal."""
     if at_least is None and at_most is None:
         return ""
     if value is None or value != value:
@@ -207,11 +209,11 @@ def measure(
 
     Args:
         candidates: what to time, by name. Called under whatever grad mode is active here.
-        device: ``"cpu"`` (wall clock) or ``"cuda"`` (device events, the L2 cache flushed before
+        device: `"cpu"` (wall clock) or `"cuda"` (device events, the L2 cache flushed before
             every call).
         seconds: wall time to spend on all candidates together; by default 1.0 on the CPU and 0.15
-            on CUDA. ``min_rounds`` rounds are run even if they take longer.
-        min_rounds: fewest rounds; a candidate that takes longer than ``seconds`` for one call gets
+            on CUDA. `min_rounds` rounds are run even if they take longer.
+        min_rounds: fewest rounds; a candidate that takes longer than `seconds` for one call gets
             three.
         max_rounds: most rounds.
         graph: CUDA only: time replays of a CUDA graph that holds several calls, so that host time
@@ -322,7 +324,7 @@ def l2_bytes() -> int:
 
 
 def copies_beyond_cache(nbytes: int, device: str | torch.device) -> int:
-    """Copies of an operand of ``nbytes`` that exceed the L2 cache three times (1 on the CPU)."""
+    """Copies of an operand of `nbytes` that exceed the L2 cache three times (1 on the CPU)."""
     if torch.device(device).type != "cuda":
         return 1
     return max(1, min(64, -(-3 * l2_bytes() // max(1, nbytes))))
@@ -463,20 +465,20 @@ class Roofline:
     Attributes:
         bandwidth: bytes per second of a large copy, bytes read plus bytes written.
         rates: floating-point operations per second of a large dense product, by mode
-            (``"bfloat16"``, ``"float16"``, ``"tf32"``, ``"float32"``).
+            (`"bfloat16"`, `"float16"`, `"tf32"`, `"float32"`).
     """
 
     bandwidth: float
     rates: dict[str, float] = field(default_factory=dict)
 
     def rate(self, mode: str) -> float:
-        """Operations per second for ``mode``; float32 may also be three TF32 products."""
+        """Operations per second for `mode`; float32 may also be three TF32 products."""
         if mode == "float32" and "tf32" in self.rates:
             return max(self.rates["float32"], self.rates["tf32"] / 3)
         return self.rates[mode]
 
     def floor(self, nbytes: float, operations: float, mode: str) -> float:
-        """Seconds that moving ``nbytes`` and doing ``operations`` takes at the very least."""
+        """Seconds that moving `nbytes` and doing `operations` takes at the very least."""
         return max(nbytes / self.bandwidth, operations / self.rate(mode))
 
     def describe(self) -> dict[str, str]:
@@ -490,7 +492,7 @@ class Roofline:
 
 @contextlib.contextmanager
 def float32_mode(mode: str) -> Iterator[None]:
-    """How CUDA multiplies float32 inside the block: ``"highest"`` (IEEE) or ``"high"`` (TF32)."""
+    """How CUDA multiplies float32 inside the block: `"highest"` (IEEE) or `"high"` (TF32)."""
     previous = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(mode)
     try:
@@ -506,7 +508,7 @@ def measure_roofline(
 
     Args:
         device: where.
-        modes: some of ``"bfloat16"``, ``"float16"``, ``"tf32"``, ``"float32"``; all that make sense
+        modes: some of `"bfloat16"`, `"float16"`, `"tf32"`, `"float32"`; all that make sense
             by default.
         quick: smaller operands.
     """
@@ -548,10 +550,10 @@ class BlockSparse:
     """A random block-sparse weight in both forms.
 
     Attributes:
-        dense: ``(N, K)`` with zero blocks.
-        crow: int32 ``(R + 1,)``.
-        col: int32 ``(nnz,)``, sorted within a block row.
-        values: ``(nnz, r, c)``.
+        dense: `(N, K)` with zero blocks.
+        crow: int32 `(R + 1,)`.
+        col: int32 `(nnz,)`, sorted within a block row.
+        values: `(nnz, r, c)`.
     """
 
     dense: torch.Tensor
@@ -575,14 +577,14 @@ def random_block_sparse(
     device: str | torch.device = "cpu",
     seed: int = 0,
 ) -> BlockSparse:
-    """A weight with ``max(1, round(n_blocks * (1 - sparsity)))`` randomly placed blocks.
+    """A weight with `max(1, round(n_blocks * (1 - sparsity)))` randomly placed blocks.
 
     Args:
         out_features: N, a multiple of the block's rows.
         in_features: K, a multiple of the block's columns.
-        blocksize: int for square blocks or ``(rows, cols)``.
+        blocksize: int for square blocks or `(rows, cols)`.
         sparsity: fraction of blocks that are zero.
-        dtype: of the weight; scaled by ``K ** -0.5`` as a layer's weight is.
+        dtype: of the weight; scaled by `K ** -0.5` as a layer's weight is.
         device: where it lives; the mask itself does not depend on it.
         seed: of the mask and the values.
     """
@@ -619,7 +621,7 @@ def _cpu_name() -> str:
 
 
 def device_name(device: str | torch.device) -> str:
-    """Name of the hardware behind ``device``."""
+    """Name of the hardware behind `device`."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -753,13 +755,13 @@ class Report:
     """Collects tables and pictures and writes them as one Markdown file, one CSV file and PNGs.
 
     The files are rewritten after every table, so an interrupted run leaves what it measured. They
-    are called ``<date>_<name>_<device>[_<label>]``.
+    are called `<date>_<name>_<device>[_<label>]`.
 
     Args:
-        name: of the benchmark, e.g. ``"bsr_linear"``.
+        name: of the benchmark, e.g. `"bsr_linear"`.
         title: first heading of the Markdown file.
         device: where it ran.
-        directory: where the files go; ``benchmarks/results`` by default.
+        directory: where the files go; `benchmarks/results` by default.
         label: appended to the file names, to keep two runs of a day apart.
 
     Example:
@@ -807,7 +809,7 @@ class Report:
         columns: Sequence[str] | None = None,
         note: str = "",
     ) -> None:
-        """Adds, prints and saves a table; the CSV gets every key, whatever ``columns`` shows."""
+        """Adds, prints and saves a table; the CSV gets every key, whatever `columns` shows."""
         self.records.extend({"section": title, **row} for row in rows)
         block = f"## {title}\n\n"
         if note:
@@ -818,7 +820,7 @@ class Report:
         self.write()
 
     def figure(self, figure: Any, name: str, caption: str) -> Path:
-        """Saves a matplotlib figure as ``<stem>_<name>.png`` and shows it in the Markdown file."""
+        """Saves a matplotlib figure as `<stem>_<name>.png` and shows it in the Markdown file."""
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / f"{self.stem}_{name}.png"
         figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
@@ -844,7 +846,7 @@ class Report:
 
 
 def pyplot() -> Any:
-    """matplotlib's pyplot, without a display, with the look shared by all pictures here.
+    """The pyplot of matplotlib, without a display, with the look shared by all pictures here.
 
     Raises:
         ImportError: if matplotlib is missing, with the command that installs it.
@@ -882,7 +884,7 @@ BLOCK_COLORS = {16: "#8ecae6", 32: "#219ebc", 64: "#1d4e89", 128: "#0b2545"}
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--device --quick --output-dir --label --threads --no-pictures``."""
+    """Adds `--device --quick --output-dir --label --threads --no-pictures`."""
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--quick", action="store_true", help="fewer cells and rounds")
     parser.add_argument("--output-dir", type=Path, default=RESULTS, help="default: %(default)s")

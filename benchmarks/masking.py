@@ -64,6 +64,7 @@ class MLP(nn.Module):
         self.linear_2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """As ViT-B's: x and the MLP of its norm, `(..., width)`."""
         return x + self.linear_2(nn.functional.gelu(self.linear_1(self.norm(x))))
 
 

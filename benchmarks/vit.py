@@ -103,7 +103,7 @@ def zero_blocks(model: nn.Module, blocksize: int, sparsity: float) -> nn.Module:
 
 
 def swapped(model: nn.Module, blocksize: int, *, narrow: bool = False) -> nn.Module:
-    """A copy of ``model`` with the MLP layers as BSRLinear, each GELU in the layer before it.
+    """A copy of `model` with the MLP layers as BSRLinear, each GELU in the layer before it.
 
     Args:
         model: dense, with zero blocks.
@@ -152,7 +152,7 @@ def hidden_features(model: nn.Module) -> int:
 
 
 def with_torch_bsr(model: nn.Module, blocksize: int) -> nn.Module:
-    """A copy of ``model`` whose MLP weights are torch.sparse_bsr tensors."""
+    """A copy of `model` whose MLP weights are torch.sparse_bsr tensors."""
     model = copy.deepcopy(model)
     with quiet():
         for _, linear in mlp_linears(model):
@@ -162,7 +162,7 @@ def with_torch_bsr(model: nn.Module, blocksize: int) -> nn.Module:
 
 
 def compile_layers(model: nn.Module, device: torch.device) -> nn.Module:
-    """A copy of ``model`` whose encoder layers are compiled; twelve equal ones compile once."""
+    """A copy of `model` whose encoder layers are compiled; twelve equal ones compile once."""
     model = copy.deepcopy(model)
     torch._dynamo.reset()  # every configuration is a recompilation otherwise, and the limit is 8
     for layer in model.encoder.layers:
@@ -182,7 +182,7 @@ class Budget:
         self.left_out: list[Row] = []
 
     def allows(self, what: str, needs: float) -> bool:
-        """Whether a step that needs about ``needs`` seconds still fits; notes it if not."""
+        """Whether a step that needs about `needs` seconds still fits; notes it if not."""
         spent = time.monotonic() - self.start
         if self.seconds is None or spent + needs <= self.seconds:
             return True
@@ -194,7 +194,7 @@ class Budget:
 
 @contextmanager
 def precision(mode: str) -> Iterator[torch.dtype]:
-    """Sets the float32 mode for ``"float32"`` (IEEE) or ``"tf32"`` and yields the dtype."""
+    """Sets the float32 mode for `"float32"` (IEEE) or `"tf32"` and yields the dtype."""
     with float32_mode("high" if mode == "tf32" else "highest"):
         yield torch.float32 if mode == "tf32" else getattr(torch, mode)
 
@@ -218,6 +218,7 @@ class Bench:
 
     @property
     def cuda(self) -> bool:
+        """Whether it runs on a GPU."""
         return self.device.type == "cuda"
 
     def dense_model(self, blocksize: int, sparsity: float, dtype: torch.dtype) -> nn.Module:
@@ -244,7 +245,7 @@ class Bench:
         return self.warm(lambda: wrapped(x), "torch.compile of the encoder layers")
 
     def warm(self, call: Callable[[], object], what: str) -> Callable[[], object] | None:
-        """Runs ``call`` twice; notes what failed and returns None."""
+        """Runs `call` twice; notes what failed and returns None."""
         try:
             with quiet():
                 call()
@@ -460,7 +461,7 @@ class Bench:
 
 
 def fastest(measured: Measurements, side: str) -> str:
-    """Name of the fastest candidate whose name starts with ``side``."""
+    """Name of the fastest candidate whose name starts with `side`."""
     times = {
         name: timing.median
         for name in measured
@@ -473,7 +474,7 @@ def fastest(measured: Measurements, side: str) -> str:
 
 
 def draw_speedups(rows: Sequence[Row], axis: str, title: str) -> Any:
-    """Speedup over ``axis`` ("sparsity" or "batch"), one line a block size.
+    """Speedup over `axis` ("sparsity" or "batch"), one line a block size.
 
     Args:
         rows: rows of a sweep.
@@ -544,7 +545,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 def run(
     arguments: argparse.Namespace, device: torch.device, overrides: Mapping[str, Any] | None = None
 ) -> Path:
-    """Runs the sections; ``overrides`` shrinks the model (tests)."""
+    """Runs the sections; `overrides` shrinks the model (tests)."""
     cuda = device.type == "cuda"
     quick = arguments.quick
     arguments.batch = arguments.batch or (256 if cuda else 1)

@@ -1,4 +1,4 @@
-"""Draws how_it_works.png, the picture in the README.
+"""Draws how_it_works.png, the picture in how_it_works.md.
 
 python docs/how_it_works.py
 """

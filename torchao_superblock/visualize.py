@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 
 from torchao_superblock.bsr import BSRLinear, SwapReport
-from torchao_superblock.bsr.format import infer_blocksize, parse_blocksize
+from torchao_superblock.bsr.format import infer_blocksize
+from torchao_superblock.common.blocks import parse_blocksize
+from torchao_superblock.pruning.masks.base import masks_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -88,13 +89,10 @@ def _masks_of(module: nn.Module, blocksize: tuple[int, int] | None) -> list[tupl
         )
         mask[rows, module.col_indices.cpu().long()] = True
         return [("weight", mask, (module.out_features, module.in_features), (r, c))]
-    found = []
-    if parametrize.is_parametrized(module):
-        for name, parametrizations in module.parametrizations.items():
-            for entry in parametrizations:
-                if getattr(entry, "_is_block_mask", False):
-                    shape = tuple(parametrizations.original.shape)
-                    found.append((name, entry.block_mask(), shape, entry.blocksize))
+    found: list[tuple[Any, ...]] = [
+        (name, mask.block_mask(), mask.weight_shape, mask.blocksize)
+        for name, mask in masks_of(module).items()
+    ]
     names = {nn.Linear: "weight", nn.MultiheadAttention: "in_proj_weight"}
     for kind, name in names.items():
         weight = module._parameters.get(name) if isinstance(module, kind) else None

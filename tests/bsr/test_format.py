@@ -10,7 +10,6 @@ from torchao_superblock.bsr.format import (
     dense_to_bsr,
     infer_blocksize,
     nonzero_blocks,
-    parse_blocksize,
 )
 
 
@@ -55,30 +54,6 @@ def test_to_dense_is_differentiable_in_values():
     dense, crow, col, values = random_bsr(12, 8, (3, 4), 0.5, torch.float64)
     values.requires_grad_()
     assert torch.autograd.gradcheck(lambda v: bsr_to_dense(crow, col, v, dense.shape), values)
-
-
-@pytest.mark.parametrize(
-    ("blocksize", "expected"), [(3, (3, 3)), ((3, 4), (3, 4)), ([5, 6], (5, 6))]
-)
-def test_parse_blocksize(blocksize, expected):
-    assert parse_blocksize(blocksize) == expected
-
-
-@pytest.mark.parametrize(
-    ("blocksize", "error"),
-    [
-        (0, ValueError),
-        ((4, -1), ValueError),
-        (1.5, TypeError),
-        ("64", TypeError),
-        ((1,), TypeError),
-        (True, TypeError),
-        ((4, 2.0), TypeError),
-    ],
-)
-def test_parse_blocksize_says_what_it_wants(blocksize, error):
-    with pytest.raises(error, match="blocksize must be.*got"):
-        parse_blocksize(blocksize)
 
 
 class TestCheckBSR:

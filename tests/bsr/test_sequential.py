@@ -7,7 +7,9 @@ from torch import nn
 
 from tests.bsr.common import assert_unchanged, prune, prune_all, snapshot
 from tests.reference import relative_error
-from torchao_superblock.bsr import BSRLinear, sequential, swap_to_bsr
+from torchao_superblock.bsr import BSRLinear, swap_to_bsr
+from torchao_superblock.bsr.folded_activation import FoldedActivation
+from torchao_superblock.bsr.sequential import DETERMINISTIC
 
 
 class TestFuseActivations:
@@ -116,15 +118,15 @@ class TestFuseActivations:
             prune(nn.Linear(32, 32), 16), nn.ReLU(), prune(nn.Linear(32, 32), 16), nn.GELU()
         )
         before = snapshot(model)
-        real, calls = sequential.FoldedActivation, []
+        real, calls = FoldedActivation.__init__, []
 
-        def failing(module):
+        def failing(self, module):
             calls.append(module)
             if len(calls) == 2:
                 raise RuntimeError("out of memory")
-            return real(module)
+            real(self, module)
 
-        monkeypatch.setattr(sequential, "FoldedActivation", failing)
+        monkeypatch.setattr(FoldedActivation, "__init__", failing)
         with pytest.raises(RuntimeError, match="out of memory"):
             swap_to_bsr(model, min_sparsity=0.25, fuse_activations=True)
         assert_unchanged(model, before)
@@ -167,7 +169,7 @@ class TestDropDeadFeatures:
     @pytest.mark.parametrize("fuse", [False, True])
     @pytest.mark.parametrize(
         "activation",
-        [kind() for kind in sequential._DETERMINISTIC if kind is not sequential.FoldedActivation]
+        [kind() for kind in DETERMINISTIC if kind is not FoldedActivation]
         + [nn.GELU(approximate="tanh"), nn.ReLU(inplace=True)],
         ids=repr,
     )
@@ -505,17 +507,21 @@ class TestDropDeadFeatures:
             assert relative_error(model(x), expected) <= 1e-6
 
     def test_a_failure_puts_everything_back(self, monkeypatch):
-        model = nn.Sequential(self.mlp(), self.mlp())
-        before = snapshot(model)
-        real, calls = sequential._with_inputs, []
+        real, calls, fail_at = BSRLinear.__init__, [], [0]
 
-        def failing(layer, *args):
-            calls.append(layer)
-            if len(calls) == 4:  # the second pair is half replaced
+        def failing(self, *args, **kwargs):
+            calls.append(self)
+            if len(calls) == fail_at[0]:
                 raise RuntimeError("out of memory")
-            return real(layer, *args)
+            real(self, *args, **kwargs)
 
-        monkeypatch.setattr(sequential, "_with_inputs", failing)
-        with pytest.raises(RuntimeError, match="out of memory"):
-            drop(model)
-        assert_unchanged(model, before)
+        monkeypatch.setattr(BSRLinear, "__init__", failing)
+        drop(nn.Sequential(self.mlp(), self.mlp()))
+        assert len(calls) > 4  # four layers, then narrower ones
+        for fail_at[0] in range(1, len(calls) + 1):
+            model = nn.Sequential(self.mlp(), self.mlp())
+            before = snapshot(model)
+            calls.clear()
+            with pytest.raises(RuntimeError, match="out of memory"):
+                drop(model)
+            assert_unchanged(model, before)

@@ -1,4 +1,5 @@
 import copy
+import math
 import warnings
 
 import pytest
@@ -10,7 +11,7 @@ from torch.nn.utils import parametrize
 from tests.bsr.common import CountCalls, assert_unchanged, prune, prune_all, snapshot
 from tests.reference import relative_error
 from torchao_superblock.bsr import BSRLinear, swap_to_bsr, to_bsr_linear
-from torchao_superblock.bsr import swap as swap_module
+from torchao_superblock.ops.break_even import break_even_sparsity
 
 
 def mlp() -> nn.Sequential:
@@ -96,25 +97,21 @@ def test_an_explicit_block_size_that_does_not_divide_is_a_skip():
     assert "(128, 64) is not a multiple of the block size 48x48" in report.skipped[0].reason
 
 
-def test_without_min_sparsity_the_break_even_table_decides(monkeypatch):
-    asked = []
-
-    def break_even(device_type, blocksize, dtype):
-        asked.append((device_type, blocksize, dtype))
-        return 0.6
-
-    monkeypatch.setattr(swap_module, "break_even_sparsity", break_even)
+def test_without_min_sparsity_the_break_even_table_decides():
+    needed = break_even_sparsity("cpu", (16, 16), torch.float32)
+    above = math.ceil(needed * 64) / 64  # of 64 blocks
     model = nn.Sequential(
-        prune(nn.Linear(64, 64), 16, 0.75), prune(nn.Linear(64, 64), 16, 0.5), nn.Linear(64, 64)
+        prune(nn.Linear(128, 128), 16, above),
+        prune(nn.Linear(128, 128), 16, above - 1 / 64),
+        nn.Linear(128, 128),
     )
-    report = swap_to_bsr(model)
+    report = swap_to_bsr(model, 16)
     assert [entry.code for entry in [*report.swapped, *report.skipped]] == [
         "swapped",
         "slower_than_dense",
         "too_few_zero_blocks",
     ]
-    assert "break even at 60.0%" in report.skipped[0].reason
-    assert asked == [("cpu", (16, 16), torch.float32)] * 2
+    assert f"break even at {needed:.1%}" in report.skipped[0].reason
 
 
 def test_what_a_module_has_carries_over():

@@ -114,9 +114,13 @@ def check_prepare_inside_ddp(rank: int) -> None:
 
 
 def check_fsdp(rank: int, bfloat16: bool) -> None:
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        set_model_state_dict,
+    )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from torch.distributed.tensor import DTensor
 
     model = make_model()
     sparsifier = SupermaskSparsifier(0.5, (8, 3))  # 5 block rows on 2 ranks: uneven shards
@@ -162,15 +166,21 @@ def check_fsdp(rank: int, bfloat16: bool) -> None:
     moved = [not torch.equal(a, b) for a, b in zip(states, masks_of(dense_twin), strict=True)]
     assert any(moved), "training never changed a mask, the test would prove nothing"
 
-    sparsifier.squash_mask()
-
-    for i, width in ((0, 40), (2, 24)):
-        weight = model[i].weight
-        assert isinstance(weight, DTensor) and not hasattr(model[i], "parametrizations")
-        assert torch.equal(weight.full_tensor() != 0, used[width])
+    for squashing in (sparsifier.squash_mask, lambda: squash(model)):
+        with pytest.raises(RuntimeError, match=r"(?s)'0\.weight' is sharded.*full_state_dict=True"):
+            squashing()
     torch.testing.assert_close(model(x).detach(), last, rtol=0, atol=0)
-    model(x).float().sum().backward()  # FSDP2 goes on working with the plain weights
-    assert all(parameter.grad is not None for parameter in model[2].parameters())
+    assert len(sparsifier.groups) == 2
+
+    # The public way: gather, load into a prepared copy that is not sharded, squash that.
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    state = get_model_state_dict(model, options=options)
+    set_model_state_dict(dense_twin, state, options=options)
+    squash(dense_twin)
+    for i, width in ((0, 40), (2, 24)):
+        assert torch.equal(dense_twin[i].weight != 0, used[width])
+    out = dense_twin.to(torch.bfloat16 if bfloat16 else torch.float32)(x.to(last.dtype))
+    torch.testing.assert_close(out.to(last.dtype), last)
 
 
 def check_prepare_sharded(rank: int) -> None:
@@ -212,16 +222,13 @@ def check_squash_at_once(rank: int) -> None:
     expected = copy.deepcopy(model)
     mesh = init_device_mesh("cpu", (WORLD,))
     fully_shard(model[0], mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    sparsifier.freeze()
-    sparsifier.squash_mask()  # no forward has initialised FSDP2 yet
-    squash(expected)
-    assert type(model[0]).__name__ == "FSDPLinear"
-    assert torch.equal(model[0].weight.full_tensor(), expected[0].weight)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
     x = torch.randn(2, 24)
-    torch.testing.assert_close(model(x), expected(x))
-    state = {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
-    expected.load_state_dict(state)
+    for _ in range(2):  # after a forward the root's weights look like plain ones
+        with pytest.raises(RuntimeError, match=r"(?s)weight' is sharded.*Nothing was folded"):
+            squash(model)
+        sparsifier.freeze()
+        torch.testing.assert_close(model(x), expected(x))
 
 
 CHECKS: dict[str, Callable[[int], None]] = {
@@ -248,7 +255,9 @@ def test_preparing_a_ddp_model_is_refused(run: Callable[[str], None]) -> None:
 
 
 @pytest.mark.parametrize("name", ["fsdp_bfloat16", "fsdp_float32"])
-def test_fsdp2_squashes_the_mask_of_the_last_forward(run: Callable[[str], None], name: str) -> None:
+def test_fsdp2_gathered_and_squashed_has_the_mask_of_the_last_forward(
+    run: Callable[[str], None], name: str
+) -> None:
     run(name)
 
 
@@ -260,5 +269,5 @@ def test_fsdp2_state_dict_serves_an_unsharded_model(run: Callable[[str], None]) 
     run("gathered_state_dict")
 
 
-def test_fsdp2_squash_before_any_forward(run: Callable[[str], None]) -> None:
+def test_fsdp2_squash_is_refused_before_and_after_a_forward(run: Callable[[str], None]) -> None:
     run("squash_at_once")

@@ -829,19 +829,17 @@ def test_preparing_twice_is_refused(config: Any) -> None:
 
 
 def test_an_error_half_way_through_prepare_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchao_superblock.pruning import sparsifier as module
-
     model = Model()
     before = snapshot(model)
-    attach, count = module.attach, []
+    register, count = parametrize.register_parametrization, []
 
-    def failing(*args: Any) -> None:
+    def failing(*args: Any, **kwargs: Any) -> None:
         count.append(1)
         if len(count) == 4:
             raise MemoryError
-        attach(*args)
+        register(*args, **kwargs)
 
-    monkeypatch.setattr(module, "attach", failing)
+    monkeypatch.setattr(parametrize, "register_parametrization", failing)
     with pytest.raises(MemoryError):
         prepared([{"tensor_fqn": "*"}], model)
     assert_unchanged(model, before)

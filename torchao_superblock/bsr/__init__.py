@@ -1,5 +1,6 @@
 """Use the mask: block-sparse weights in BSR format and the layers that multiply only their stored blocks."""
 
+from torchao_superblock.bsr import legacy
 from torchao_superblock.bsr.linear import BSRLinear
 from torchao_superblock.bsr.serialization import load_bsr, save_bsr
 from torchao_superblock.bsr.swap import SwapEntry, SwapReport, swap_to_bsr, to_bsr_linear
@@ -15,3 +16,5 @@ __all__ = [
     "swap_to_bsr",
     "to_bsr_linear",
 ]
+
+legacy.install()

@@ -10,57 +10,20 @@ BSR (block compressed sparse row; see Saad, "Iterative Methods for Sparse Linear
 Legend: N out features, K in features, R x C the block grid, r x c the block size, nnz stored blocks.
 """
 
-from numbers import Integral
-
 import torch
 from torch import Tensor
 
-# What `infer_blocksize` tries, for rows and for columns.
-CANDIDATE_SIZES = (8, 16, 32, 64, 128, 256)
+from torchao_superblock.common.blocks import whole_block_grid
+from torchao_superblock.common.swappable import CANDIDATE_SIZES
+
 # A larger block may store this much more than the smallest one and still be taken for the real one: single blocks that
 # training happened to leave at zero must not make the block size look smaller than it is.
 STORED_TOLERANCE = 1.02
 
 
-def parse_blocksize(blocksize: int | tuple[int, int]) -> tuple[int, int]:
-    """``64`` -> ``(64, 64)``; checks that both sizes are integers of at least 1.
-
-    Args:
-        blocksize: int for a square block, or ``(rows, cols)`` = (out, in).
-
-    Raises:
-        TypeError: not an int or a pair of ints.
-        ValueError: a size below 1.
-    """
-    pair = (blocksize, blocksize) if isinstance(blocksize, Integral) else blocksize
-    if (
-        not isinstance(pair, tuple | list)
-        or len(pair) != 2
-        or not all(isinstance(size, Integral) and not isinstance(size, bool) for size in pair)
-    ):
-        raise TypeError(
-            f"blocksize must be an int or a pair (rows, cols) of ints, got {blocksize!r}; "
-            "for example blocksize=64 or blocksize=(64, 32)"
-        )
-    if min(pair) < 1:
-        raise ValueError(f"blocksize must be at least 1, got {blocksize!r}")
-    return int(pair[0]), int(pair[1])
-
-
-def block_grid(
-    weight: Tensor | torch.Size | tuple[int, int], blocksize: tuple[int, int]
-) -> tuple[int, int]:
-    """``(R, C)`` of a ``(N, K)`` weight; ValueError unless it is made of whole blocks."""
-    N, K = weight.shape if isinstance(weight, Tensor) else weight
-    r, c = blocksize
-    if N % r or K % c:
-        raise ValueError(f"shape ({N}, {K}) is not a multiple of the block size {r}x{c}")
-    return N // r, K // c
-
-
 def nonzero_blocks(weight: Tensor, blocksize: tuple[int, int]) -> Tensor:
     """Bool ``(R, C)``: which blocks of a ``(N, K)`` weight hold anything but zeros (NaN counts, -0.0 does not)."""
-    R, C = block_grid(weight, blocksize)
+    R, C = whole_block_grid(weight, blocksize)
     r, c = blocksize
     return (weight.detach() != 0).view(R, r, C, c).any(3).any(1)
 
@@ -100,7 +63,7 @@ def bsr_to_dense(
         shape: ``(N, K)``.
     """
     _, r, c = values.shape
-    R, C = block_grid(shape, (r, c))
+    R, C = whole_block_grid(shape, (r, c))
     position = torch.arange(values.shape[0], device=values.device, dtype=torch.int32)
     row = torch.searchsorted(crow_indices, position, right=True) - 1
     blocks = values.new_zeros(R, C, r, c).index_put((row, col_indices.long()), values)
@@ -127,7 +90,7 @@ def check_bsr(
         TypeError: indices that are not int32, or values that are not floating point.
         ValueError: any other broken invariant; the message says which.
     """
-    R, C = block_grid(shape, blocksize)
+    R, C = whole_block_grid(shape, blocksize)
     for label, tensor in (
         ("crow_indices", crow_indices),
         ("col_indices", col_indices),

@@ -1,7 +1,5 @@
 """``BSRLinear``: ``nn.Linear`` with its weight in BSR format."""
 
-import copy
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,40 +15,22 @@ from torchao_superblock.bsr.format import (
     dense_to_bsr,
     infer_blocksize,
     nonzero_blocks,
-    parse_blocksize,
 )
 from torchao_superblock.bsr.weight import BSRWeight, TracedBSRWeight
+from torchao_superblock.common.blocks import parse_blocksize
+from torchao_superblock.common.modules import block_masks_of, copy_hooks
+from torchao_superblock.common.sharding import is_dtensor
 from torchao_superblock.ops import ACTIVATIONS, bsr_linear, build_plan
 from torchao_superblock.ops.bsr_linear import DTYPES
 
 # nn.MultiheadAttention's out_proj is an nn.Linear under another name.
 LINEAR_TYPES = (nn.Linear, NonDynamicallyQuantizableLinear)
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
-
-
-def has_block_mask(module: nn.Module) -> bool:
-    """Whether a tensor of this module (children not counted) still wears a block mask that is not squashed."""
-    return parametrize.is_parametrized(module) and any(
-        getattr(parametrization, "_is_block_mask", False)
-        for parametrizations in module.parametrizations.values()
-        for parametrization in parametrizations
-    )
-
 
 def conversion_obstacle(linear: nn.Module) -> tuple[str, str] | None:
     """Why this module cannot become a BSRLinear whatever its zeros: ``(code, reason)``, or None."""
     if parametrize.is_parametrized(linear):
-        if has_block_mask(linear):
+        if any(True for _ in block_masks_of(linear)):
             return "not_squashed", "its block mask is not squashed yet; call squash_mask() first"
         names = ", ".join(linear.parametrizations)
         return "parametrized", f"it has another parametrization (of {names}); remove it first"
@@ -61,7 +41,7 @@ def conversion_obstacle(linear: nn.Module) -> tuple[str, str] | None:
     weight = linear._parameters.get("weight")
     if weight is None:
         return "parametrized", "its weight is not a Parameter (torch.nn.utils.prune?); make it one"
-    if hasattr(weight, "device_mesh"):  # a DTensor; importing it for isinstance takes half a second
+    if is_dtensor(weight):
         return "sharded", "its weight is sharded (DTensor); swap before distributing the model"
     if type(weight) not in (nn.Parameter, Tensor) or type(weight.data) is not Tensor:
         return (
@@ -289,9 +269,7 @@ class BSRLinear(nn.Module):
                 linear.bias,
             )
         layer.train(linear.training)
-        for name in _HOOKS:
-            # Copied, not shared: the caller may go on using `linear`.
-            setattr(layer, name, copy.copy(getattr(linear, name)))
+        copy_hooks(linear, layer)  # the caller may go on using `linear`
         return layer
 
     @property
@@ -461,90 +439,3 @@ def _as_parameter(tensor: Tensor) -> nn.Parameter:
             return tensor
         return nn.Parameter(tensor.data.contiguous(), tensor.requires_grad)
     return nn.Parameter(tensor.contiguous())
-
-
-def activation_name(module: nn.Module) -> str | None:
-    """What the op calls this activation module, or None if it is not one that the op can apply."""
-    if type(module) is nn.GELU:
-        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
-    return {nn.ReLU: "relu", nn.SiLU: "silu"}.get(type(module))
-
-
-class FoldedActivation(nn.Identity):
-    """Keeps the place of an activation that the :class:`BSRLinear` before it applies.
-
-    Args:
-        module: the ``nn.ReLU``, ``nn.GELU`` or ``nn.SiLU`` that stood here.
-
-    Attributes:
-        activation: its name, as in ``BSRLinear.activation``.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.activation = activation_name(module)
-        self.train(module.training)
-
-    def extra_repr(self) -> str:
-        return repr(self.activation)
-
-
-def turn_off_nested_tensors(model: nn.Module) -> list[str]:
-    """Set ``use_nested_tensor = False`` on each ``nn.TransformerEncoder`` around a BSRLinear; return their FQNs.
-
-    An encoder decides on nested tensors from its first layer alone, and BSRLinear has no kernel for them.
-    """
-    changed = []
-    for fqn, encoder in model.named_modules():
-        if (
-            isinstance(encoder, nn.TransformerEncoder)
-            and getattr(encoder, "use_nested_tensor", False)
-            and any(isinstance(module, BSRLinear) for module in encoder.modules())
-        ):
-            encoder.use_nested_tensor = False
-            changed.append(fqn)
-    return changed
-
-
-def clean_fqn(fqn: str) -> str:
-    """The FQN without what torch.compile puts in front of it."""
-    return ".".join(part for part in fqn.split(".") if part != "_orig_mod")
-
-
-def parameter_owners(model: nn.Module) -> dict[tuple[object, int], list[str]]:
-    """Storage address -> FQNs of the parameters that live there; a module registered twice counts once."""
-    owners: dict[tuple[object, int], list[str]] = {}
-    for prefix, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                fqn = f"{prefix}.{name}" if prefix else name
-                owners.setdefault(storage_address(parameter), []).append(clean_fqn(fqn))
-    return owners
-
-
-def storage_address(parameter: nn.Parameter) -> tuple[object, int]:
-    """Where a Parameter lives; one without memory of its own (meta, sharded, empty) is known by its identity alone."""
-    try:
-        address = parameter.data_ptr()
-    except (RuntimeError, ValueError):
-        address = 0
-    return (parameter.device, address) if address else ("identity", id(parameter))
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether anything watches what goes into or comes out of a module."""
-    return any(getattr(module, name) for name in _HOOKS if name != "_is_full_backward_hook")
-
-
-def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put new modules in place of old ones wherever these are registered, each with the hooks of the old one.
-
-    The hooks' dicts themselves go over, so that handles which callers hold keep working.
-    """
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child in replacements:
-                setattr(parent, name, replacements[child])
-    for old, new in replacements.items():
-        for name in _HOOKS:
-            setattr(new, name, getattr(old, name))

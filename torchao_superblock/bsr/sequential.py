@@ -13,20 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchao_superblock.bsr.linear import (
-    BSRLinear,
-    FoldedActivation,
-    activation_name,
-    clean_fqn,
-    has_hooks,
-    parameter_owners,
-    storage_address,
-)
+from torchao_superblock.bsr.folded_activation import FoldedActivation, activation_name
+from torchao_superblock.bsr.linear import BSRLinear
+from torchao_superblock.common.modules import has_hooks, parameter_owners, storage_address
+from torchao_superblock.common.names import without_compile_prefix
 from torchao_superblock.ops import ACTIVATIONS
 from torchao_superblock.ops.plan import STRIP
 
 # Each makes a feature from that feature alone and keeps its place.
-_DETERMINISTIC = (
+DETERMINISTIC = (
     nn.CELU,
     nn.ELU,
     nn.GELU,
@@ -48,7 +43,7 @@ _DETERMINISTIC = (
 _DROPOUTS = (nn.AlphaDropout, nn.Dropout)
 
 
-class Pair(NamedTuple):
+class LinearPair(NamedTuple):
     """Two swapped layers of an ``nn.Sequential`` with nothing but elementwise modules between them."""
 
     sequential: nn.Sequential
@@ -130,7 +125,7 @@ def _sequentials(
             and type(module).forward is nn.Sequential.forward
             and "forward" not in vars(module)
         ):
-            prefix = clean_fqn(fqn)
+            prefix = without_compile_prefix(fqn)
             yield f"{prefix}." if prefix else "", module, places
 
 
@@ -144,7 +139,7 @@ def _is_free(module: nn.Module, places: Counter[nn.Module]) -> bool:
     return isinstance(module, BSRLinear) and places[module] == 1 and _is_plain(module)
 
 
-def _pairs(model: nn.Module) -> Iterator[Pair]:
+def _pairs(model: nn.Module) -> Iterator[LinearPair]:
     owners = parameter_owners(model)
 
     def is_replaceable(layer: nn.Module) -> bool:
@@ -166,17 +161,17 @@ def _pairs(model: nn.Module) -> Iterator[Pair]:
         for name, module in sequential._modules.items():
             if _is_free(module, places) and is_replaceable(module):
                 if first is not None:
-                    yield Pair(
+                    yield LinearPair(
                         sequential, first, name, between, (f"{prefix}{first}", f"{prefix}{name}")
                     )
                 first, between = name, []
-            elif type(module) in (*_DETERMINISTIC, *_DROPOUTS) and _is_plain(module):
+            elif type(module) in (*DETERMINISTIC, *_DROPOUTS) and _is_plain(module):
                 between.append(module)
             else:
                 first = None
 
 
-def _narrow(pair: Pair, fold: bool = True) -> dict[str, int] | None:
+def _narrow(pair: LinearPair, fold: bool = True) -> dict[str, int] | None:
     """Replace a pair by a narrower one; how many features of which kind went, or None if all are needed.
 
     ``fold`` says that the second layer's bias may take up constants.

@@ -16,15 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from torchao_superblock.bsr.linear import (
-    LINEAR_TYPES,
-    BSRLinear,
-    FoldedActivation,
-    activation_name,
-    replace_modules,
-    turn_off_nested_tensors,
-)
-from torchao_superblock.bsr.undo import all_or_nothing
+from torchao_superblock.bsr.folded_activation import FoldedActivation, activation_name
+from torchao_superblock.bsr.linear import LINEAR_TYPES, BSRLinear
+from torchao_superblock.bsr.swap import turn_off_nested_tensors
+from torchao_superblock.common.all_or_nothing import all_or_nothing
+from torchao_superblock.common.modules import replace_modules
 
 FORMAT = "torchao_superblock.bsr"
 # 2 says that features of some layers were dropped.

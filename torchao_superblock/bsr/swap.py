@@ -7,23 +7,19 @@ from numbers import Real
 from torch import nn
 
 from torchao_superblock.bsr import sequential
-from torchao_superblock.bsr.format import (
-    block_grid,
-    infer_blocksize,
-    nonzero_blocks,
-    parse_blocksize,
-)
-from torchao_superblock.bsr.linear import (
-    BSRLinear,
-    clean_fqn,
-    conversion_obstacle,
-    has_block_mask,
+from torchao_superblock.bsr.format import infer_blocksize, nonzero_blocks
+from torchao_superblock.bsr.layers import twin_of
+from torchao_superblock.bsr.linear import BSRLinear, conversion_obstacle
+from torchao_superblock.common.all_or_nothing import all_or_nothing
+from torchao_superblock.common.blocks import parse_blocksize
+from torchao_superblock.common.modules import (
+    block_masks_of,
     parameter_owners,
     replace_modules,
     storage_address,
-    turn_off_nested_tensors,
 )
-from torchao_superblock.bsr.undo import all_or_nothing
+from torchao_superblock.common.names import without_compile_prefix
+from torchao_superblock.common.swappable import shape_obstacle
 from torchao_superblock.ops.break_even import break_even_sparsity
 
 
@@ -171,13 +167,14 @@ def swap_to_bsr(
     for fqn, module in model.named_modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             raise ValueError(
-                f"swap_to_bsr: {clean_fqn(fqn) or 'the model'!r} is wrapped in DistributedDataParallel, which would go "
-                "on reducing the dense weights; swap ddp.module and wrap it again"
+                f"swap_to_bsr: {without_compile_prefix(fqn) or 'the model'!r} is wrapped in "
+                "DistributedDataParallel, which would go on reducing the dense weights; swap ddp.module and wrap it "
+                "again"
             )
-        if has_block_mask(module):
+        if any(True for _ in block_masks_of(module)):
             raise RuntimeError(
-                f"swap_to_bsr: the block mask of {clean_fqn(fqn) or 'the model'!r} is not squashed yet; call "
-                "sparsifier.squash_mask(), or torchao_superblock.squash(model), first"
+                f"swap_to_bsr: the block mask of {without_compile_prefix(fqn) or 'the model'!r} is not squashed yet; "
+                "call sparsifier.squash_mask(), or torchao_superblock.squash(model), first"
             )
     if isinstance(model, nn.Linear):
         raise ValueError(
@@ -189,12 +186,15 @@ def swap_to_bsr(
     replacements: dict[nn.Module, BSRLinear] = {}
     owners = parameter_owners(model)
     for fqn, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
+        twin = twin_of(type(module))
+        if twin is None and not isinstance(module, nn.Linear):
             continue
-        entry = _judge(module, clean_fqn(fqn), blocksize, min_sparsity, filter_fn, owners)
+        entry = _judge(
+            module, without_compile_prefix(fqn), blocksize, min_sparsity, filter_fn, owners
+        )
         if entry.code == "swapped":
             try:
-                replacements[module] = BSRLinear.from_dense(module, entry.blocksize)
+                replacements[module] = twin.bsr.from_dense(module, entry.blocksize)
             except Exception as error:
                 error.add_note(f"while swapping {entry.fqn!r}")
                 raise
@@ -229,15 +229,9 @@ def _judge(
         return entry("tied_weight", f"its weight is shared with {', '.join(others)}")
     if blocksize is None:
         blocksize = infer_blocksize(linear.weight)
-        if blocksize is None:
-            return entry(
-                "shape_not_multiple",
-                f"its shape {shape} is not a multiple of any block size from 8 to 256",
-            )
-    try:
-        block_grid(shape, blocksize)
-    except ValueError as error:
-        return entry("shape_not_multiple", f"its {error}")
+    unfit = shape_obstacle(shape, blocksize)
+    if unfit is not None or blocksize is None:
+        return entry("shape_not_multiple", unfit)
     sparsity = 1.0 - nonzero_blocks(linear.weight, blocksize).float().mean().item()
     if min_sparsity is not None:
         needed, code, rule = min_sparsity, "too_few_zero_blocks", "min_sparsity is"
@@ -264,10 +258,27 @@ def _replace(
         replace_modules(model, replacements)
         for fqn in turn_off_nested_tensors(model):
             report.notes.append(
-                f"{clean_fqn(fqn) or 'the model'}: use_nested_tensor is False now, since a swapped layer "
+                f"{without_compile_prefix(fqn) or 'the model'}: use_nested_tensor is False now, since a swapped layer "
                 "takes no nested tensors; padding is computed and masked instead"
             )
         if drop_features:
             report.notes += sequential.drop_dead_features(model)
         if fuse_activations:
             report.notes += sequential.fold_activations(model)
+
+
+def turn_off_nested_tensors(model: nn.Module) -> list[str]:
+    """Set ``use_nested_tensor = False`` on each ``nn.TransformerEncoder`` around a BSRLinear; return their FQNs.
+
+    An encoder decides on nested tensors from its first layer alone, and BSRLinear has no kernel for them.
+    """
+    changed = []
+    for fqn, encoder in model.named_modules():
+        if (
+            isinstance(encoder, nn.TransformerEncoder)
+            and getattr(encoder, "use_nested_tensor", False)
+            and any(isinstance(module, BSRLinear) for module in encoder.modules())
+        ):
+            encoder.use_nested_tensor = False
+            changed.append(fqn)
+    return changed

@@ -1,6 +1,6 @@
 """What an ahead-of-time compiler sees of the op.
 
-In eager mode, under ``torch.compile`` and in an exported program the op stays whole: Python is there to run it, and it
+In eager mode, under `torch.compile` and in an exported program the op stays whole: Python is there to run it, and it
 may choose any kernel. AOTInductor's packages run without Python, so while it compiles, the op on CUDA tensors is
 replaced by its plain Triton kernels, which then become part of the package.
 """
@@ -31,7 +31,7 @@ def register_decomposition(
     Args:
         library: owns the op.
         name: the op's qualified name.
-        forward: called as ``forward(backend, *args, **kwargs)`` with the op's own arguments; ``backend.forward`` takes
+        forward: called as `forward(backend, *args, **kwargs)` with the op's own arguments; `backend.forward` takes
             the simple case of them (2-D, whole blocks) and can be traced.
 
     Example:

@@ -62,14 +62,14 @@ def mask_weight(weight: Tensor, mask: Tensor, blocksize: tuple[int, int]) -> Ten
 
     Args:
         weight: `(N, K)`, floating.
-        mask: bool `(R, C)`.
+        mask: `(R, C)`, bool, or floating factors.
         blocksize: `(r, c)`.
 
     Returns:
         A new `(N, K)` tensor of the weight's dtype.
     """
     kernels = _triton_kernels(weight, mask)
-    if kernels is not None and kernels.can_mask_weight(weight):
+    if kernels is not None and kernels.can_mask_weight(weight, mask):
         return kernels.mask_weight(weight, mask, blocksize)
     if is_whole(weight.shape, blocksize):
         return _mask_blocks(weight, mask, blocksize)
@@ -96,7 +96,7 @@ def mask_weight_backward(
     Args:
         grad: `(N, K)`, the gradient of the masked weight.
         weight: `(N, K)`, the weight that was masked; None if no gradient of the scores is needed.
-        mask: bool `(R, C)`.
+        mask: `(R, C)`, bool, or floating factors.
         live: bool, 0-dim: False makes the gradient of the scores zero.
         blocksize: `(r, c)`.
         need_grad_weight: whether to compute the gradient of the weight.
@@ -139,6 +139,33 @@ def block_sum(a: Tensor, b: Tensor, blocksize: tuple[int, int]) -> Tensor:
         part = _sum_blocks(a[a_rows, a_cols], b[a_rows, a_cols], block, dtype)
         rows.setdefault(a_rows.start, []).append(part)
     return torch.cat([torch.cat(parts, dim=1) for parts in rows.values()])
+
+
+def block_norm(weight: Tensor, blocksize: tuple[int, int]) -> Tensor:
+    """Euclidean norm of each block, `(R, C)`.
+
+    Computed in float64 where the device has it, so that blocks are told apart as far as float32
+    scores can tell them apart, whatever the weight's dtype.
+    """
+    dtype = torch.float32 if weight.device.type == "mps" else torch.float64
+    weight = weight.to(dtype)
+    return block_sum(weight, weight, blocksize).sqrt()
+
+
+def scale_blocks_(weight: Tensor, factors: Tensor, blocksize: tuple[int, int]) -> None:
+    """Multiplies each block of a weight in place; a factor of 0 writes 0.0 (a product leaves -0.0).
+
+    Args:
+        weight: `(N, K)`, floating, any strides.
+        factors: `(R, C)`; bool ones only clear, floating ones are applied in the weight's dtype.
+        blocksize: `(r, c)`.
+    """
+    cleared = factors.logical_not()
+    for rows, cols, block_rows, block_cols, block in regions(weight.shape, blocksize):
+        blocks = _as_blocks(weight[rows, cols], block)
+        if factors.dtype != torch.bool:
+            blocks.mul_(factors[block_rows, block_cols].to(weight.dtype)[:, None, :, None])
+        blocks.masked_fill_(cleared[block_rows, block_cols][:, None, :, None], 0.0)
 
 
 def is_whole(shape: tuple[int, ...], blocksize: tuple[int, int]) -> bool:

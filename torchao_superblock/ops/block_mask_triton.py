@@ -180,9 +180,10 @@ def block_mask(
     return flags[:n].view(scores.shape), flags[n]
 
 
-def can_mask_weight(weight: Tensor) -> bool:
-    """Whether :func:`mask_weight` serves this weight."""
-    return weight.is_contiguous() and weight.dtype in _KERNEL_DTYPES and weight.numel() > 0
+def can_mask_weight(weight: Tensor, mask: Tensor) -> bool:
+    """Whether :func:`mask_weight` serves these."""
+    plain = mask.dtype == torch.bool and weight.dtype in _KERNEL_DTYPES
+    return plain and weight.is_contiguous() and weight.numel() > 0
 
 
 def mask_weight(weight: Tensor, mask: Tensor, blocksize: tuple[int, int]) -> Tensor:
@@ -223,6 +224,7 @@ def can_mask_weight_backward(
     r, c = blocksize
     fair = r * c >= 256 and r <= 512 and c <= 1024 and mask.numel() >= 64
     dtypes = grad.dtype in _KERNEL_DTYPES and (weight is None or weight.dtype == grad.dtype)
+    dtypes = dtypes and mask.dtype == torch.bool
     return fair and dtypes and (weight is None or weight.is_contiguous())
 
 

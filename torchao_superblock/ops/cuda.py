@@ -1,14 +1,14 @@
 """CUDA backend: which kernel serves a call, with which tile sizes, and how it is launched with little host time.
 
-Two kernels can serve the product, forward or transposed: the Gluon one in ``hopper.py`` where it exists, supports the
-case and is the faster, and the plain Triton one (``triton_kernels.py``), which serves every case on every GPU. The
+Two kernels can serve the product, forward or transposed: the Gluon one in `hopper.py` where it exists, supports the
+case and is the faster, and the plain Triton one (`triton_kernels.py`), which serves every case on every GPU. The
 gradient of the values has two plain Triton kernels, and takes a dense product where that beats them.
 
 A call at small M takes the GPU a few microseconds, so the host must not take twenty. What is decided once is
 therefore kept: a :class:`_Product` or :class:`_BlockGradient` holds the compiled kernel and its constants, and is found
 again by a key made of what the decision rests on. M enters that key as a bucket (powers of two), so serving many batch
 sizes neither compiles nor decides again. A forward of exactly the same kind as an earlier one does not even look there:
-:func:`call` leaves a closure with ``direct.py``, which recognises such a call.
+:func:`call` leaves a closure with `direct.py`, which recognises such a call.
 
 Legend: M tokens, N out features, K in features, R x C the block grid, r x c the block size, nnz stored blocks;
 BM x BN x BK the tile.
@@ -94,7 +94,7 @@ class Problem(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Launch parameters of ``bsr_matmul_kernel``."""
+    """Launch parameters of `bsr_matmul_kernel`."""
 
     BM: int
     BN: int
@@ -110,7 +110,7 @@ class Tile(NamedTuple):
 
 
 class GradTile(NamedTuple):
-    """Launch parameters of ``grad_values_kernel``."""
+    """Launch parameters of `grad_values_kernel`."""
 
     BM: int
     BR: int
@@ -121,7 +121,7 @@ class GradTile(NamedTuple):
 
 
 class LineTile(NamedTuple):
-    """Launch parameters of ``grad_values_lines_kernel``."""
+    """Launch parameters of `grad_values_lines_kernel`."""
 
     BM: int
     BG: int
@@ -141,7 +141,7 @@ def _power_of_two(n: int) -> int:
 
 
 def _even(tile: Tile, problem: Problem) -> Tile:
-    """``tile``, with the work of processors evened out where they get one or two programs.
+    """`tile`, with the work of processors evened out where they get one or two programs.
 
     In bfloat16 with 64 outputs in a tile, that saved an H200 up to 8 % of the time; with fewer it did not.
     """
@@ -152,7 +152,7 @@ def _even(tile: Tile, problem: Problem) -> Tile:
 
 
 def matmul_tile(problem: Problem) -> Tile:
-    """The shipped rule for ``bsr_matmul_kernel``.
+    """The shipped rule for `bsr_matmul_kernel`.
 
     Measured on an H200; the same shapes suit an Ampere GPU, with less shared memory taken care of at launch. Small
     tiles and few stages win again and again: a block row holds few blocks, so a program spends much of its time
@@ -335,7 +335,7 @@ def _conditions(x: Tensor, values: Tensor, index: int) -> Callable[[int, int], b
 
 
 class _Product:
-    """A prepared ``bsr_matmul_kernel`` launch: everything but the tensors and M."""
+    """A prepared `bsr_matmul_kernel` launch: everything but the tensors and M."""
 
     def __init__(
         self,
@@ -505,7 +505,7 @@ class _Product:
 
 
 class _BlockGradient:
-    """A prepared ``grad_values_kernel`` launch: everything but the tensors and M."""
+    """A prepared `grad_values_kernel` launch: everything but the tensors and M."""
 
     def __init__(self, problem: Problem, tile: Any, wide: bool) -> None:
         self.problem = problem
@@ -599,7 +599,7 @@ class _BlockGradient:
 
 
 class _LineGradient(_BlockGradient):
-    """A prepared ``grad_values_lines_kernel`` launch: everything but the tensors and M."""
+    """A prepared `grad_values_lines_kernel` launch: everything but the tensors and M."""
 
     def set_tile(self, tile: LineTile) -> None:
         self.tile = tile
@@ -849,7 +849,7 @@ def _pack(
     index: int,
     kernel: Kernel | None = None,
 ) -> None:
-    """Write the stored blocks to ``out``, permuted, transposed and split in TF32 parts as asked."""
+    """Write the stored blocks to `out`, permuted, transposed and split in TF32 parts as asked."""
     nnz, r, c = values.shape
     if nnz == 0:
         return
@@ -888,7 +888,7 @@ _hopper_reason: str | None = None  # None: not looked for yet
 
 
 def _load_hopper() -> ModuleType | None:
-    """``hopper.py``, or None with the reason in ``_hopper_reason``. It rests on an experimental part of Triton."""
+    """`hopper.py`, or None with the reason in `_hopper_reason`. It rests on an experimental part of Triton."""
     global _hopper, _hopper_reason
     if _hopper_reason is None:
         if INTERPRET:
@@ -917,7 +917,7 @@ def hopper_kernel(
 ) -> Callable[..., Tensor] | None:
     """The Gluon kernel, called like :func:`forward`, if it serves this call, and faster as far as is known.
 
-    ``tuned`` lets what tuning found for forward products decide.
+    `tuned` lets what tuning found for forward products decide.
     """
     if INTERPRET or _device(index).capability != 90:
         return None
@@ -984,19 +984,19 @@ def forward(
     activation: str,
     plan: Tensor | None,
 ) -> Tensor:
-    """``activation(x @ W.T + bias)`` for a BSR weight W.
+    """`activation(x @ W.T + bias)` for a BSR weight W.
 
     Args:
-        x: ``(M, K)``, M >= 1, any strides.
-        crow: ``(R + 1,)`` int32.
-        col: ``(nnz,)`` int32.
-        values: ``(nnz, r, c)`` contiguous.
-        bias: ``(R * r,)`` contiguous or None.
+        x: `(M, K)`, M >= 1, any strides.
+        crow: `(R + 1,)` int32.
+        col: `(nnz,)` int32.
+        values: `(nnz, r, c)` contiguous.
+        bias: `(R * r,)` contiguous or None.
         activation: name of an activation.
         plan: packed plan or None.
 
     Returns:
-        ``(M, R * r)`` contiguous.
+        `(M, R * r)` contiguous.
     """
     global _latest
     index = _index(x)
@@ -1081,8 +1081,8 @@ def call(
 class traceable:
     """A backend whose forward can be traced into a graph: plain Triton launches that compilers see.
 
-    ``torch.export`` keeps the op whole, which is right for a program that Python runs. A compiled package has no
-    Python, so an ahead-of-time compiler is given this instead; see ``aot.py``.
+    `torch.export` keeps the op whole, which is right for a program that Python runs. A compiled package has no
+    Python, so an ahead-of-time compiler is given this instead; see `aot.py`.
     """
 
     @staticmethod
@@ -1126,18 +1126,18 @@ class traceable:
 def grad_x(
     grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, plan: Tensor, n_block_cols: int
 ) -> Tensor:
-    """``grad @ W``: the same product as the forward, over the transposed index.
+    """`grad @ W`: the same product as the forward, over the transposed index.
 
     Args:
-        grad: ``(M, R * r)``, M >= 1, any strides.
-        crow: ``(R + 1,)`` int32.
-        col: ``(nnz,)`` int32.
-        values: ``(nnz, r, c)`` contiguous.
+        grad: `(M, R * r)`, M >= 1, any strides.
+        crow: `(R + 1,)` int32.
+        col: `(nnz,)` int32.
+        values: `(nnz, r, c)` contiguous.
         plan: packed plan.
         n_block_cols: C.
 
     Returns:
-        ``(M, C * c)`` contiguous.
+        `(M, C * c)` contiguous.
     """
     index = _index(grad)
     if not INTERPRET and index != torch._C._cuda_getDevice():
@@ -1225,19 +1225,19 @@ def grad_values(
     block_rows: int,
     block_cols: int,
 ) -> Tensor:
-    """The stored blocks of ``grad.T @ x``.
+    """The stored blocks of `grad.T @ x`.
 
     Args:
-        grad: ``(M, R * r)``, M >= 1, any strides.
-        x: ``(M, C * c)``, any strides.
-        crow: ``(R + 1,)`` int32.
-        col: ``(nnz,)`` int32.
+        grad: `(M, R * r)`, M >= 1, any strides.
+        x: `(M, C * c)`, any strides.
+        crow: `(R + 1,)` int32.
+        col: `(nnz,)` int32.
         plan: packed plan.
         block_rows: r.
         block_cols: c.
 
     Returns:
-        ``(nnz, r, c)`` contiguous.
+        `(nnz, r, c)` contiguous.
     """
     index = _index(grad)
     if not INTERPRET and index != torch._C._cuda_getDevice():
@@ -1288,7 +1288,7 @@ def backend_info() -> dict[str, object]:
     """What serves CUDA tensors here.
 
     Returns:
-        ``name`` (``"triton"`` or ``"triton+gluon"``), ``reason`` (a sentence) and the versions and device behind it.
+        `name` (`"triton"` or `"triton+gluon"`), `reason` (a sentence) and the versions and device behind it.
     """
     info: dict[str, object] = {"name": "triton", "triton": triton.__version__}
     if INTERPRET or not torch.cuda.is_available():

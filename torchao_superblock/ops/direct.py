@@ -5,16 +5,16 @@ times as long: every question about a tensor is a call into C++, and a trip thro
 of them. So a call that went the long way leaves an entry: what its arguments looked like, and a closure that launches
 the kernel for arguments that look the same.
 
-What they look like is recorded and compared by the class with which ``torch.compile`` guards a compiled graph: one call
-into C++ compares, for all tensors at once, Python type, dtype, device, sizes, strides, ``requires_grad`` and dispatch
+What they look like is recorded and compared by the class with which `torch.compile` guards a compiled graph: one call
+into C++ compares, for all tensors at once, Python type, dtype, device, sizes, strides, `requires_grad` and dispatch
 keys. The keys are those of the tensor *and* of the thread's state, as the dispatcher would combine them, so inference
-mode, autocast, functorch's transforms, ``torch.jit`` tracing and tensor subclasses change them, and no entry is made
-where any of these has a say. What it leaves out is asked apart: here, whether a ``__torch_dispatch__`` mode is active
-(it overlooks those that tracers use); by the caller, whether a profiler, a ``__torch_function__`` mode or forward-mode
+mode, autocast, functorch's transforms, `torch.jit` tracing and tensor subclasses change them, and no entry is made
+where any of these has a say. What it leaves out is asked apart: here, whether a `__torch_dispatch__` mode is active
+(it overlooks those that tracers use); by the caller, whether a profiler, a `__torch_function__` mode or forward-mode
 AD is; by the closure, what its kernel rests on beyond that (addresses, torch's switches). Addresses are read at each
 call, and no entry holds a tensor.
 
-``torch.compile`` would run a wrong graph if that class missed a difference, so it is a safe thing to rest on. Where it
+`torch.compile` would run a wrong graph if that class missed a difference, so it is a safe thing to rest on. Where it
 does not do what is said here, no entry is made and every call goes the long way.
 """
 
@@ -146,7 +146,18 @@ def find(
     activation: str,
     plan: Tensor | None,
 ) -> Run | None:
-    """The closure of the newest entry for a call like this one, or None."""
+    """The closure of the newest entry for a call like this one, or None.
+
+    Args:
+        x: as the op has it, as have all others.
+        crow_indices: crow_indices.
+        col_indices: col_indices.
+        values: values.
+        bias: bias.
+        out_features: out_features.
+        activation: activation.
+        plan: plan.
+    """
     if type(x) is not Tensor or type(values) not in _TYPES:
         return None
     b = _NO_BIAS if bias is None else bias
@@ -176,7 +187,7 @@ def remember(
 
     Args:
         run: takes the op's eight arguments and returns its output, or None to have the call go the long way.
-        differentiate: for calls with gradients, takes the eight arguments and ``run``. None if they are not expected
+        differentiate: for calls with gradients, takes the eight arguments and `run`. None if they are not expected
             here, because autograd is through with the call.
         x: as the op has it, as have all others.
         crow_indices: crow_indices.

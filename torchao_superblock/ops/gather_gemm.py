@@ -22,7 +22,7 @@ _FEW_ROWS = 128
 
 
 def backend_info() -> dict[str, object]:
-    """Describe this path for `backends()`.
+    """Describe this path for :func:`torchao_superblock.backends`.
 
     Returns:
         `name` and `reason`.
@@ -66,9 +66,9 @@ def check_indices(crow: Tensor, col: Tensor, n_block_cols: int, what: str = "") 
 
 
 def _product(x: Tensor, crow: Tensor, col: Tensor, blocks: Tensor, perm: Tensor | None) -> Tensor:
-    """x (M, K) times the transpose of a BSR matrix, as (N, M).
+    """The product of x `(M, K)` and the transpose of a BSR matrix, as `(N, M)`.
 
-    `blocks` is (nnz, r, c); with `perm`, stored block j of row i is `blocks[perm[j]]`.
+    `blocks` is `(nnz, r, c)`; with `perm`, stored block j of row i is `blocks[perm[j]]`.
     """
     M, K = x.shape
     R = crow.numel() - 1
@@ -107,7 +107,7 @@ def forward(
     activation: str,
     plan: Tensor | None,
 ) -> Tensor:
-    """act(x @ W.T + bias) for a block-sparse W, in plain PyTorch.
+    """`act(x @ W.T + bias)` for a block-sparse W, in plain PyTorch.
 
     Args:
         x: `(M, K)`, any strides.
@@ -115,7 +115,7 @@ def forward(
         col: int32 `(nnz,)`, block columns.
         values: `(nnz, r, c)`, the stored blocks of W `(N, K)`.
         bias: `(N,)` or None.
-        activation: "none", "relu", "gelu", "gelu_tanh" or "silu".
+        activation: `"none"`, `"relu"`, `"gelu"`, `"gelu_tanh"` or `"silu"`.
         plan: not needed here.
 
     Returns:
@@ -137,7 +137,7 @@ def forward(
 def grad_x(
     grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, plan: Tensor, n_block_cols: int
 ) -> Tensor:
-    """grad @ W: the gradient with respect to x, with the arguments of `forward`.
+    """`grad @ W`: the gradient with respect to x, with the arguments of :func:`forward`.
 
     Args:
         grad: `(M, N)`, any strides.
@@ -173,7 +173,7 @@ def grad_values(
     block_rows: int,
     block_cols: int,
 ) -> Tensor:
-    """The stored blocks of grad.T @ x: the gradient with respect to `values`.
+    """The stored blocks of `grad.T @ x`: the gradient with respect to `values`.
 
     Args:
         grad: `(M, N)`, any strides.

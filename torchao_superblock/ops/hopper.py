@@ -1,6 +1,6 @@
 """The Hopper backend's policy: which calls the Gluon kernel serves, and with which tile.
 
-``hopper_kernels.py`` holds the device code. It needs Triton's experimental Gluon language and an sm_90 GPU; where
+`hopper_kernels.py` holds the device code. It needs Triton's experimental Gluon language and an sm_90 GPU; where
 either is missing :func:`supports` answers False and the plain Triton kernels serve the call.
 
 Legend: M tokens, N out features, K in features, R x C the block grid, r x c the block size, nnz stored blocks.
@@ -54,15 +54,15 @@ _MIN_MICROSECONDS = 18.5
 
 
 class Strips(NamedTuple):
-    """How ``bsr_linear_strips`` cuts the work.
+    """How `bsr_linear_strips` cuts the work.
 
     Attributes:
         tokens: tokens of a tile (256 or 128).
-        part: tokens of one accumulator and of one store (``tokens`` or half of it).
+        part: tokens of one accumulator and of one store (`tokens` or half of it).
         group: strips of 64 outputs in a tile, one consumer warpgroup each (2 or 3; 1 for float32 accuracy).
         x_slots: slices of x in flight.
         w_slots: blocks in flight for each strip.
-        y_slots: output buffers of each strip (1, or 2 where ``part`` is half of ``tokens``).
+        y_slots: output buffers of each strip (1, or 2 where `part` is half of `tokens`).
         registers: registers a thread of every warpgroup but the first, which gets what is left: consumers, or with
             float32 accuracy the warpgroup that splits x.
         programs: programs that share a multiprocessor (1 or 2).
@@ -72,10 +72,10 @@ class Strips(NamedTuple):
         grouped: whether the plan chooses the strips of a tile, so that they share slices of x.
         dynamic: whether programs draw their tiles from a counter, one after the other, instead of every so manieth.
         halves: whether the tiles of a last round that would leave half of the programs idle or more are cut in halves
-            (where ``part`` is half of ``tokens``; not for float32 accuracy). Dealt out, groups that need most then take
+            (where `part` is half of `tokens`; not for float32 accuracy). Dealt out, groups that need most then take
             turns with those that need least.
-        pair: whether two programs, each with ``tokens`` of its own, share a cluster and copy the blocks once for both
-            (where ``part`` is ``tokens``; 16-bit numbers, blocks at least 64 wide and high).
+        pair: whether two programs, each with `tokens` of its own, share a cluster and copy the blocks once for both
+            (where `part` is `tokens`; 16-bit numbers, blocks at least 64 wide and high).
     """
 
     tokens: int
@@ -433,7 +433,7 @@ def choose(
 
 @cache
 def _layout(row_bytes: int, element_bits: int, programs: int, halved: bool) -> Any:
-    """``halved`` says that each program of a pair has half of the rows; otherwise both have all."""
+    """`halved` says that each program of a pair has half of the rows; otherwise both have all."""
     return gl.NVMMASharedLayout(
         swizzle_byte_width=min(128, row_bytes),
         element_bitwidth=element_bits,
@@ -466,7 +466,7 @@ def _exact(dtype: torch.dtype) -> bool:
 
 
 def unavailable_reason(index: int = 0) -> str | None:
-    """Why the Gluon kernel cannot run on CUDA device ``index``; None when it can."""
+    """Why the Gluon kernel cannot run on CUDA device `index`; None when it can."""
     if _import_error is not None:
         return _import_error
     if _processors(index) == 0:
@@ -528,9 +528,9 @@ def supports(
 def boxes(
     tile: Strips, r: int, c: int, bytes_: int, mixed: bool = False
 ) -> tuple[list[int], list[int], list[int]]:
-    """Shapes of the TMA boxes of x, of the values and of y, in elements of ``bytes_`` bytes.
+    """Shapes of the TMA boxes of x, of the values and of y, in elements of `bytes_` bytes.
 
-    Those of x and y hold the tokens of both programs of a pair. ``mixed`` says that the block rows of a strip need not
+    Those of x and y hold the tokens of both programs of a pair. `mixed` says that the block rows of a strip need not
     be neighbours.
     """
     chunk = min(c, 128 // bytes_)
@@ -591,7 +591,7 @@ def constants(
 
 
 def options(tile: Strips, overlap: bool = False) -> dict[str, Any]:
-    """The kernel's compiler options; ``overlap`` says whether its launch overlaps the zeroing of the counter."""
+    """The kernel's compiler options; `overlap` says whether its launch overlaps the zeroing of the counter."""
     registers = {} if tile.programs == 1 else {"maxnreg": 80}
     return {"num_warps": 4, "num_ctas": _partners(tile)} | registers | (OVERLAP if overlap else {})
 
@@ -614,7 +614,7 @@ def _kernel(
 ) -> "Kernel":
     """The kernel for launches that Triton compiles alike.
 
-    Boxes are a part of what it compiles, and those of y depend on ``mixed``. It makes a constant of ``turn`` where that
+    Boxes are a part of what it compiles, and those of y depend on `mixed`. It makes a constant of `turn` where that
     is 1.
     """
     settings = (rows, columns, r, c, dtype.itemsize, exact, has_order, has_bias, activation)
@@ -744,20 +744,20 @@ def forward(
     *,
     tile: Strips | None = None,
 ) -> Tensor:
-    """``activation(x @ W.T + bias)`` for a BSR weight W, where :func:`supports` says so.
+    """`activation(x @ W.T + bias)` for a BSR weight W, where :func:`supports` says so.
 
     Args:
-        x: ``(M, K)``.
-        crow: ``(R + 1,)`` int32.
-        col: ``(nnz,)`` int32.
-        values: ``(nnz, r, c)`` contiguous.
-        bias: ``(R * r,)`` contiguous or None.
+        x: `(M, K)`.
+        crow: `(R + 1,)` int32.
+        col: `(nnz,)` int32.
+        values: `(nnz, r, c)` contiguous.
+        bias: `(R * r,)` contiguous or None.
         activation: name of an activation.
         plan: packed plan or None; its groups of block rows share what they read of x.
         tile: overrides the choice by rule (for tuning and tests).
 
     Returns:
-        ``(M, R * r)`` contiguous.
+        `(M, R * r)` contiguous.
     """
     run = launcher(x, crow, values, bias, activation, plan, tile=tile)
     return run(

@@ -37,6 +37,9 @@ def can_overlap(index: int) -> bool:
     """Whether kernels on a CUDA device can be launched with :data:`OVERLAP`.
 
     Hopper is where that was measured; in CUDA graphs, drivers can do it from CUDA 12.3 on.
+
+    Args:
+        index: of the CUDA device.
     """
     return torch.cuda.get_device_capability(index)[0] == 9 and _driver_version() >= 12030
 
@@ -76,6 +79,15 @@ class Kernel:
         *numbers: int,
         descriptors: tuple[Any, ...] = (),
     ) -> None:
+        """Launch it on the current stream.
+
+        Args:
+            grid: number of programs along x, y and z.
+            index: of the CUDA device.
+            tensors: the kernel's tensors.
+            *numbers: its numbers.
+            descriptors: its TMA descriptors.
+        """
         compiled = self.compiled
         if compiled is None:
             # Triton's interpreter returns None.
@@ -104,7 +116,16 @@ class Kernel:
     def bind(
         self, grid: tuple[int, int, int], index: int, *numbers: int
     ) -> Callable[..., None] | None:
-        """A launch with everything but the addresses filled in; None before the first launch or where not possible."""
+        """A launch with everything but the addresses filled in.
+
+        Args:
+            grid: number of programs along x, y and z.
+            index: of the CUDA device.
+            *numbers: the kernel's numbers, as at its first launch.
+
+        Returns:
+            A function of the tensors' addresses; None before the first launch, or where Triton has no direct way.
+        """
         compiled = self.compiled
         if compiled is None or not DIRECT_LAUNCH:
             return None

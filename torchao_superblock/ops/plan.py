@@ -18,13 +18,13 @@ class Plan(NamedTuple):
     """Views of a packed plan, in the order in which they are stored.
 
     Attributes:
-        row_order: ``(R,)`` block rows, those with most blocks first (stable).
-        col_order: ``(C,)`` block columns, those with most blocks first (stable).
-        row_indices: ``(nnz,)`` block row of each stored block.
-        crow_t: ``(C + 1,)`` for each block column, where its blocks start in ``row_t`` and ``perm_t``.
-        row_t: ``(nnz,)`` block row of each stored block, block column after block column.
-        perm_t: ``(nnz,)`` position in ``values`` of each stored block, block column after block column.
-        row_groups: ``(R,)`` block rows, strip after strip of STRIP outputs, each GROUP consecutive strips chosen to
+        row_order: `(R,)` block rows, those with most blocks first (stable).
+        col_order: `(C,)` block columns, those with most blocks first (stable).
+        row_indices: `(nnz,)` block row of each stored block.
+        crow_t: `(C + 1,)` for each block column, where its blocks start in `row_t` and `perm_t`.
+        row_t: `(nnz,)` block row of each stored block, block column after block column.
+        perm_t: `(nnz,)` position in `values` of each stored block, block column after block column.
+        row_groups: `(R,)` block rows, strip after strip of STRIP outputs, each GROUP consecutive strips chosen to
             share slices of x, groups that need most first; in the natural order if the plan was built without groups.
             The block rows of a strip are neighbours, or (:func:`is_mixed`) chosen to share columns.
     """
@@ -69,12 +69,25 @@ class _Level(NamedTuple):
 
 
 def plan_length(n_block_rows: int, n_block_cols: int, nnz: int) -> int:
-    """Number of int32 entries of a plan; a mixed one (:func:`is_mixed`) has one more."""
+    """Number of int32 entries of a plan; a mixed one (:func:`is_mixed`) has one more.
+
+    Args:
+        n_block_rows: R.
+        n_block_cols: C.
+        nnz: number of stored blocks.
+    """
     return 2 * n_block_rows + 2 * n_block_cols + 1 + 3 * nnz
 
 
 def plan_fits(length: int, n_block_rows: int, n_block_cols: int, nnz: int) -> bool:
-    """Whether a plan of ``length`` entries can be one of such an index."""
+    """Whether a plan of `length` entries can be one of such an index.
+
+    Args:
+        length: number of int32 entries of the plan.
+        n_block_rows: R.
+        n_block_cols: C.
+        nnz: number of stored blocks.
+    """
     return length - plan_length(n_block_rows, n_block_cols, nnz) in (0, 1)
 
 
@@ -82,6 +95,12 @@ def is_mixed(plan: Tensor, n_block_rows: int, n_block_cols: int, nnz: int) -> bo
     """Whether any two block rows may make a strip in a plan, rather than neighbours.
 
     A kernel must know it, and it is known without asking the device: by an entry more at the end.
+
+    Args:
+        plan: int32, from :func:`build_plan`.
+        n_block_rows: R.
+        n_block_cols: C.
+        nnz: number of stored blocks.
     """
     return plan.shape[0] > plan_length(n_block_rows, n_block_cols, nnz)
 
@@ -159,8 +178,10 @@ def _cost(levels: list[_Level], order: Tensor) -> Tensor:
 
 
 def _greedy(levels: list[_Level]) -> Tensor:
-    """An order in which a group starts with the one that needs most of those left and takes, one after the other, the
-    one that adds least to what is needed together, of equals the one that needs most.
+    """An order that fills one group after the other.
+
+    A group starts with the one that needs most of those left and takes, one after the other, the one that adds least to
+    what is needed together, of equals the one that needs most.
     """
     needs = levels[-1].needs
     tie = needs.sum(1) / (4 * needs.shape[1])
@@ -184,7 +205,7 @@ def _greedy(levels: list[_Level]) -> Tensor:
 
 
 def _exchange(levels: list[_Level], order: Tensor) -> Tensor:
-    """``order`` after exchanges of two, or three where no two are left: each the one that lowers its cost most."""
+    """`order` after exchanges of two, or three where no two are left: each the one that lowers its cost most."""
     n = order.numel()
     place = torch.arange(n, device=order.device)
     for _ in range(min(_EXCHANGES, n)):
@@ -234,16 +255,16 @@ def build_plan(
     Runs on the device of the indices without a host synchronisation, so it may be called inside a CUDA graph capture.
 
     Args:
-        crow_indices: ``(R + 1,)`` int32.
-        col_indices: ``(nnz,)`` int32.
+        crow_indices: `(R + 1,)` int32.
+        col_indices: `(nnz,)` int32.
         n_block_cols: C, the number of block columns.
-        blocksize: ``(r, c)`` of the blocks that the index is of, to work out as well which block rows a kernel had
+        blocksize: `(r, c)` of the blocks that the index is of, to work out as well which block rows a kernel had
             better take together, where that is of use: a few small operations for each strip of STRIP outputs or each
             block row of 32, and, where these are at most 1024, up to 48 times a comparison of all of them with each
             other (20 ms on a CPU for 3072 x 768, 0.15 s for 14336 x 4096, about a second at most). None leaves it out.
 
     Returns:
-        int32 tensor of ``plan_length(R, C, nnz)`` entries, or one more; see :class:`Plan` for its parts.
+        int32 tensor of `plan_length(R, C, nnz)` entries, or one more; see :class:`Plan` for its parts.
 
     Example:
         >>> crow, col = torch.tensor([0, 1, 3]).int(), torch.tensor([1, 0, 1]).int()
@@ -281,7 +302,17 @@ def build_plan(
 
 
 def split_plan(plan: Tensor, n_block_rows: int, n_block_cols: int, nnz: int) -> Plan:
-    """Name the parts of a packed plan (views, no copy)."""
+    """Name the parts of a packed plan.
+
+    Args:
+        plan: int32, from :func:`build_plan`.
+        n_block_rows: R.
+        n_block_cols: C.
+        nnz: number of stored blocks.
+
+    Returns:
+        A :class:`Plan` of views of `plan`; nothing is copied.
+    """
     sizes = [n_block_rows, n_block_cols, nnz, n_block_cols + 1, nnz, nnz, n_block_rows]
     if is_mixed(plan, n_block_rows, n_block_cols, nnz):
         sizes.append(1)

@@ -1,6 +1,6 @@
-"""``tune``: search further than the shipped rules do, once, for a model on the GPU at hand.
+"""`tune`: search further than the shipped rules do, once, for a model on the GPU at hand.
 
-The rules in ``cuda.py`` and ``hopper.py`` are good on the GPUs that they were made on, for the shapes that were looked
+The rules in `cuda.py` and `hopper.py` are good on the GPUs that they were made on, for the shapes that were looked
 at. Tuning times other tiles for the very layers and batch of a model and keeps what is faster, in the user's cache
 directory, so that later processes start with it. A tile decides in which order sums are formed, nothing else: results
 change by rounding at most, and a tile whose output differs by more is thrown away.
@@ -166,7 +166,7 @@ def load(index: int) -> None:
 
 
 def _use(problem: Problem, found: Found | None) -> None:
-    """Let ``found`` serve a problem from the next call on; None lets the rules."""
+    """Let `found` serve a problem from the next call on; None lets the rules."""
     if found is None:
         cuda._tuned.pop(problem, None)
     else:
@@ -323,8 +323,8 @@ def tune(model: nn.Module, example_input: Any) -> TuneReport:
 
     Runs the model once to see which products it computes, then times other tiles for each of them (seconds to a minute
     each, mostly compilation; a progress bar shows where it is). Only forward products on CUDA are tuned, each with the
-    activation that is fused into it. The finds go to ``$XDG_CACHE_HOME/torchao_superblock``
-    (``~/.cache/torchao_superblock``), one file for each GPU model, torch and Triton version. Results of the model
+    activation that is fused into it. The finds go to `$XDG_CACHE_HOME/torchao_superblock`
+    (`~/.cache/torchao_superblock`), one file for each GPU model, torch and Triton version. Results of the model
     change by rounding at most.
 
     Args:

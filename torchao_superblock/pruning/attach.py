@@ -1,4 +1,4 @@
-"""How a Supermask sits on a module.
+"""How a block mask sits on a module.
 
 `torch.nn.utils.parametrize` supplies the mechanism. What is added to it here:
 
@@ -6,49 +6,44 @@
 * Pickling, which parametrize refuses.
 * Removal from one copy: deep copies share their parametrized class, so parametrize's own removal
   takes the property away from all of them.
-* A property that evaluates the mask once a forward (see `reading.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from torchao_superblock.pruning.fsdp import step_into_wrapper, step_out_of_wrapper
-from torchao_superblock.pruning.reading import RAW, read_once, reader, rebuild_reader, scope
-from torchao_superblock.pruning.supermask import Supermask, find_supermask, supermasks_of
+from torchao_superblock.pruning.masks.base import BlockMask, find_mask, masks_of
 
 _RESETS = ("reset_parameters", "_reset_parameters")
 
 
-def attach(module: nn.Module, tensor_name: str, supermask: Supermask) -> None:
+def attach(module: nn.Module, tensor_name: str, mask: BlockMask) -> None:
     """Registers the mask on `module.<tensor_name>`; the Parameter stays the same object."""
-    if type(module).forward is not nn.Linear.forward:  # nn.Linear reads its weight just once
-        read_once(module)
-    supermask.followers = _names_after(module, tensor_name)
+    mask.followers = _names_after(module, tensor_name)
     # `unsafe` skips a trial forward; there is nothing to find out, and a meta weight has no values.
-    parametrize.register_parametrization(module, tensor_name, supermask, unsafe=True)
+    parametrize.register_parametrization(module, tensor_name, mask, unsafe=True)
     _equip_class(module, [tensor_name])
 
 
 def detach(module: nn.Module, tensor_name: str) -> None:
     """Removes the mask; the weight under it becomes `module.<tensor_name>` again, unmasked."""
-    supermask = find_supermask(module, tensor_name)
-    wrapper = step_out_of_wrapper(module, tensor_name)
+    mask = find_mask(module, tensor_name)
     cls = type(module)
     # Deep copies share this class, and the property is about to be deleted from it.
     own = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
     module.__class__ = type(cls.__name__, cls.__bases__, own)
     parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=False)
-    _move_before(module, tensor_name, supermask.followers if supermask is not None else ())
-    if parametrize.is_parametrized(module) and not supermasks_of(module):
+    _move_before(module, tensor_name, mask.followers if mask is not None else ())
+    if parametrize.is_parametrized(module) and not masks_of(module):
         for name in type(module).__dict__.get("_equipped", ()):
             delattr(type(module), name)
-    step_into_wrapper(module, wrapper)
 
 
 def _names_after(module: nn.Module, tensor_name: str) -> tuple[str, ...]:
@@ -72,7 +67,7 @@ def _equip_class(module: nn.Module, tensor_names: list[str]) -> None:
     base = cls.__bases__[0]
     for name in tensor_names:
         evaluate = cls.__dict__[name]
-        setattr(cls, name, property(reader(name, evaluate.fget), evaluate.fset))
+        setattr(cls, name, property(_reader(name, evaluate.fget), evaluate.fset))
     equipment: dict[str, Any] = {
         "__reduce_ex__": _reduce_masked,
         "register_parameter": _assigning(base.register_parameter),
@@ -89,7 +84,7 @@ def _assigning(register: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(register)
     def assign_or_register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         # What `module.weight = nn.Parameter(...)` ends in: its values become the weight under the mask.
-        if param is not None and name in supermasks_of(self):
+        if param is not None and name in masks_of(self):
             setattr(self, name, param.detach())
         else:
             register(self, name, param)
@@ -97,12 +92,38 @@ def _assigning(register: Callable[..., None]) -> Callable[..., None]:
     return assign_or_register
 
 
+_raw = threading.local()
+"""Whose reads return the weight under the mask, by thread: `(id of the module, tensor name)`."""
+
+
+@contextlib.contextmanager
+def _reading_raw(module: nn.Module, tensor_names: Iterable[str]) -> Iterator[None]:
+    """Within the block, reads of these tensors return the weight under the mask."""
+    keys = _raw.__dict__.setdefault("keys", set())
+    opened = {(id(module), name) for name in tensor_names} - keys
+    keys |= opened
+    try:
+        yield
+    finally:
+        keys -= opened
+
+
+def _reader(tensor_name: str, evaluate: Callable[[nn.Module], Tensor]) -> Callable[..., Tensor]:
+    def read(self: nn.Module) -> Tensor:
+        keys = getattr(_raw, "keys", None)
+        if keys and (id(self), tensor_name) in keys:
+            return self.parametrizations[tensor_name].original
+        return evaluate(self)
+
+    return read
+
+
 def _resetting(reset: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(reset)
     def reset_weight_then_scores(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        masks = supermasks_of(self)
+        masks = masks_of(self)
         # Initialisers write in place: they have to see the weight itself, not a masked copy.
-        with scope(((self, name) for name in masks), RAW):
+        with _reading_raw(self, masks):
             result = reset(self, *args, **kwargs)
         for name, mask in masks.items():
             mask.reset_parameters(self.parametrizations[name].original)
@@ -113,14 +134,12 @@ def _resetting(reset: Callable[..., Any]) -> Callable[..., Any]:
 
 def _reduce_masked(self: nn.Module, protocol: int) -> tuple[Any, ...]:
     base = type(self).__bases__[0]
-    reads = "_reads_once" in base.__dict__
-    names, masked = list(self.parametrizations), list(supermasks_of(self))
-    return _rebuild, (base.__bases__[0] if reads else base, reads, names, masked), self.__dict__
+    return _rebuild_masked, (base, list(self.parametrizations), list(masks_of(self))), self.__dict__
 
 
-def _rebuild(base: type[nn.Module], reads: bool, names: list[str], masked: list[str]) -> nn.Module:
+def _rebuild_masked(base: type[nn.Module], names: list[str], masked: list[str]) -> nn.Module:
     """What pickle calls to make an empty module whose state it then fills in."""
-    module = rebuild_reader(base) if reads else base.__new__(base)
+    module = base.__new__(base)
     parametrize._inject_new_class(module)
     for name in names:
         parametrize._inject_property(module, name)

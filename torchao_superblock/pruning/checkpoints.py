@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from torchao_superblock.pruning.supermask import has_supermask, named_supermasks
+from torchao_superblock.pruning.masks.base import has_mask, named_masks
 
 
 def refuse_dense_checkpoints(model: nn.Module) -> None:
@@ -17,14 +17,14 @@ def refuse_dense_checkpoints(model: nn.Module) -> None:
     mask only after it has overwritten what comes before.
     """
     for module in model.modules():
-        if has_supermask(module) and not any(True for _ in _checks(module)):
+        if has_mask(module) and not any(True for _ in _checks(module)):
             module.register_load_state_dict_pre_hook(_check_checkpoint)
 
 
 def accept_dense_checkpoints(model: nn.Module) -> None:
     """Removes the check where no mask is left."""
     for module in model.modules():
-        if not has_supermask(module):
+        if not has_mask(module):
             for key in list(_checks(module)):
                 del module._load_state_dict_pre_hooks[key]
 
@@ -39,7 +39,7 @@ def _check_checkpoint(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
 ) -> None:
     dense = []
-    for fqn, _owner, name, _mask in named_supermasks(module):
+    for fqn, _owner, name, _mask in named_masks(module):
         path = (prefix + fqn).removesuffix(name)
         if (
             path + name in state_dict

@@ -1,4 +1,4 @@
-"""`SupermaskSparsifier`: learned block masks behind the interface of `torch.ao.pruning`."""
+"""`BlockSparsifier`: block masks of any kind behind the interface of `torch.ao.pruning`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,106 +15,107 @@ from torch import Tensor, nn
 # are imported here and nowhere else.
 from torch.ao.pruning import BaseSparsifier, CubicSL, LambdaSL
 
-from torchao_superblock.ops.block_mask import block_grid
+from torchao_superblock.common.blocks import block_grid, check_blocksize
+from torchao_superblock.common.modules import hand_over_hooks
+from torchao_superblock.common.names import find_fqn, nearest_names, without_wrapper_prefixes
+from torchao_superblock.common.swappable import TWINS
 from torchao_superblock.pruning.attach import attach, detach
 from torchao_superblock.pruning.checkpoints import (
     accept_dense_checkpoints,
     refuse_dense_checkpoints,
 )
-from torchao_superblock.pruning.reading import read_masked_children_once, undo_read_once
+from torchao_superblock.pruning.masks.base import (
+    BlockMask,
+    check_sparsity_level,
+    find_mask,
+    kept_blocks,
+    named_masks,
+)
 from torchao_superblock.pruning.squash import squash_tensors
 from torchao_superblock.pruning.summary import MaskedTensor, MaskSummary
-from torchao_superblock.pruning.supermask import (
-    BlockSize,
-    Supermask,
-    check_blocksize,
-    check_sparsity_level,
-    find_supermask,
-    kept_blocks,
-    named_supermasks,
-)
 from torchao_superblock.pruning.targets import (
-    SETTINGS,
     SkippedTensor,
     check_config,
     check_settings,
-    clean_fqn,
-    find_fqn,
-    nearest_names,
     resolve,
 )
 
-__all__ = ["CubicSL", "LambdaSL", "SupermaskSparsifier"]
-
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-)
+__all__ = ["BlockSparsifier", "CubicSL", "LambdaSL"]
 
 
-class SupermaskSparsifier(BaseSparsifier):
-    """Learns which blocks of a model's weights to keep, while the model trains.
+class _MaskStates(Mapping[str, dict[str, Any]]):
+    """FQN -> `{"mask": ...}`; a mask is computed when its entry is read."""
 
-    Every masked weight gets one trainable score a block; each forward keeps the blocks with the
-    highest scores. The scores are parameters of the model: build the optimizer after `prepare`,
-    best from :meth:`param_groups`, which keeps them out of weight decay.
+    def __init__(
+        self, masks: Mapping[str, BlockMask], loaded: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        self._masks = masks
+        self._loaded = loaded
 
-    Wrap the model in DDP, fully_shard or torch.compile after `prepare`. The schedulers of
-    `torch.ao.pruning` change a group's level; it takes effect at the next :meth:`step`, which also
-    applies levels written by hand into `sparsifier.groups[i]["sparsity_level"]`.
+    def __getitem__(self, fqn: str) -> dict[str, Any]:
+        entry = dict(self._loaded.get(fqn, {}))
+        if "mask" not in entry and fqn in self._masks:
+            entry["mask"] = self._masks[fqn].block_mask()
+        elif fqn not in self._masks and not entry:
+            raise KeyError(fqn)
+        return entry
 
-    To resume a run: `prepare`, build the optimizer and the scheduler (building one resets levels),
-    then load the state dicts of the model, the optimizer, the scheduler and the sparsifier, in that
-    order.
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._masks, **self._loaded})
 
-    Once squashed, a weight is an ordinary one. An optimizer that goes on training it regrows the
-    pruned blocks at its next step, from momentum and new gradients.
+    def __len__(self) -> int:
+        return len({**self._masks, **self._loaded})
+
+
+class BlockSparsifier(BaseSparsifier):
+    """Puts block masks on a model's weights, keeps them up to date, and folds them.
+
+    The base of every sparsifier here. A subclass names its kind of mask in :attr:`mask_type` and
+    gives its constructor that kind's settings; all else is shared.
 
     Args:
         sparsity_level: fraction of blocks pruned, in `[0, 1)`; exactly
             `max(1, round(n_blocks * (1 - sparsity_level)))` blocks are kept.
         blocksize: int for square blocks or `(rows, cols)` = (out_features, in_features).
-        scores_init: `"kaiming_uniform"` (random, to train from scratch) or `"weight_norm"` (the norm
-            of each block, to fine-tune: at first the blocks of the largest norm are kept).
+        **settings: of the kind of mask, see :attr:`BlockMask.SETTINGS`.
 
     Raises:
-        ValueError: for a level outside `[0, 1)`, a block size below 1, an unknown init.
+        ValueError: for a level outside `[0, 1)`, a block size below 1, a bad setting.
         TypeError: for arguments of the wrong type.
-
-    Example:
-        >>> sparsifier = SupermaskSparsifier(sparsity_level=0.8, blocksize=64)
-        >>> sparsifier.prepare(model, config=[{"tensor_fqn": "encoder.layers.*.mlp.*.weight"}])
-        >>> optimizer = torch.optim.AdamW(sparsifier.param_groups(model, weight_decay=0.05))
-        >>> for batch in loader:
-        ...     loss(model(batch)).backward()
-        ...     optimizer.step()
-        ...     sparsifier.step()
-        ...     optimizer.zero_grad()
-        >>> sparsifier.squash_mask()
     """
 
+    mask_type: ClassVar[type[BlockMask]]
+
     def __init__(
-        self,
-        sparsity_level: float = 0.8,
-        blocksize: BlockSize = 64,
-        *,
-        scores_init: str = "kaiming_uniform",
+        self, sparsity_level: float = 0.8, blocksize: int | tuple[int, int] = 64, **settings: Any
     ) -> None:
-        settings = {
-            "sparsity_level": sparsity_level,
-            "blocksize": blocksize,
-            "scores_init": scores_init,
-        }
-        super().__init__(defaults=check_settings(settings, "SupermaskSparsifier: "))
-        # Plain, as torch.load(weights_only=True) wants it; the base makes a defaultdict.
-        self.state: dict[str, dict[str, Any]] = {}
+        checks = self.mask_type.settings()
+        unknown = sorted(settings.keys() - checks.keys())
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__}: unknown setting {unknown[0]!r}; it has "
+                f"{', '.join(map(repr, checks))}"
+            )
+        settings = {"sparsity_level": sparsity_level, "blocksize": blocksize, **settings}
+        self._loaded: dict[str, dict[str, Any]] = {}
+        super().__init__(defaults=check_settings(settings, checks, f"{type(self).__name__}: "))
         self._skipped: list[SkippedTensor] = []
         self._squashed: dict[str, weakref.ref[nn.Module]] = {}
+
+    @property
+    def state(self) -> Mapping[str, dict[str, Any]]:
+        """FQN -> a dict with the bool `"mask"` of the next forward, computed when it is read.
+
+        Between `load_state_dict` and the next `step()` it is the mask that was loaded. Under FSDP2
+        read it on every rank.
+        """
+        masks = {group["tensor_fqn"]: mask for group, mask in self._masks()}
+        return _MaskStates(masks, self._loaded)
+
+    @state.setter
+    def state(self, value: Mapping[str, dict[str, Any]]) -> None:
+        # The base class starts with an empty one.
+        self._loaded = {fqn: dict(entry) for fqn, entry in value.items()}
 
     # ---------------------------------------------------------------------------------------------
     # Training
@@ -129,7 +130,7 @@ class SupermaskSparsifier(BaseSparsifier):
         Args:
             model: not yet wrapped in DDP or fully_shard.
             config: None for the weight of every exact `nn.Linear`, or a list of entries. An entry has
-                a `tensor_fqn` and any of `sparsity_level`, `blocksize`, `scores_init`.
+                a `tensor_fqn` and any setting of the constructor (`sparsity_level`, `blocksize`, ...).
                 A `tensor_fqn` with `*`, `?` or `[` is a glob over whole names (`*` crosses dots): it
                 reaches the weights of `nn.Linear` and its subclasses and the projection weights of
                 `nn.MultiheadAttention`, each its own group. Any other names one tensor exactly, which
@@ -147,42 +148,40 @@ class SupermaskSparsifier(BaseSparsifier):
         if self.groups:
             raise RuntimeError(
                 "prepare: this sparsifier has already prepared a model; call squash_mask() first, or "
-                "use another SupermaskSparsifier"
+                f"use another {type(self).__name__}"
             )
         if not isinstance(model, nn.Module):
             raise TypeError(f"prepare: model must be an nn.Module, got {type(model).__name__}")
-        config = check_config(config)
+        config = check_config(config, self.mask_type.settings())
         groups, skipped = resolve(model, config, self.defaults)
         _refuse_ddp(model, groups)
-        _refuse_nan(groups)
-        masks = [_new_mask(group) for group in groups]
+        # Before any scores are drawn: an error must not move the random number generator.
+        for group in groups:
+            where = f"prepare: {group['tensor_fqn']!r} "
+            self.mask_type.check_weight(_weight(group), group, where)
+        masks = [self._new_mask(group) for group in groups]
 
         attached: list[dict[str, Any]] = []
         try:
             for group, mask in zip(groups, masks, strict=True):
                 attach(group["module"], group["tensor_name"], mask)
                 attached.append(group)
-            read_masked_children_once(model)
             refuse_dense_checkpoints(model)
         except BaseException:
             for group in attached:
                 detach(group["module"], group["tensor_name"])
-            undo_read_once(model)
             accept_dense_checkpoints(model)
             raise
 
         self.model = model
         self.config = config
         self.groups = groups
-        self.state = {
-            group["tensor_fqn"]: {"mask": mask.block_mask()}
-            for group, mask in zip(groups, masks, strict=True)
-        }
+        self._loaded = {}
         self._skipped = skipped
         self._squashed = {}
 
     def step(self, use_path: bool = True) -> None:
-        """Applies the groups' levels: writes `n_kept` and `state[fqn]["mask"]`.
+        """Applies the groups' levels and renews the masks.
 
         Does nothing while `enable_mask_update` is False (schedulers set it to True). Under FSDP2 call
         it on every rank.
@@ -199,6 +198,8 @@ class SupermaskSparsifier(BaseSparsifier):
             return
         for group in self.groups:
             check_sparsity_level(group["sparsity_level"], f"step: {group['tensor_fqn']!r} has ")
+        for entry in self._loaded.values():
+            entry.pop("mask", None)
         super().step(use_path)
 
     def update_mask(  # type: ignore[override]
@@ -210,16 +211,16 @@ class SupermaskSparsifier(BaseSparsifier):
         **kwargs: Any,
     ) -> None:
         """Applies the level of one group; :meth:`step` calls it for each."""
-        mask = find_supermask(module, tensor_name)
+        mask = find_mask(module, tensor_name)
         if mask is None:  # squash(part) has folded this one; the others go on
             return
         mask.set_sparsity_level(sparsity_level)
-        self.state[tensor_fqn] = {**self.state.get(tensor_fqn, {}), "mask": mask.block_mask()}
+        mask.update(module.parametrizations[tensor_name].original)
 
     def freeze(self) -> None:
         """Holds every mask as it is, until :meth:`unfreeze`.
 
-        The scores then get zero gradients (never None, which would abort DDP). Momentum or weight
+        Trained scores then get zero gradients (never None, which would abort DDP). Momentum or weight
         decay may still move them; the masks do not follow. Neither do they follow a scheduler.
 
         Raises:
@@ -249,14 +250,15 @@ class SupermaskSparsifier(BaseSparsifier):
             weight_decay: for everything but the scores.
 
         Returns:
-            Two dicts with `params` and `weight_decay`; the second holds the scores. Add an `lr` to
-            it to train them at another rate.
+            Two dicts with `params` and `weight_decay`; the second holds the scores (none, where this
+            kind of mask has none to train). Add an `lr` to it to train them at another rate.
 
         Raises:
             RuntimeError: if the model is not prepared.
         """
-        scores = {id(mask.scores) for *_, mask in named_supermasks(model)}
-        if not scores:
+        masks = [mask for *_, mask in named_masks(model)]
+        scores = {id(parameter) for mask in masks for parameter in mask.parameters()}
+        if not masks:
             raise RuntimeError(
                 "param_groups: the model has no scores; call prepare(model) before building the "
                 "optimizer"
@@ -277,10 +279,11 @@ class SupermaskSparsifier(BaseSparsifier):
         """
         entries = []
         for group, mask in self._masks():
-            grid = (mask.held_mask.shape[0], mask.held_mask.shape[1])
-            kept = 0 if mask.held_mask.is_meta else int(mask.block_mask().sum())
+            grid = mask.grid
             if mask.held_mask.is_meta:
                 kept = kept_blocks(math.prod(grid), group["sparsity_level"])
+            else:
+                kept = int(mask.block_mask().sum())
             entries.append(
                 MaskedTensor(
                     fqn=group["tensor_fqn"],
@@ -290,7 +293,7 @@ class SupermaskSparsifier(BaseSparsifier):
                     target_sparsity=float(group["sparsity_level"]),
                     sparsity=1 - kept / math.prod(grid),
                     kept=kept,
-                    frozen=not mask.frozen.is_meta and bool(mask.frozen),
+                    frozen=mask.is_frozen,
                 )
             )
         return MaskSummary(entries, list(self._skipped))
@@ -346,8 +349,8 @@ class SupermaskSparsifier(BaseSparsifier):
 
         Args:
             module: the squashed model, a part of it, or a copy.
-            mapping: from module type to replacement; `{nn.Linear: BSRLinear}` by default. Squashed
-                modules of other types are left as they are.
+            mapping: from module type to replacement; by default what `swap_to_bsr` makes of a type,
+                `{nn.Linear: BSRLinear}`. Squashed modules of other types are left as they are.
             inplace: change `module` rather than a deep copy of it.
             parameterization: ignored; the base class has it.
 
@@ -360,7 +363,7 @@ class SupermaskSparsifier(BaseSparsifier):
                 `from_dense` raises. `module` is unchanged after an error.
         """
         self._notice_squash()
-        unsquashed = [fqn for fqn, *_ in named_supermasks(module)]
+        unsquashed = [fqn for fqn, *_ in named_masks(module)]
         if unsquashed:
             raise RuntimeError(
                 f"convert: {unsquashed[0]!r} is not squashed yet; call squash_mask() or "
@@ -372,10 +375,7 @@ class SupermaskSparsifier(BaseSparsifier):
                 "squash_mask() first"
             )
         if mapping is None:
-            # The two halves meet here only, on request: neither imports the other.
-            from torchao_superblock.bsr import BSRLinear
-
-            mapping = {nn.Linear: BSRLinear}
+            mapping = {nn.Linear: TWINS[nn.Linear].bsr}
         names = {fqn.rpartition(".")[0] for fqn in self._squashed}
         squashed = {id(ref()) for ref in self._squashed.values() if ref() is not None}
         convertible = [
@@ -387,7 +387,11 @@ class SupermaskSparsifier(BaseSparsifier):
         targets = (
             [(path, child) for path, child in convertible if id(child) in squashed]
             or [(path, child) for path, child in convertible if path in names]
-            or [(path, child) for path, child in convertible if clean_fqn(path) in names]
+            or [
+                (path, child)
+                for path, child in convertible
+                if without_wrapper_prefixes(path) in names
+            ]
         )
         if not targets:
             kinds = ", ".join(kind.__name__ for kind in mapping)
@@ -426,7 +430,7 @@ class SupermaskSparsifier(BaseSparsifier):
         """
         groups = []
         for group in self.groups:
-            saved = {"tensor_fqn": group["tensor_fqn"], **{key: group[key] for key in SETTINGS}}
+            saved = {key: group[key] for key in ("tensor_fqn", *self.mask_type.settings())}
             saved["sparsity_level"] = float(saved["sparsity_level"])
             groups.append(saved)
         return {
@@ -454,8 +458,8 @@ class SupermaskSparsifier(BaseSparsifier):
             states = {find_fqn(fqn, own): entry for fqn, entry in state_dict["state"].items()}
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                "load_state_dict: not the state dict of a SupermaskSparsifier: it needs 'state' and "
-                f"'groups' ({type(error).__name__}: {error})"
+                f"load_state_dict: not the state dict of a {type(self).__name__}: it needs 'state' "
+                f"and 'groups' ({type(error).__name__}: {error})"
             ) from error
         if strict and set(saved) != set(own):
             missing, extra = sorted(set(own) - set(saved)), sorted(set(saved) - set(own))
@@ -479,18 +483,18 @@ class SupermaskSparsifier(BaseSparsifier):
         updates = {}
         for fqn in common:
             where = f"load_state_dict: {fqn!r}: "
-            settings = check_settings(saved[fqn], where)
+            settings = check_settings(saved[fqn], self.mask_type.settings(), where)
             _check_same_blocks(own[fqn], settings, states.get(fqn, {}).get("mask"), where)
             updates[fqn] = settings
         for fqn in common:
             own[fqn].update(updates[fqn])
-            mask = find_supermask(own[fqn]["module"], own[fqn]["tensor_name"])
+            mask = find_mask(own[fqn]["module"], own[fqn]["tensor_name"])
             device = mask.n_kept.device if mask is not None else None
             entry = {
                 key: value.detach().to(device, copy=True) if isinstance(value, Tensor) else value
                 for key, value in states.get(fqn, {}).items()
             }
-            self.state[fqn] = {**self.state.get(fqn, {}), **entry}
+            self._loaded[fqn] = {**self._loaded.get(fqn, {}), **entry}
         self.enable_mask_update = bool(state_dict.get("enable_mask_update", True))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -502,6 +506,7 @@ class SupermaskSparsifier(BaseSparsifier):
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         names = state.pop("_squashed_names", [])
+        state.setdefault("_loaded", state.pop("state", {}))  # what version 0.1 has
         self.__dict__.update(state)
         nothing = nn.Module()
         self._squashed = {name: weakref.ref(nothing) for name in names}
@@ -516,12 +521,12 @@ class SupermaskSparsifier(BaseSparsifier):
 
     def _notice_squash(self) -> None:
         """Lets go of the groups once their masks are gone, also if squash(model) folded them."""
-        if any(find_supermask(g["module"], g["tensor_name"]) is not None for g in self.groups):
+        if any(find_mask(g["module"], g["tensor_name"]) is not None for g in self.groups):
             return
         if self.groups:
             self._squashed = {g["tensor_fqn"]: weakref.ref(g["module"]) for g in self.groups}
         self.groups = []
-        self.state = {}
+        self._loaded = {}
         self._skipped = []
 
     def _require_groups(
@@ -537,10 +542,14 @@ class SupermaskSparsifier(BaseSparsifier):
             )
         raise RuntimeError(f"{method}: no model is prepared; {way_out}")
 
-    def _masks(self) -> Iterator[tuple[dict[str, Any], Supermask]]:
+    def _new_mask(self, group: dict[str, Any]) -> BlockMask:
+        settings = {name: group[name] for name in self.mask_type.settings()}
+        return self.mask_type(_weight(group), **settings)
+
+    def _masks(self) -> Iterator[tuple[dict[str, Any], BlockMask]]:
         """The groups that still carry a mask: `squash` may have folded those of a part of the model."""
         for group in self.groups:
-            mask = find_supermask(group["module"], group["tensor_name"])
+            mask = find_mask(group["module"], group["tensor_name"])
             if mask is not None:
                 yield group, mask
 
@@ -568,26 +577,8 @@ class SupermaskSparsifier(BaseSparsifier):
         ]
 
 
-def _new_mask(group: dict[str, Any]) -> Supermask:
-    weight = group["module"]._parameters[group["tensor_name"]]
-    return Supermask(
-        weight, *(group[key] for key in ("blocksize", "sparsity_level", "scores_init"))
-    )
-
-
-def _refuse_nan(groups: list[dict[str, Any]]) -> None:
-    """Before any scores are drawn: an error must not move the random number generator."""
-    for group in groups:
-        weight = group["module"]._parameters[group["tensor_name"]]
-        if (
-            group["scores_init"] == "weight_norm"
-            and not weight.is_meta
-            and bool(weight.isnan().any())
-        ):
-            raise ValueError(
-                f"prepare: {group['tensor_fqn']!r} contains NaN, so its blocks have no norm to be "
-                "ranked by (scores_init='weight_norm')"
-            )
+def _weight(group: dict[str, Any]) -> Tensor:
+    return group["module"]._parameters[group["tensor_name"]]
 
 
 def _refuse_ddp(model: nn.Module, groups: list[dict[str, Any]]) -> None:
@@ -638,8 +629,8 @@ def _check_same_blocks(
             f"{where}saved with blocksize {saved}, prepared with {blocksize}; prepare the model with "
             "the config it was saved with"
         )
-    supermask = find_supermask(group["module"], group["tensor_name"])
-    grid = block_grid(supermask.weight_shape, blocksize) if supermask is not None else ()
+    block_mask = find_mask(group["module"], group["tensor_name"])
+    grid = block_grid(block_mask.weight_shape, blocksize) if block_mask is not None else ()
     if isinstance(mask, Tensor) and tuple(mask.shape) != grid:
         raise ValueError(
             f"{where}the saved mask has {tuple(mask.shape)} blocks and the weight here has {grid}: "
@@ -648,10 +639,8 @@ def _check_same_blocks(
 
 
 def _carry_over(old: nn.Module, new: nn.Module) -> None:
-    """Hooks and mode. The dicts themselves go over, so that handles can still remove the hooks."""
-    for name in _HOOKS:
-        setattr(new, name, getattr(old, name))
-    new._is_full_backward_hook = old._is_full_backward_hook
+    """Hooks, settings that were left on the module, and mode."""
+    hand_over_hooks(old, new)
     if hasattr(old, "sparse_params"):
         new.sparse_params = old.sparse_params
     new.train(old.training)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from torchao_superblock.pruning import fsdp
+from torchao_superblock.common.sharding import GATHER_FIRST, is_dtensor, sharding_wrapper
 from torchao_superblock.pruning.attach import detach
 from torchao_superblock.pruning.checkpoints import accept_dense_checkpoints
-from torchao_superblock.pruning.reading import undo_read_once
-from torchao_superblock.pruning.supermask import Supermask, named_supermasks
+from torchao_superblock.pruning.masks.base import BlockMask, named_masks
 
 
 def squash(model: nn.Module) -> nn.Module:
@@ -23,14 +22,15 @@ def squash(model: nn.Module) -> nn.Module:
     next step, from momentum and new gradients: squash last, or swap to `BSRLinear` to fine-tune.
 
     Args:
-        model: changed in place. Under FSDP2 call it on every rank.
+        model: changed in place.
 
     Returns:
         The model.
 
     Raises:
-        RuntimeError: if the model carries no block mask, or a weight carries another
-            parametrization on top of its mask.
+        RuntimeError: if the model carries no block mask, a weight carries another parametrization
+            on top of its mask, or a masked weight is sharded: gather the full state dict, load it
+            into a prepared copy that is not, and squash that.
         ValueError: if scores are NaN. The model is unchanged after an error.
 
     Example:
@@ -38,7 +38,7 @@ def squash(model: nn.Module) -> nn.Module:
         >>> ...
         >>> squash(ema)
     """
-    found = list(named_supermasks(model))
+    found = list(named_masks(model))
     if not found:
         raise RuntimeError(
             "squash: the model carries no block mask. It was never prepared, was squashed already, "
@@ -48,19 +48,17 @@ def squash(model: nn.Module) -> nn.Module:
     return model
 
 
-def squash_tensors(model: nn.Module, found: list[tuple[str, nn.Module, str, Supermask]]) -> None:
+def squash_tensors(model: nn.Module, found: list[tuple[str, nn.Module, str, BlockMask]]) -> None:
     """Folds some of a model's masks; what can go wrong is found out before the first one.
 
     Args:
         model: the model that `found` is part of.
-        found: FQN, owner, tensor name and mask, as :func:`named_supermasks` yields them.
+        found: FQN, owner, tensor name and mask, as :func:`named_masks` yields them.
 
     Raises:
         RuntimeError: see :func:`squash`.
         ValueError: see :func:`squash`.
     """
-    fsdp.reshard(model)
-    records = fsdp.sharded_parameters(model)
     for fqn, module, name, mask in found:
         parametrizations = module.parametrizations[name]
         if len(parametrizations) > 1:
@@ -74,23 +72,14 @@ def squash_tensors(model: nn.Module, found: list[tuple[str, nn.Module, str, Supe
                 f"squash: {fqn!r} is on the meta device and has no values; materialise the model "
                 "with to_empty(device=...) and load its state dict first"
             )
-        if bool(mask.full_scores().isnan().any()):
-            raise ValueError(
-                f"squash: the scores of {fqn!r} contain NaN, so its mask means nothing: training "
-                "diverged. Go back to an earlier checkpoint, or call reset_parameters() on the "
-                "module to start over"
+        wrapper = sharding_wrapper(model, module)
+        if wrapper is not None or is_dtensor(parametrizations.original):
+            raise RuntimeError(
+                f"squash: {fqn!r} is sharded by {wrapper or 'DTensor'}, so no rank holds all of its "
+                f"blocks. {GATHER_FIRST}. Nothing was folded"
             )
-        if fsdp.is_sharded(parametrizations.original):
-            if records is not None and (id(parametrizations), "original") not in records:
-                raise RuntimeError(f"squash: fully_shard does not know {fqn!r}. {fsdp.WAY_OUT}")
-            for dim in (0, 1):
-                fsdp.local_range(parametrizations.original, dim)
+        mask.check_foldable(fqn)
     for _fqn, module, name, mask in found:
-        parametrizations = module.parametrizations[name]
-        mask.fold_(parametrizations.original)
+        mask.fold_(module.parametrizations[name].original)
         detach(module, name)
-        record = (records or {}).get((id(parametrizations), "original"))
-        if record is not None:
-            fsdp.move_parameter(record, module, name)
-    undo_read_once(model)
     accept_dense_checkpoints(model)

@@ -1,4 +1,4 @@
-"""What `SupermaskSparsifier.summary()` returns: entries to compute with, a table to read."""
+"""What a sparsifier's `summary()` returns: entries to compute with, a table to read."""
 
 from __future__ import annotations
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,15 +13,11 @@ from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from torchao_superblock.ops.block_mask import block_grid
-from torchao_superblock.pruning.supermask import (
-    check_blocksize,
-    check_scores_init,
-    check_sparsity_level,
-    find_supermask,
-)
-
-SETTINGS = ("sparsity_level", "blocksize", "scores_init")
+from torchao_superblock.common.blocks import block_grid, check_blocksize
+from torchao_superblock.common.modules import parameter_owners, storage_address
+from torchao_superblock.common.names import nearest_names, without_wrapper_prefixes
+from torchao_superblock.common.sharding import is_dtensor
+from torchao_superblock.pruning.masks.base import Check, find_mask
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -70,8 +65,12 @@ class _Site:
         return isinstance(self.module, nn.MultiheadAttention) and self.tensor_name in _PROJECTIONS
 
 
-def check_config(config: object) -> list[dict[str, Any]] | None:
+def check_config(config: object, checks: Mapping[str, Check]) -> list[dict[str, Any]] | None:
     """Validates the form of a config and returns a copy of it.
+
+    Args:
+        config: what the user gave.
+        checks: of the settings that an entry may have, by name.
 
     Raises:
         TypeError: if it is not a list of dicts.
@@ -98,28 +97,23 @@ def check_config(config: object) -> list[dict[str, Any]] | None:
                 f"'encoder.layers.0.mlp.0.weight', or a glob; it has {sorted(map(str, entry))}"
             )
         where = f"config[{i}] ({fqn!r}): "
-        unknown = sorted(str(key) for key in entry if key not in ("tensor_fqn", *SETTINGS))
+        unknown = sorted(str(key) for key in entry if key not in ("tensor_fqn", *checks))
         if unknown:
             raise ValueError(
                 f"{where}unknown key {unknown[0]!r}; an entry has 'tensor_fqn' and any of "
-                f"{', '.join(map(repr, SETTINGS))}"
+                f"{', '.join(map(repr, checks))}"
             )
-        entries.append({"tensor_fqn": fqn, **check_settings(entry, where)})
+        entries.append({"tensor_fqn": fqn, **check_settings(entry, checks, where)})
     return entries
 
 
-def check_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+def check_settings(
+    settings: Mapping[str, Any], checks: Mapping[str, Check], where: str
+) -> dict[str, Any]:
     """The settings among the items of `settings`, validated and normalised."""
-    checked: dict[str, Any] = {}
-    if "sparsity_level" in settings:
-        checked["sparsity_level"] = check_sparsity_level(settings["sparsity_level"], where)
-    if "blocksize" in settings:
-        given = settings["blocksize"]
-        rows, cols = check_blocksize(given, where)
-        checked["blocksize"] = (rows, cols) if isinstance(given, tuple | list) else rows
-    if "scores_init" in settings:
-        checked["scores_init"] = check_scores_init(settings["scores_init"], where)
-    return checked
+    return {
+        name: check(settings[name], where) for name, check in checks.items() if name in settings
+    }
 
 
 def resolve(
@@ -141,7 +135,7 @@ def resolve(
         RuntimeError: for a tensor that is masked already or sharded.
     """
     sites = list(_sites(model))
-    owners = _owners(model)
+    owners = parameter_owners(model, without_wrapper_prefixes)
     # key -> (site, settings, whether it was named exactly)
     chosen: dict[tuple[int, str], tuple[_Site, dict[str, Any], bool]] = {}
     if config is None:
@@ -161,7 +155,7 @@ def resolve(
         exact = not any(character in pattern for character in "*?[")
         # As it stands first: a model may have a part of its own that is called `module`.
         matches = [site for site in sites if _matches(pattern.lstrip("."), site, exact)] or [
-            site for site in sites if _matches(clean_fqn(pattern), site, exact)
+            site for site in sites if _matches(without_wrapper_prefixes(pattern), site, exact)
         ]
         if not matches:
             raise ValueError(_no_match(pattern, exact, sites))
@@ -201,30 +195,6 @@ def resolve(
     return groups, skipped
 
 
-def clean_fqn(fqn: str) -> str:
-    """An FQN without the `module.` and `_orig_mod.` that DDP and torch.compile put in it."""
-    parts = [part for part in fqn.split(".") if part and part != "_orig_mod"]
-    while len(parts) > 1 and parts[0] == "module":
-        parts.pop(0)
-    return ".".join(parts)
-
-
-def find_fqn(fqn: str, known: Iterable[str]) -> str:
-    """The one of the known FQNs that is meant, with wrapper prefixes or without; else `fqn`."""
-    known = list(known)
-    if fqn in known:
-        return fqn
-    return {clean_fqn(one): one for one in known}.get(clean_fqn(fqn), fqn)
-
-
-def nearest_names(name: str, names: Sequence[str]) -> str:
-    """A sentence that names what may have been meant."""
-    close = difflib.get_close_matches(name, list(dict.fromkeys(names)), n=3, cutoff=0.3)
-    if not close:
-        return ""
-    return "; nearest: " + ", ".join(map(repr, close))
-
-
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 
 
@@ -258,27 +228,6 @@ def _sites(model: nn.Module) -> Iterator[_Site]:
             yield site
 
 
-def _owners(model: nn.Module) -> dict[object, list[str]]:
-    """FQNs that each parameter, or its memory, is registered under by different modules."""
-    owners: dict[object, list[str]] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                fqn = clean_fqn(f"{path}.{name}" if path else name)
-                owners.setdefault(_identity(parameter), []).append(fqn)
-    return owners
-
-
-def _identity(parameter: Tensor) -> object:
-    """Equal for two parameters that are one object or begin at the same memory, whatever their shapes."""
-    lazy = nn.parameter.is_lazy(parameter)
-    if lazy or parameter.is_meta or is_traceable_wrapper_subclass(parameter):
-        return id(parameter)
-    if parameter.numel() == 0:
-        return id(parameter)
-    return parameter.device, parameter.data_ptr()
-
-
 def _matches(pattern: str, site: _Site, exact: bool) -> bool:
     if exact:
         return pattern in site.names
@@ -296,7 +245,9 @@ def _no_match(pattern: str, exact: bool, sites: list[_Site]) -> str:
             "nn.MultiheadAttention"
         )
     # Next to the whole name, the same tensor name in the nearest module is what is usually meant.
-    return text + (nearest_names(clean_fqn(pattern), names) or f"; there are {names[:3]}")
+    return text + (
+        nearest_names(without_wrapper_prefixes(pattern), names) or f"; there are {names[:3]}"
+    )
 
 
 def _shape(site: _Site) -> tuple[int, ...]:
@@ -305,14 +256,14 @@ def _shape(site: _Site) -> tuple[int, ...]:
 
 
 def _obstacle(
-    site: _Site, blocksize: tuple[int, int], owners: dict[object, list[str]]
+    site: _Site, blocksize: tuple[int, int], owners: dict[tuple[object, int], list[str]]
 ) -> tuple[str, str, str] | None:
     """Why this tensor cannot be masked: code, reason and way out; None if it can.
 
     Raises:
         RuntimeError: where calls are in the wrong order, however the tensor was named.
     """
-    if find_supermask(site.module, site.tensor_name) is not None:
+    if find_mask(site.module, site.tensor_name) is not None:
         raise RuntimeError(
             f"{site.fqn!r} is already prepared: it carries a block mask. Fold it with squash(model) "
             "or squash_mask() before preparing it again"
@@ -327,7 +278,7 @@ def _obstacle(
         )
     if nn.parameter.is_lazy(tensor):
         return "uninitialized", "its shape is not known yet", "run one forward before prepare()"
-    if type(tensor).__name__ == "DTensor":
+    if is_dtensor(tensor):
         raise RuntimeError(
             f"{site.fqn!r} is sharded (a DTensor): call prepare() before fully_shard or "
             "parallelize_module, so that the scores are sharded with the weight"
@@ -356,7 +307,7 @@ def _obstacle(
             "its embedding has sparse=True or max_norm, which write past the mask",
             "build the embedding without them, or leave it out",
         )
-    sharing = owners.get(_identity(tensor), [])
+    sharing = owners.get(storage_address(tensor), [])
     if len(sharing) > 1:
         others = ", ".join(repr(fqn) for fqn in sharing if fqn != site.fqn) or repr(site.fqn)
         return (

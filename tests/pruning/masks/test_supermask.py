@@ -455,41 +455,22 @@ def test_a_ramp_of_50_levels_and_freezing_compile_once() -> None:
 
 
 # -------------------------------------------------------------------------------------------------
-# One evaluation a forward, and torch.nn's fast paths
+# Modules of torch.nn that read their children's weights, and their fast paths
 # -------------------------------------------------------------------------------------------------
-
-
-class Counter:
-    """Counts how often each mask of a model is evaluated."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.counts: dict[str, int] = {}
-        for name, module in model.named_modules():
-            if isinstance(module, Supermask):
-                module.register_forward_hook(lambda *_, name=name: self.add(name))
-
-    def add(self, name: str) -> None:
-        self.counts[name] = self.counts.get(name, 0) + 1
-
-    def take(self) -> list[int]:
-        counts, self.counts = sorted(self.counts.values()), {}
-        return counts
 
 
 @pytest.mark.parametrize("names", [["*"], ["in_proj_weight"], ["out_proj.weight"]])
 @pytest.mark.parametrize("mode", ["train", "eval", "no_grad", "inference"])
-def test_attention_evaluates_each_mask_once(names: list[str], mode: str) -> None:
+def test_attention_equals_its_squashed_self(names: list[str], mode: str) -> None:
     attention = nn.MultiheadAttention(32, 4, batch_first=True)
     SupermaskSparsifier(0.5, 16).prepare(attention, [{"tensor_fqn": name} for name in names])
     dense = squash(copy.deepcopy(attention))
-    counter = Counter(attention)
     attention.train(mode == "train")
     dense.train(mode == "train")
     x = torch.randn(2, 5, 32)
     with torch.no_grad() if mode == "no_grad" else torch.inference_mode(mode == "inference"):
         out = attention(x, x, x)[0]
         torch.testing.assert_close(out, dense(x, x, x)[0])
-    assert counter.take() == [1] * (2 if names == ["*"] else 1)
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
@@ -506,7 +487,6 @@ def test_transformer_encoder_equals_its_squashed_self(
     dense = squash(copy.deepcopy(encoder))
     assert type(dense) is nn.TransformerEncoder
     assert {type(m).__module__.split(".")[0] for m in dense.modules()} == {"torch"}
-    counter = Counter(encoder)
     encoder.train(mode == "train")
     dense.train(mode == "train")
     x = torch.randn(3, 5, 32)
@@ -515,10 +495,6 @@ def test_transformer_encoder_equals_its_squashed_self(
         out = encoder(x, src_key_padding_mask=mask)
         expected = dense(x, src_key_padding_mask=mask)
     torch.testing.assert_close(out, expected)
-    counts = counter.take()
-    assert len(counts) == 8
-    if mode != "eval":  # in eval with gradients the layer also looks at the weights by itself
-        assert counts == [1] * 8
     if mode == "train":
         loss_weights = torch.randn_like(out)
         (out * loss_weights).sum().backward()

@@ -1,0 +1,1 @@
+"""Ways to find a block mask, one file each: the mask and its sparsifier. What they share is `base.py`."""
