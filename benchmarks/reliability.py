@@ -114,7 +114,8 @@ def page(kinds: list[Kind], results: Mapping[str, object], command: str) -> str:
             [
                 "# Reliability",
                 f"{cases:,} attempts to break the package: **{faults:,} faults**. Written by "
-                "[benchmarks/reliability.py](../benchmarks/reliability.py); a case is repeated with `--case KIND:INDEX`.",
+                "[benchmarks/reliability.py](../benchmarks/reliability.py); "
+                "a case is repeated with `--case KIND:INDEX`.",
                 markdown_table([{"": name, "this run": value} for name, value in facts.items()]),
                 "## What was tried",
                 tables(kinds, results),

@@ -46,7 +46,9 @@ def test_a_case_is_made_from_its_name_and_index(known):
         assert [(o.word, o.fault) for o in first] == [(o.word, o.fault) for o in again]
 
 
-@pytest.mark.parametrize("name", ["gradients/op", "gradients/masked", "threads/forward", "exception/swap_to_bsr"])
+@pytest.mark.parametrize(
+    "name", ["gradients/op", "gradients/masked", "threads/forward", "exception/swap_to_bsr"]
+)
 def test_kinds_pass_where_nothing_is_broken(known, name):
     """(Of all kinds `.ci/run` tries more than would fit here.)"""
     assert not [o for o in (attempt(known[name], index) for index in range(0, 4, 2)) if o.fault]
