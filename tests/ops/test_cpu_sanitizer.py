@@ -1,8 +1,6 @@
 """The C sources of the CPU kernel, built with AddressSanitizer and UndefinedBehaviorSanitizer."""
 
-import os
 import platform
-import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,15 +8,10 @@ from pathlib import Path
 import pytest
 
 import torchao_superblock.ops
+from benchmarks.faults.sanitizer import FLAGS, compiler
 
 CSRC = Path(torchao_superblock.ops.__file__).with_name("csrc")
 DRIVER = Path(__file__).with_name("cpu_sanitizer.c")
-FLAGS = (
-    "-std=gnu11 -O1 -g1 -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all "
-    # Small pieces: a problem of a few thousand multiply-adds is cut as a large one would be.
-    "-DSB_GROUP_ELEMENTS=2048 -DSB_X_TILE_BYTES=4096 -DSB_SERIAL_WORK=64 -DSB_GRAD_ELEMENTS=1024 "
-    "-DSB_CHUNK=3 -DSB_CHUNK_ELEMENTS=256 -DSB_DIRECT_USES=32"
-).split()
 
 
 def run(*command: object, **options) -> subprocess.CompletedProcess[str]:
@@ -30,19 +23,19 @@ def run(*command: object, **options) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory):
     """Builds a program of the kernel's sources and one more file, with the sanitizers."""
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
-    if compiler is None:
+    cc = compiler()
+    if cc is None:
         pytest.skip("no C compiler")
     directory = tmp_path_factory.mktemp("sanitizer")
     probe = directory / "probe.c"
     probe.write_text("int main(void) { return 0; }\n")
-    linked = run(compiler, *FLAGS, probe, "-o", directory / "probe")
+    linked = run(cc, *FLAGS, probe, "-o", directory / "probe")
     if linked.returncode or run(directory / "probe").returncode:
-        pytest.skip(f"{compiler} has no working sanitizers here: {linked.stderr[-200:]}")
+        pytest.skip(f"{cc} has no working sanitizers here: {linked.stderr[-200:]}")
 
     def compile_one(source: Path) -> Path:
         out = directory / f"{source.stem}.o"
-        result = run(compiler, *FLAGS, "-I", CSRC, "-c", source, "-o", out)
+        result = run(cc, *FLAGS, "-I", CSRC, "-c", source, "-o", out)
         assert result.returncode == 0, result.stderr
         return out
 
@@ -53,7 +46,7 @@ def build(tmp_path_factory: pytest.TempPathFactory):
     def link(main: Path) -> Path:
         program = directory / main.stem
         result = run(
-            compiler, *FLAGS, compile_one(main), *objects, "-o", program, "-lm", "-ldl", "-lpthread"
+            cc, *FLAGS, compile_one(main), *objects, "-o", program, "-lm", "-ldl", "-lpthread"
         )
         assert result.returncode == 0, result.stderr
         return program
