@@ -30,6 +30,7 @@ def test_public_names():
         "save_bsr",
         "squash",
         "swap_to_bsr",
+        "swap_to_dense",
         "to_bsr_linear",
         "tune",
     ]

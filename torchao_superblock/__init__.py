@@ -10,6 +10,7 @@ from torchao_superblock.bsr import (
     load_bsr,
     save_bsr,
     swap_to_bsr,
+    swap_to_dense,
     to_bsr_linear,
 )
 from torchao_superblock.ops import backends, tune
@@ -34,6 +35,7 @@ __all__ = [
     "save_bsr",
     "squash",
     "swap_to_bsr",
+    "swap_to_dense",
     "to_bsr_linear",
     "tune",
 ]
