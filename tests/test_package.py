@@ -33,6 +33,7 @@ def test_public_names():
         "sensitivity",
         "squash",
         "swap_to_bsr",
+        "swap_to_dense",
         "to_bsr_linear",
         "tune",
     ]

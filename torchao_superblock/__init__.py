@@ -11,6 +11,7 @@ from torchao_superblock.bsr import (
     load_bsr,
     save_bsr,
     swap_to_bsr,
+    swap_to_dense,
     to_bsr_linear,
 )
 from torchao_superblock.ops import backends, tune
@@ -40,6 +41,7 @@ __all__ = [
     "sensitivity",
     "squash",
     "swap_to_bsr",
+    "swap_to_dense",
     "to_bsr_linear",
     "tune",
 ]

@@ -5,6 +5,7 @@ from torchao_superblock.bsr.linear import BSRLinear
 from torchao_superblock.bsr.load import load_bsr
 from torchao_superblock.bsr.save import save_bsr
 from torchao_superblock.bsr.swap import SwapEntry, SwapReport, swap_to_bsr, to_bsr_linear
+from torchao_superblock.bsr.unswap import swap_to_dense
 from torchao_superblock.bsr.weight import BSRWeight
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "load_bsr",
     "save_bsr",
     "swap_to_bsr",
+    "swap_to_dense",
     "to_bsr_linear",
 ]
 

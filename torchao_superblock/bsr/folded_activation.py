@@ -10,6 +10,13 @@ def activation_name(module: nn.Module) -> str | None:
     return {nn.ReLU: "relu", nn.SiLU: "silu"}.get(type(module))
 
 
+def activation_module(name: str) -> nn.Module:
+    """The module that :func:`activation_name` calls by this name."""
+    if name in ("gelu", "gelu_tanh"):
+        return nn.GELU("tanh" if name == "gelu_tanh" else "none")
+    return {"relu": nn.ReLU, "silu": nn.SiLU}[name]()
+
+
 class FoldedActivation(nn.Identity):
     """Keeps the place of an activation that the :class:`BSRLinear` before it applies.
 

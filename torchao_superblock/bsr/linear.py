@@ -107,7 +107,7 @@ def customisation(linear: nn.Module) -> str | None:
     if not extra and not has_own_forward(linear):
         return None
     what = f"{', '.join(sorted(extra))} of its own" if extra else "a forward of its own"
-    return f"it has {what}, which a BSRLinear would lose"
+    return f"it has {what}, which the layer in its place would lose"
 
 
 @torch.fx.wrap  # one call in a traced graph: what is decided in here is decided when the graph runs

@@ -55,18 +55,12 @@ def load_bsr(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     _check_model(model, name)
     # Tensors made in inference mode could never be trained.
     with torch.inference_mode(False):
-        saved = _read(name)
-        loading = _plan(model, saved)
-        try:
-            _load(model, loading)
-        except Exception as error:
-            error.add_note(f"while loading {name!r}; the model is as it was")
-            raise
+        load_saved(model, read_saved(name))
     return model
 
 
 @dataclass
-class _Saved:
+class Saved:
     """A file's content: all its tensors, each in memory of its own, and what it says about them."""
 
     path: str
@@ -103,8 +97,8 @@ def _check_model(model: nn.Module, path: str) -> None:
             )
 
 
-def _read(path: str) -> _Saved:
-    """Read a file of :func:`save_bsr` and check what can be checked without a model."""
+def read_saved(path: str) -> Saved:
+    """Read a file of :func:`save_bsr` and check it without a model; raises as :func:`load_bsr` does."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -145,7 +139,7 @@ def _read(path: str) -> _Saved:
                 tensors[key] = tensors[target].clone()
         except ValueError as error:
             raise ValueError(f"load_bsr: {path!r} is damaged: {error}") from error
-    return _Saved(path, tensors, description)
+    return Saved(path, tensors, description)
 
 
 def _check_kind(start: bytes, path: str) -> None:
@@ -170,7 +164,17 @@ def _advice(entries: dict[str, Any]) -> str:
     return "; load an ordinary checkpoint with model.load_state_dict and swap the model afterwards"
 
 
-def _plan(model: nn.Module, saved: _Saved) -> _Loading:
+def load_saved(model: nn.Module, saved: Saved) -> None:
+    """Load what was read into a model, in place; raises as :func:`load_bsr` does."""
+    loading = _plan(model, saved)
+    try:
+        _load(model, loading)
+    except Exception as error:
+        error.add_note(f"while loading {saved.path!r}; the model is as it was")
+        raise
+
+
+def _plan(model: nn.Module, saved: Saved) -> _Loading:
     """Compare file and model; changes nothing."""
     layers = saved.description.layers
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -285,7 +289,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
 
 
-def _check_names(modules: dict[str, nn.Module], saved: _Saved) -> None:
+def _check_names(modules: dict[str, nn.Module], saved: Saved) -> None:
     """Every module that the file describes is in the model."""
     described = [*saved.description.layers, *saved.description.folded]
     missing = [fqn for fqn in described if fqn not in modules]
@@ -314,7 +318,7 @@ def _check_names(modules: dict[str, nn.Module], saved: _Saved) -> None:
     )
 
 
-def _fold(modules: dict[str, nn.Module], saved: _Saved) -> dict[nn.Module, FoldedActivation]:
+def _fold(modules: dict[str, nn.Module], saved: Saved) -> dict[nn.Module, FoldedActivation]:
     """What to put in place of the activations that the file's layers apply themselves, so that none runs twice."""
     replacements = {}
     folded = saved.description.folded
@@ -337,7 +341,7 @@ def _name(activation: str | None) -> str:
     return f"a folded {activation}" if activation else "an activation that runs on its own"
 
 
-def _check_is_applied(fqn: str, modules: dict[str, nn.Module], saved: _Saved) -> None:
+def _check_is_applied(fqn: str, modules: dict[str, nn.Module], saved: Saved) -> None:
     """The block-sparse layer in front of a folded activation applies it."""
     layers, folded = saved.description.layers, saved.description.folded
     parent, _, name = fqn.rpartition(".")
@@ -355,7 +359,7 @@ def _check_is_applied(fqn: str, modules: dict[str, nn.Module], saved: _Saved) ->
         )
 
 
-def _build_layer(fqn: str, old: nn.Module, spec: dict[str, Any], saved: _Saved) -> BSRLinear:
+def _build_layer(fqn: str, old: nn.Module, spec: dict[str, Any], saved: Saved) -> BSRLinear:
     """The BSRLinear that the file describes, with the dtype, device and mode of the layer it replaces."""
     where = f"load_bsr: {saved.path!r}: {fqn!r}"
     if type(old) not in (*LINEAR_TYPES, BSRLinear):

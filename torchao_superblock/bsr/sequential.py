@@ -96,7 +96,7 @@ def drop_dead_features(model: nn.Module) -> list[str]:
     changed = True
     while changed:  # in a chain, what one pair drops may be the last use of a feature before it
         changed = False
-        for pair in list(_pairs(model)):
+        for pair in list(linear_pairs(model)):
             with torch.inference_mode(False), torch.no_grad():
                 counts = _narrow(pair)
             if counts is not None:
@@ -139,7 +139,8 @@ def _is_free(module: nn.Module, places: Counter[nn.Module]) -> bool:
     return isinstance(module, BSRLinear) and places[module] == 1 and _is_plain(module)
 
 
-def _pairs(model: nn.Module) -> Iterator[LinearPair]:
+def linear_pairs(model: nn.Module) -> Iterator[LinearPair]:
+    """Each two swapped layers that only see each other, and may be replaced together."""
     owners = parameter_owners(model)
 
     def is_replaceable(layer: nn.Module) -> bool:

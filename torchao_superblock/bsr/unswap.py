@@ -1,0 +1,211 @@
+"""The way back: the :class:`BSRLinear` layers of a model become ``nn.Linear`` again."""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from torchao_superblock.bsr.folded_activation import FoldedActivation, activation_module
+from torchao_superblock.bsr.format import check_bsr
+from torchao_superblock.bsr.linear import BSRLinear, customisation
+from torchao_superblock.bsr.sequential import linear_pairs
+from torchao_superblock.common.all_or_nothing import all_or_nothing
+from torchao_superblock.common.modules import parameter_owners, replace_modules, storage_address
+from torchao_superblock.common.names import without_compile_prefix
+from torchao_superblock.common.sharding import is_dtensor
+
+
+def swap_to_dense(model: nn.Module) -> list[str]:
+    """Replace, in place, every :class:`BSRLinear` by the ``nn.Linear`` that it stands for: undoes ``swap_to_bsr``.
+
+    Weights are exactly those that the blocks hold, with zeros elsewhere; ``bias`` Parameters, hooks, ``training``,
+    ``requires_grad``, dtype and device carry over. An activation that a layer applies goes back to its place behind it.
+    If anything fails, the model is as it was. An optimizer built before holds the blocks: build it again.
+
+    Features that ``drop_dead_features=True`` removed come back as zeros, behind those that were kept: shapes and the
+    model's output are those of the dense model, though not the order of these hidden features, nor the weights in them
+    that had no influence. That needs both layers of the pair, in their ``nn.Sequential``.
+
+    ``use_nested_tensor`` of an ``nn.TransformerEncoder``, which a swap turns off, becomes what a new one would have.
+
+    Args:
+        model: any module, not itself a :class:`BSRLinear`.
+
+    Returns:
+        FQNs of the layers that are dense now.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: a layer cannot be made dense; all of those are named, with the reason: its activation has no place
+            to go back to, the other half of its narrowed pair is elsewhere, its tensors are sharded, parametrized or
+            shared with another layer, its indices are no BSR pattern, or it has something of its own that would be
+            lost. Or the model is itself a BSRLinear, or wrapped in DistributedDataParallel.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+        >>> with torch.no_grad():
+        ...     _ = model[0].weight[:32].zero_()
+        >>> before = model[0].weight
+        >>> report = swap_to_bsr(model, min_sparsity=0.5, fuse_activations=True)
+        >>> swap_to_dense(model)
+        ['0']
+        >>> torch.equal(model[0].weight, before)
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"swap_to_dense: model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, BSRLinear):
+        raise ValueError(
+            "swap_to_dense: the model is itself a BSRLinear and cannot be replaced in place; wrap it in nn.Sequential, "
+            "or take its weight from layer.to_dense()"
+        )
+    layers: dict[BSRLinear, str] = {}
+    for fqn, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                f"swap_to_dense: {without_compile_prefix(fqn) or 'the model'!r} is wrapped in DistributedDataParallel, "
+                "which would go on reducing the blocks; make ddp.module dense and wrap it again"
+            )
+        if isinstance(module, BSRLinear):
+            layers[module] = without_compile_prefix(fqn)
+    activations = _folded(model)
+    outputs, inputs = _dropped(model)
+    owners = parameter_owners(model)
+    problems = [
+        f"{fqn!r}: {reason}"
+        for layer, fqn in layers.items()
+        for reason in _obstacles(layer, owners, layer in activations, outputs, inputs)
+    ]
+    applied = set(activations.values())
+    problems += [
+        f"{without_compile_prefix(fqn)!r}: no layer right before it applies the {module.activation} that stood there"
+        for fqn, module in model.named_modules()
+        if isinstance(module, FoldedActivation) and module not in applied
+    ]
+    if problems:
+        raise ValueError(f"swap_to_dense: cannot make dense {'; '.join(problems)}")
+
+    # Tensors made in inference mode could never be trained.
+    with all_or_nothing(model), torch.inference_mode(False), torch.no_grad():
+        replacements: dict[nn.Module, nn.Module] = {
+            layer: _to_linear(layer, outputs.get(layer, 0), inputs.get(layer, 0), cls)
+            for layer, cls in _types(model, layers)
+        }
+        for folded in applied:
+            replacements[folded] = activation_module(folded.activation).train(folded.training)
+        encoders = [
+            encoder
+            for encoder in model.modules()
+            if isinstance(encoder, nn.TransformerEncoder)
+            and any(module in layers for module in encoder.layers.modules())
+        ]
+        replace_modules(model, replacements)
+        for encoder in encoders:
+            encoder.use_nested_tensor = _takes_nested_tensors(encoder)
+    return list(layers.values())
+
+
+def _folded(model: nn.Module) -> dict[BSRLinear, FoldedActivation]:
+    """The layers whose activation has a place right behind them, each with the module that keeps that place."""
+    return {
+        layer: behind
+        for parent in model.modules()
+        for layer, behind in pairwise(parent._modules.values())
+        if isinstance(layer, BSRLinear)
+        and isinstance(behind, FoldedActivation)
+        and layer.activation == behind.activation
+    }
+
+
+def _dropped(model: nn.Module) -> tuple[dict[BSRLinear, int], dict[BSRLinear, int]]:
+    """How many outputs and inputs each layer of a narrowed pair has lost, where both its layers agree on it."""
+    outputs, inputs = {}, {}
+    for pair in linear_pairs(model):
+        first, second = pair.sequential._modules[pair.first], pair.sequential._modules[pair.second]
+        if (first.out_features, first.dense_shape[0]) == (
+            second.in_features,
+            second.dense_shape[1],
+        ):
+            outputs[first] = inputs[second] = first.dense_shape[0] - first.out_features
+    return outputs, inputs
+
+
+def _obstacles(
+    layer: BSRLinear,
+    owners: dict[tuple[object, int], list[str]],
+    has_place: bool,
+    outputs: dict[BSRLinear, int],
+    inputs: dict[BSRLinear, int],
+) -> Iterator[str]:
+    """Why a layer cannot become an ``nn.Linear``."""
+    if type(layer) is not BSRLinear:
+        yield f"it is a {type(layer).__name__} (parametrized? sharded?), not exactly a BSRLinear"
+        return
+    if is_dtensor(layer.values):
+        yield "it is sharded (DTensor); gather the model first"
+        return
+    own = customisation(layer)
+    if own is not None:
+        yield own
+    others = owners[storage_address(layer.values)]
+    if len(others) > 1:
+        yield f"its blocks are shared: {', '.join(sorted(others))} are one tensor"
+    shape = (layer.out_features, layer.in_features)
+    if not layer.values.is_meta:
+        try:
+            indices = layer.crow_indices, layer.col_indices
+            check_bsr(*indices, layer.values, shape, layer.blocksize, "the layer")
+        except (TypeError, ValueError) as error:
+            yield str(error)
+    if layer.activation != "none" and not has_place:
+        yield (
+            f"it applies {layer.activation}, which an nn.Linear does not, and no place is kept for it behind it; "
+            "set layer.activation to 'none' and put the activation behind it"
+        )
+    restored = (shape[0] + outputs.get(layer, 0), shape[1] + inputs.get(layer, 0))
+    if restored != layer.dense_shape:
+        yield (
+            f"features were dropped from {layer.dense_shape} to {shape}, and the layer that shares them is not next to "
+            "it in an nn.Sequential, with nothing but activations and dropout between them and no hooks or ties; "
+            "convert the whole model that was swapped"
+        )
+
+
+def _types(
+    model: nn.Module, layers: Iterable[BSRLinear]
+) -> Iterator[tuple[BSRLinear, type[nn.Linear]]]:
+    """Each layer with the type that it had: torch gives one of its own to the last layer of an attention."""
+    attention = {
+        module._modules.get("out_proj")
+        for module in model.modules()
+        if isinstance(module, nn.MultiheadAttention)
+    }
+    for layer in layers:
+        yield layer, NonDynamicallyQuantizableLinear if layer in attention else nn.Linear
+
+
+def _to_linear(layer: BSRLinear, outputs: int, inputs: int, cls: type[nn.Linear]) -> nn.Linear:
+    """The dense twin, with as many outputs and inputs of zeros behind its own."""
+    weight, bias = layer.to_dense(), layer.bias
+    if outputs or inputs:
+        weight = F.pad(weight, (0, inputs, 0, outputs))
+    if outputs and bias is not None:
+        bias = nn.Parameter(F.pad(bias, (0, outputs)), bias.requires_grad)
+    N, K = weight.shape
+    linear = cls(K, N, bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, layer.values.requires_grad)
+    linear.bias = bias
+    return linear.train(layer.training)
+
+
+def _takes_nested_tensors(encoder: nn.TransformerEncoder) -> bool:
+    """What torch itself decides for such an encoder."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the reasons why not
+        return nn.TransformerEncoder(
+            encoder.layers[0], 0, enable_nested_tensor=encoder.enable_nested_tensor
+        ).use_nested_tensor
