@@ -1,39 +1,241 @@
-"""The code of the guides runs as it stands there."""
+"""The code of the guides runs as it stands there, page by page and from top to bottom as in a notebook.
 
+A page with code has an entry in `PAGES`: the names that it takes as given, and what has to hold at its end.
+"""
+
+import os
 import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-DOCS = Path(__file__).parents[1] / "docs"
+from torchao_superblock import BSRLinear
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+Names = dict[str, Any]
 
 
-def code_of(page: str) -> list[str]:
+def text_of(page: str) -> str:
+    """The page with the sections of other files that it includes."""
+
+    def included(match: re.Match[str]) -> str:
+        name, section = match.groups()
+        source = (ROOT / name).read_text(encoding="utf-8")
+        start, end = (f"<!-- --8<-- [{word}:{section}] -->" for word in ("start", "end"))
+        return source[source.index(start) + len(start) : source.index(end)]
+
     text = (DOCS / page).read_text(encoding="utf-8")
-    return re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r'^--8<-- "([^:"]+):(\w+)"$', included, text, flags=re.MULTILINE)
 
 
-def test_which_sparsifier():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
-    names = {
-        "model": model,
-        "loader": [(torch.randn(16, 32), None) for _ in range(5)],
-        "epochs": 4,
-        "blocksize": 8,
-    }
-    distil, go_on = code_of("which_sparsifier.md")
-    assert distil.count("\n") <= 30
-    exec(compile(distil, "distil", "exec"), names)
-    zeros = [module.sparsity for module in model if hasattr(module, "sparsity")]
-    assert len(names["report"].swapped) + len(names["report"].skipped) == 2
-    assert all(sparsity > 0.7 for sparsity in zeros)
+def blocks_of(page: str, language: str) -> list[tuple[str, str, str]]:
+    """What stands before each block of a page, its options and its code."""
+    fence = rf"((?:<!--[^\n]*-->\n)?)^```{language}([^\n]*)\n(.*?)^```"
+    return re.findall(fence, text_of(page), flags=re.DOTALL | re.MULTILINE)
 
-    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+
+def mlp(width: int = 32, hidden: int = 64, out: int = 32) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, out))
+
+
+class Classifier(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.layers = mlp(width, hidden, width)
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layers(x))
+
+
+def zeros(model: nn.Sequential, rows: int = 32) -> nn.Sequential:
+    """With the first hidden features unused: rows, and columns behind them, of zeros."""
     with torch.no_grad():
-        model[0].weight[:32] = 0
-        model[2].weight[:, 32:] = 0
-    names["model"] = model
-    exec(compile(go_on, "go on", "exec"), names)
-    assert [entry.kept for entry in names["sparsifier"].summary().groups] == [16, 16]
+        model[0].weight[:rows] = 0
+        model[2].weight[:, :rows] = 0
+    return model
+
+
+def swapped(names: Names) -> int:
+    report = names["report"]
+    assert all(entry.reason for entry in report.skipped)
+    return len(report.swapped)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One pair a page.
+
+
+def check_index(names: Names) -> None:
+    model, x, labels = names["model"], names["x"], names["labels"]
+    assert (model(x).argmax(1) == labels).float().mean() > 0.85
+    assert [entry.fqn for entry in names["report"].skipped][-1] == "4"
+    assert swapped(names) == 2
+
+
+def given_train_from_scratch() -> Names:
+    loader = [(torch.randn(16, 64), torch.randint(4, (16,))) for _ in range(5)]
+    return {"model": Classifier(64, 128), "loader": loader, "epochs": 4, "loss_fn": F.cross_entropy}
+
+
+def check_train_from_scratch(names: Names) -> None:
+    assert Path("masks.png").stat().st_size > 1000
+    sparse = [m.sparsity for m in names["model"].modules() if isinstance(m, BSRLinear)]
+    assert len(sparse) == swapped(names) and all(level > 0.7 for level in sparse)
+    assert {entry.fqn for entry in names["report"].skipped} >= {"head"}
+
+
+def given_fine_tune() -> Names:
+    loader = [(torch.randn(16, 32), None) for _ in range(5)]
+    return {"model": mlp(), "loader": loader, "epochs": 4, "blocksize": 8}
+
+
+def check_fine_tune(names: Names) -> None:
+    sparse = [m for m in names["model"].modules() if isinstance(m, BSRLinear)]
+    assert len(sparse) == swapped(names)
+    assert all(layer.sparsity > 0.7 and layer.values.grad is not None for layer in sparse)
+
+
+def given_one_shot() -> Names:
+    models = {"model": mlp(96, 192, 96), "dense_model": mlp(96, 192, 96)}
+    batches = [torch.randn(64, 96) for _ in range(2)]
+    return {**models, "batches": batches, "loss_fn": lambda out, x: (out - x).square().mean()}
+
+
+def check_one_shot(names: Names) -> None:
+    assert names["report"].sparsity == pytest.approx(0.5, abs=0.05)
+    assert Path("sensitivity.png").stat().st_size > 1000
+    assert Path("swap_report.png").stat().st_size > 1000
+
+
+def check_own_mask(names: Names) -> None:
+    (layer,) = names["model"]
+    if isinstance(layer, BSRLinear):  # where blocks of 32 are fast
+        assert layer.blocksize == (32, 32)
+    kept = {entry.fqn: entry.kept for entry in names["sparsifier"].summary().groups}
+    assert kept == {"layers.0.weight": 11, "layers.2.weight": 16}
+
+
+def check_deploy(names: Names) -> None:
+    model, x = names["model"], names["x"]
+    assert swapped(names) == 2
+    torch.testing.assert_close(names["fresh"](x), model(x))
+    torch.testing.assert_close(names["served"](x), model(x))
+
+
+def check_write_a_sparsifier(names: Names) -> None:
+    for linear in (names["model"][0], names["model"][2]):
+        blocks = linear.weight.unflatten(0, (-1, 16)).unflatten(2, (-1, 16)).abs().sum((1, 3))
+        assert (blocks > 0).float().mean() == 0.25
+
+
+PAGES: dict[str, tuple[Callable[[], Names], Callable[[Names], None]]] = {
+    "index.md": (dict, check_index),
+    "train_from_scratch.md": (given_train_from_scratch, check_train_from_scratch),
+    "fine_tune.md": (given_fine_tune, check_fine_tune),
+    "one_shot.md": (given_one_shot, check_one_shot),
+    "own_mask.md": (
+        lambda: {"pruned": zeros(mlp()), "dense": Classifier(32, 64), "blocksize": 8},
+        check_own_mask,
+    ),
+    "deploy.md": (
+        lambda: {
+            "model": zeros(mlp(64, 2048, 64), 1984),  # enough for any backend to pay
+            "build_model": lambda: mlp(64, 2048, 64),
+            "x": torch.randn(8, 64),
+            "width": 64,
+        },
+        check_deploy,
+    ),
+    "write_a_sparsifier.md": (dict, check_write_a_sparsifier),
+    "write_a_backend.md": (dict, lambda names: None),
+}
+
+
+def run(page: str, gpu: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Names:
+    monkeypatch.chdir(folder)
+    names = PAGES[page][0]()
+    for i, (before, _, code) in enumerate(blocks_of(page, "python")):
+        if gpu or "<!-- gpu -->" not in before:
+            exec(compile(code, f"{page}, block {i}", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    PAGES[page][1](run(page, False, tmp_path, monkeypatch))
+
+
+@pytest.mark.gpu
+def test_the_code_for_gpus_runs(tmp_path, monkeypatch):
+    pages = [page for page in PAGES if "<!-- gpu -->" in text_of(page)]
+    assert pages == ["deploy.md"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where tune() leaves its finds
+    names = run("deploy.md", True, tmp_path, monkeypatch)
+    model, token, graph, out = (names[name] for name in ("model", "token", "graph", "out"))
+    with torch.inference_mode():
+        token.copy_(torch.randn_like(token))
+        graph.replay()
+        torch.testing.assert_close(model(token), out)
+        assert out.any()
+
+
+def test_the_commands_of_a_page_run(tmp_path):
+    """`torchrun` on two processes of the CPU, in the files that the page says."""
+    for _, options, code in blocks_of("distribute.md", "python"):
+        (title,) = re.findall(r'title="(\S+)"', options)
+        (tmp_path / title).write_text(code, encoding="utf-8")
+    commands = [code.split() for _, _, code in blocks_of("distribute.md", "bash")]
+    assert [command[-1] for command in commands] == ["train.py", "train_sharded.py"]
+    for program, *arguments in commands:
+        assert program == "torchrun"
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        # Without a compiled kernel dense is faster here, and the report says so.
+        assert len(re.findall(r"16x16 +79\.7% ", done.stdout)) == 2, done.stdout
+
+
+def test_no_code_is_left_out():
+    """Every block is one that a test runs: here, or of the README, whose commands CI runs."""
+    commands = re.findall(
+        r"^```bash\n(.*?)^```",
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        re.DOTALL | re.MULTILINE,
+    )
+    for path in sorted(DOCS.rglob("*.md")):
+        page = path.relative_to(DOCS).as_posix()
+        text = text_of(page)
+        languages = re.findall(r"^```(\w*)[^\n]*\n.*?^```", text, re.DOTALL | re.MULTILINE)
+        assert set(languages) <= {"python", "bash", "text"}, page
+        assert text.count("```python") == len(blocks_of(page, "python")), page
+        if page == "distribute.md":
+            continue
+        assert page in PAGES or "python" not in languages, page
+        assert all(code in commands for _, _, code in blocks_of(page, "bash")), page
+
+
+def test_the_pictures_can_be_drawn_again(tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    runpy.run_path(str(DOCS / "pictures.py"))["draw"](tmp_path, steps=1, width=32, depth=1)
+    for name in ("sensitivity.png", "swap_report.png"):
+        assert (tmp_path / name).stat().st_size > 1000
+        assert (DOCS / name).is_file()

@@ -1,0 +1,163 @@
+"""The API reference: every public name is in it, and the examples of its docstrings run."""
+
+import doctest
+import functools
+import importlib
+import re
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import torchao_superblock
+from torchao_superblock import allocate, bsr, pruning, swap_to_bsr
+from torchao_superblock.pruning import SupermaskSparsifier
+
+API = Path(__file__).parents[1] / "docs" / "api"
+DOCUMENTED = [
+    path
+    for page in sorted(API.glob("*.md"))
+    for path in re.findall(r"^::: ([\w.]+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+]
+
+
+class Checker(doctest.OutputChecker):
+    """An example that states no output may print what it likes."""
+
+    def check_output(self, want: str, got: str, optionflags: int) -> bool:
+        return not want or super().check_output(want, got, optionflags)
+
+
+def documented_object(path: str) -> Any:
+    """What a page names: a module, or something in one."""
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError:
+        module, name = path.rsplit(".", 1)
+        return getattr(importlib.import_module(module), name)
+
+
+class Encoder(nn.Module):
+    """Names its MLP weights as the examples' glob expects them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(128, 256), nn.Linear(256, 128))})
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList([block])})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.encoder["layers"][0]["mlp"](x)
+
+
+class Labelled(nn.Sequential):
+    """Takes and gives what models of transformers do."""
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> types.SimpleNamespace:
+        return types.SimpleNamespace(logits=super().forward(x))
+
+
+def tokenized(*texts: Any, **options: Any) -> dict[str, torch.Tensor]:
+    return {"x": torch.randn(64, 128), "labels": torch.randint(128, (64,))}
+
+
+def half_zero(width: int = 128) -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+    with torch.no_grad():
+        model[0].weight[: width // 2] = 0
+        model[2].weight[:, : width // 2] = 0
+    return model
+
+
+def flops(call: Callable[[], object]) -> float:
+    """Stands in for a clock."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def table_of(model: nn.Module, batches: list[torch.Tensor]) -> Any:
+    def loss(output: torch.Tensor, _: Any) -> torch.Tensor:
+        return output.square().mean()
+
+    return torchao_superblock.sensitivity(model, batches, loss, [0.5, 0.9], 32, progress=False)
+
+
+def names_of(path: str) -> dict[str, Any]:
+    """What the examples of an object take as given."""
+    name = path.rsplit(".", 1)[-1]
+    names: dict[str, Any] = {
+        "torch": torch,
+        "nn": nn,
+        "F": F,
+        **{public: getattr(torchao_superblock, public) for public in torchao_superblock.__all__},
+    }
+    x = torch.randn(16, 128)
+    if name.endswith("Sparsifier"):
+        names |= {"model": Encoder(), "loader": [x, x], "loss": lambda y: y.square().mean()}
+    elif name in ("squash", "plot_block_masks", "swap_to_bsr"):
+        model = nn.Sequential(nn.Linear(128, 128))
+        sparsifier = SupermaskSparsifier(0.5, blocksize=32)
+        sparsifier.prepare(model)
+        names |= {"model": model, "sparsifier": sparsifier}
+    elif name in ("prune_one_shot", "sensitivity"):
+        model = Labelled(nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 128))
+        names |= {"model": model, "tokenizer": tokenized, "texts": [], "batches": [tokenized()]}
+    elif name in ("allocate", "plot_sensitivity"):
+        model = nn.Sequential(nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 512))
+        batches = [torch.randn(64, 512)]
+        names |= {"model": model, "batches": batches, "table": table_of(model, batches)}
+        names |= {"x": batches[0], "allocate": functools.partial(allocate, timer=flops)}
+    elif name in ("save_bsr", "load_bsr"):
+        names |= {"model": half_zero(), "build_model": half_zero}
+        swap_to_bsr(names["model"], min_sparsity=0.4)
+        torchao_superblock.save_bsr(names["model"], "model.safetensors")
+    elif name == "plot_swap_report":
+        names |= {"model": half_zero()}
+    elif name == "tune":
+        linear = nn.Linear(224, 128, device="cuda")
+        with torch.no_grad():
+            linear.weight[:64] = 0
+        names |= {"model": nn.Sequential(linear)}
+    elif name == "BSRWeight":
+        names |= {"linear": half_zero()[0], "x": x}
+    return names
+
+
+def examples() -> list[Any]:
+    found = []
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    for path in DOCUMENTED:
+        for test in finder.find(documented_object(path), path):
+            if test.examples:
+                gpu = [pytest.mark.gpu] if test.name.endswith("tune") else []
+                found.append(pytest.param(path, test, id=test.name, marks=gpu))
+    return found
+
+
+@pytest.mark.parametrize(("path", "test"), examples())
+def test_the_examples_run(path, test, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    test.globs.update(names_of(test.name))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where tune() leaves its finds
+    for example in test.examples:
+        if example.options.pop(doctest.SKIP, False):
+            example.want = (
+                ""  # skipped elsewhere because it needs more, or says what another machine says
+            )
+    told: list[str] = []
+    doctest.DocTestRunner(Checker()).run(test, out=told.append)
+    assert not told, "".join(told)
+
+
+def test_it_has_every_public_name():
+    documented = {path.rsplit(".", 1)[-1] for path in DOCUMENTED}
+    public = {*torchao_superblock.__all__, *bsr.__all__}
+    public |= {name for name in pruning.__all__ if name.startswith("Block")}
+    assert public <= documented
