@@ -3,8 +3,11 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
+
+from torchao_superblock import swap_to_bsr
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -37,3 +40,25 @@ def test_which_sparsifier():
     names["model"] = model
     exec(compile(go_on, "go on", "exec"), names)
     assert [entry.kept for entry in names["sparsifier"].summary().groups] == [16, 16]
+
+
+def test_leaving(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript", reason="the guide exports to ONNX (the `onnx` extra)")
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)).eval()
+    with torch.no_grad():
+        model[0].weight[:32] = 0
+        model[2].weight[:, 32:] = 0
+    x, dense = torch.randn(4, 32), model[0].weight.clone()
+    swap_to_bsr(model, 8, min_sparsity=0.5)
+    assert not isinstance(model[0], nn.Linear)
+    with torch.no_grad():
+        torch.export.save(torch.export.export(model, (x,)), "model.pt2")
+    back, onnx, program = code_of("leaving.md")
+    names = {"model": model, "x": x}
+    exec(compile(onnx, "onnx", "exec"), names)
+    assert (tmp_path / "model.onnx").exists()
+    exec(compile(program, "program", "exec"), names)
+    torch.testing.assert_close(names["program"](x), model(x))
+    exec(compile(back, "back", "exec"), names)
+    assert torch.equal(model[0].weight, dense)
