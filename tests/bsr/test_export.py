@@ -1,4 +1,4 @@
-"""Artefacts of torch.export and AOTInductor work where the package is imported; elsewhere torch says what is missing."""
+"""Artefacts of torch.export and AOTInductor work where the package is imported; elsewhere torch says what it lacks."""
 
 import shutil
 import subprocess
