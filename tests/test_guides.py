@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+<<<<<<< HEAD
 from torchao_superblock import BSRLinear
 from torchao_superblock.cli import main as command_line
 
@@ -24,6 +25,11 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 
 Names = dict[str, Any]
+=======
+from torchao_superblock import swap_to_bsr
+
+DOCS = Path(__file__).parents[1] / "docs"
+>>>>>>> ways
 
 
 def text_of(page: str) -> str:
@@ -62,6 +68,7 @@ class Classifier(nn.Module):
 def zeros(model: nn.Sequential, rows: int = 32) -> nn.Sequential:
     """With the first hidden features unused: rows, and columns behind them, of zeros."""
     with torch.no_grad():
+<<<<<<< HEAD
         model[0].weight[:rows] = 0
         model[2].weight[:, :rows] = 0
     return model
@@ -250,3 +257,32 @@ def test_the_pictures_can_be_drawn_again(tmp_path):
     for name in ("sensitivity.png", "swap_report.png"):
         assert (tmp_path / name).stat().st_size > 1000
         assert (DOCS / name).is_file()
+=======
+        model[0].weight[:32] = 0
+        model[2].weight[:, 32:] = 0
+    names["model"] = model
+    exec(compile(go_on, "go on", "exec"), names)
+    assert [entry.kept for entry in names["sparsifier"].summary().groups] == [16, 16]
+
+
+def test_leaving(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript", reason="the guide exports to ONNX (the `onnx` extra)")
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)).eval()
+    with torch.no_grad():
+        model[0].weight[:32] = 0
+        model[2].weight[:, 32:] = 0
+    x, dense = torch.randn(4, 32), model[0].weight.clone()
+    swap_to_bsr(model, 8, min_sparsity=0.5)
+    assert not isinstance(model[0], nn.Linear)
+    with torch.no_grad():
+        torch.export.save(torch.export.export(model, (x,)), "model.pt2")
+    back, onnx, program = code_of("leaving.md")
+    names = {"model": model, "x": x}
+    exec(compile(onnx, "onnx", "exec"), names)
+    assert (tmp_path / "model.onnx").exists()
+    exec(compile(program, "program", "exec"), names)
+    torch.testing.assert_close(names["program"](x), model(x))
+    exec(compile(back, "back", "exec"), names)
+    assert torch.equal(model[0].weight, dense)
+>>>>>>> ways

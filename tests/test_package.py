@@ -5,7 +5,17 @@ import sys
 
 import torchao_superblock
 
-OPTIONAL = ("triton", "torchao", "torchvision", "sklearn", "tqdm", "matplotlib", "rich")
+OPTIONAL = (
+    "triton",
+    "torchao",
+    "torchvision",
+    "sklearn",
+    "tqdm",
+    "matplotlib",
+    "rich",
+    "onnx",
+    "onnxscript",
+)
 
 
 def run(code: str) -> str:

@@ -210,6 +210,15 @@ def test_loading_casts_values_to_the_layers_dtype_and_assign_takes_them_as_they_
     assert layer.values.data_ptr() == state["values"].data_ptr()
 
 
+def test_a_state_dict_on_the_meta_device_has_nothing_to_copy():
+    layer = small()
+    before = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
+    empty = {key: tensor.to("meta") for key, tensor in before.items()}
+    with pytest.raises(RuntimeError, match=r"(?s)BSRLinear: .* is on the meta device.*assign=True"):
+        layer.load_state_dict(empty)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in layer.state_dict().items())
+
+
 def test_a_meta_layer_is_filled_by_assign_and_refuses_a_copy():
     layer = small()
     meta = copy.deepcopy(layer).to("meta")

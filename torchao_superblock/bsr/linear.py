@@ -486,6 +486,11 @@ class BSRLinear(nn.Module):
         for key, tensor in loaded.items():
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}: {key} must be a tensor, got {type(tensor).__name__}")
+            if tensor.is_meta and not own[key].is_meta and not assign:
+                raise ValueError(
+                    f"{name}: {key} of the state dict is on the meta device and has no content to load; load a state "
+                    "dict with values, or pass assign=True to put the empty tensor in place"
+                )
             if own[key].is_meta and not assign:
                 raise ValueError(
                     f"{name}: this layer is on the meta device; load with load_state_dict(..., assign=True)"

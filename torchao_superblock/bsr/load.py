@@ -170,6 +170,10 @@ def load_saved(model: nn.Module, saved: Saved) -> None:
     try:
         _load(model, loading)
     except Exception as error:
+        if type(error) is RuntimeError:
+            raise RuntimeError(
+                f"load_bsr: {saved.path!r} cannot be loaded into this model, which is as it was: {error}"
+            ) from error
         error.add_note(f"while loading {saved.path!r}; the model is as it was")
         raise
 

@@ -1,0 +1,1 @@
+"""What knows an outside library, one file each; nothing below imports these."""
