@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from torchao_superblock import BSRLinear, swap_to_bsr
+from torchao_superblock.cli import main as command_line
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -131,6 +132,29 @@ def check_deploy(names: Names) -> None:
     assert swapped(names) == 2
     torch.testing.assert_close(names["fresh"](x), model(x))
     torch.testing.assert_close(names["served"](x), model(x))
+    commands = [
+        line.split() for _, _, code in blocks_of("deploy.md", "bash") for line in code.splitlines()
+    ]
+    assert len(commands) == 3
+    for python, m, package, *arguments in commands:
+        assert (python, m, package) == ("python", "-m", "torchao_superblock")
+        assert command_line(arguments) == 0, arguments
+    assert Path("dense.safetensors").is_file()
+
+
+def given_leaving() -> Names:
+    model, x = zeros(mlp()).eval(), torch.randn(4, 32)
+    dense = model[0].weight.clone()
+    swap_to_bsr(model, 8, min_sparsity=0.5)
+    assert not isinstance(model[0], nn.Linear)
+    torch.export.save(torch.export.export(model, (x,)), "model.pt2")
+    return {"model": model, "x": x, "dense": dense, "before": model(x)}
+
+
+def check_leaving(names: Names) -> None:
+    assert Path("model.onnx").exists()
+    torch.testing.assert_close(names["program"](names["x"]), names["before"])
+    assert torch.equal(names["model"][0].weight, names["dense"])
 
 
 def given_leaving() -> Names:
@@ -191,7 +215,8 @@ def run(page: str, gpu: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
+    for name in ("matplotlib", "rich", "onnxscript"):  # of the extras examples, cli and onnx
+        pytest.importorskip(name)
     PAGES[page][1](run(page, False, tmp_path, monkeypatch))
 
 
@@ -205,8 +230,8 @@ def test_the_code_for_gpus_runs(tmp_path, monkeypatch):
     with torch.inference_mode():
         token.copy_(torch.randn_like(token))
         graph.replay()
-        torch.testing.assert_close(model(token), out)
-        assert out.any()
+        error = (model(token) - out).float().norm() / out.float().norm()
+    assert error < 1e-2  # other tiles, since tune()
 
 
 def test_the_commands_of_a_page_run(tmp_path):
@@ -244,7 +269,7 @@ def test_no_code_is_left_out():
         languages = re.findall(r"^```(\w*)[^\n]*\n.*?^```", text, re.DOTALL | re.MULTILINE)
         assert set(languages) <= {"python", "bash", "text"}, page
         assert text.count("```python") == len(blocks_of(page, "python")), page
-        if page == "distribute.md":
+        if page in ("deploy.md", "distribute.md"):
             continue
         assert page in PAGES or "python" not in languages, page
         assert all(code in commands for _, _, code in blocks_of(page, "bash")), page
