@@ -143,21 +143,6 @@ def check_deploy(names: Names) -> None:
 
 
 def given_leaving() -> Names:
-    model, x = zeros(mlp()).eval(), torch.randn(4, 32)
-    dense = model[0].weight.clone()
-    swap_to_bsr(model, 8, min_sparsity=0.5)
-    assert not isinstance(model[0], nn.Linear)
-    torch.export.save(torch.export.export(model, (x,)), "model.pt2")
-    return {"model": model, "x": x, "dense": dense, "before": model(x)}
-
-
-def check_leaving(names: Names) -> None:
-    assert Path("model.onnx").exists()
-    torch.testing.assert_close(names["program"](names["x"]), names["before"])
-    assert torch.equal(names["model"][0].weight, names["dense"])
-
-
-def given_leaving() -> Names:
     pytest.importorskip("onnxscript", reason="the guide exports to ONNX (the `onnx` extra)")
     model, x = zeros(mlp()).eval(), torch.randn(4, 32)
     dense = model[0].weight.detach().clone()
