@@ -1,44 +1,12 @@
 """An exception at every line: what it leaves behind must be the old state or the new one."""
 
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-import torchao_superblock
-
-PACKAGE = str(Path(torchao_superblock.__file__).parent)
+from benchmarks.faults.injection import Lines
 
 
 class Interruption(BaseException):
     """What is raised; like KeyboardInterrupt, nobody who catches Exception catches it."""
-
-
-def interrupt(function: Callable[[], object], at: int, error: type[BaseException]) -> bool:
-    """Run a function and raise `error` at the `at`-th line of the package that runs; whether it got that far."""
-    lines = 0
-    fired = False
-
-    def trace(frame, event, argument):
-        nonlocal lines, fired
-        if fired or not frame.f_code.co_filename.startswith(PACKAGE):
-            return None
-        if event == "line":
-            if lines == at:
-                fired = True
-                raise error("injected")
-            lines += 1
-        return trace
-
-    previous = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        function()
-    except BaseException:
-        if not fired:
-            raise
-    finally:
-        sys.settrace(previous)
-    return fired
 
 
 def each_interruption(
@@ -53,8 +21,19 @@ def each_interruption(
         step: 1 for every line.
         error: what to raise.
     """
+    fired: list[int] = []
+
+    def act() -> None:
+        fired.append(at)
+        raise error("injected")
+
     at = 0
-    while interrupt(prepare(), at, error):
+    while True:
+        run = Lines(prepare(), at + 1, act)
+        if at not in fired:
+            if run.raised is not None:
+                raise run.raised
+            break
         yield at
         at += step
     assert at > 0

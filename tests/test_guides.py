@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from torchao_superblock import BSRLinear
+from torchao_superblock import BSRLinear, swap_to_bsr
+from torchao_superblock.cli import main as command_line
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -131,14 +132,31 @@ def check_deploy(names: Names) -> None:
     assert swapped(names) == 2
     torch.testing.assert_close(names["fresh"](x), model(x))
     torch.testing.assert_close(names["served"](x), model(x))
+    commands = [
+        line.split() for _, _, code in blocks_of("deploy.md", "bash") for line in code.splitlines()
+    ]
+    assert len(commands) == 3
+    for python, m, package, *arguments in commands:
+        assert (python, m, package) == ("python", "-m", "torchao_superblock")
+        assert command_line(arguments) == 0, arguments
+    assert Path("dense.safetensors").is_file()
+
+
+def given_leaving() -> Names:
+    pytest.importorskip("onnxscript", reason="the guide exports to ONNX (the `onnx` extra)")
+    model, x = zeros(mlp()).eval(), torch.randn(4, 32)
+    dense = model[0].weight.detach().clone()
+    swap_to_bsr(model, 8, min_sparsity=0.5)
+    assert isinstance(model[0], BSRLinear)
+    with torch.no_grad():
+        torch.export.save(torch.export.export(model, (x,)), "model.pt2")
+        return {"model": model, "x": x, "out": model(x), "dense": dense}
 
 
 def check_leaving(names: Names) -> None:
-    model, x = names["model"], names["x"]
-    assert swapped(names) == 2 and Path("model.onnx").stat().st_size > 1000
-    torch.testing.assert_close(names["program"](x), model(x))
-    assert [type(module) for module in model] == [nn.Linear, nn.GELU, nn.Linear]
-    assert not model[0].weight[:1984].any() and model[0].weight[1984:].all()
+    assert Path("model.onnx").stat().st_size > 1000
+    torch.testing.assert_close(names["program"](names["x"]), names["out"])
+    assert torch.equal(names["model"][0].weight, names["dense"])
 
 
 def check_write_a_sparsifier(names: Names) -> None:
@@ -165,10 +183,7 @@ PAGES: dict[str, tuple[Callable[[], Names], Callable[[Names], None]]] = {
         },
         check_deploy,
     ),
-    "leaving.md": (
-        lambda: {"model": zeros(mlp(64, 2048, 64), 1984).eval(), "x": torch.randn(8, 64)},
-        check_leaving,
-    ),
+    "leaving.md": (given_leaving, check_leaving),
     "write_a_sparsifier.md": (dict, check_write_a_sparsifier),
     "write_a_backend.md": (dict, lambda names: None),
 }
@@ -185,9 +200,8 @@ def run(page: str, gpu: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    if page == "leaving.md":
-        pytest.importorskip("onnxscript")
+    for name in ("matplotlib", "rich", "onnxscript"):  # of the extras examples, cli and onnx
+        pytest.importorskip(name)
     PAGES[page][1](run(page, False, tmp_path, monkeypatch))
 
 
@@ -201,8 +215,8 @@ def test_the_code_for_gpus_runs(tmp_path, monkeypatch):
     with torch.inference_mode():
         token.copy_(torch.randn_like(token))
         graph.replay()
-        torch.testing.assert_close(model(token), out)
-        assert out.any()
+        error = (model(token) - out).float().norm() / out.float().norm()
+    assert error < 1e-2  # other tiles, since tune()
 
 
 def test_the_commands_of_a_page_run(tmp_path):
@@ -240,7 +254,7 @@ def test_no_code_is_left_out():
         languages = re.findall(r"^```(\w*)[^\n]*\n.*?^```", text, re.DOTALL | re.MULTILINE)
         assert set(languages) <= {"python", "bash", "text"}, page
         assert text.count("```python") == len(blocks_of(page, "python")), page
-        if page == "distribute.md":
+        if page in ("deploy.md", "distribute.md"):
             continue
         assert page in PAGES or "python" not in languages, page
         assert all(code in commands for _, _, code in blocks_of(page, "bash")), page

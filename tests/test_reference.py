@@ -124,6 +124,9 @@ def names_of(path: str) -> dict[str, Any]:
         with torch.no_grad():
             linear.weight[:64] = 0
         names |= {"model": nn.Sequential(linear)}
+    elif name == "export":
+        names |= {"model": half_zero(), "x": x, "onnxruntime": pytest.importorskip("onnxruntime")}
+        swap_to_bsr(names["model"], min_sparsity=0.4)
     elif name == "BSRWeight":
         names |= {"linear": half_zero()[0], "x": x}
     return names

@@ -1,4 +1,4 @@
-"""``python -m torchao_superblock``; see :mod:`torchao_superblock.cli`."""
+"""`python -m torchao_superblock`; see :mod:`torchao_superblock.cli`."""
 
 import sys
 

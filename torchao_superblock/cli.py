@@ -1,4 +1,4 @@
-"""The command line: ``python -m torchao_superblock inspect | convert | bench``.
+"""The command line: `python -m torchao_superblock inspect | convert | bench`.
 
 Exit codes: 0 done; 1 nothing to do (no layer to convert or to measure); 2 a mistake in the call or in the files, which
 one line on stderr names, and nothing was changed; 130 interrupted.
@@ -44,8 +44,8 @@ class Layer:
 
     Attributes:
         name: the layer's FQN.
-        shape: ``(out_features, in_features)`` of the dense layer.
-        blocksize: ``(rows, cols)``, or None where there is no block of zeros.
+        shape: `(out_features, in_features)` of the dense layer.
+        blocksize: `(rows, cols)`, or None where there is no block of zeros.
         sparsity: fraction of blocks that are zero or not stored; None where it was not looked at.
         is_bsr: whether it is stored as blocks, or would be.
         reason: a sentence.

@@ -1,7 +1,7 @@
 """Models from files alone: what lies on a disk becomes modules that a swap can look at.
 
-A file of tensors names its layers but not their types. So a 2-D floating ``NAME.weight`` (with its ``NAME.bias``)
-stands for an ``nn.Linear`` here, and everything else is only carried along: the modules hold the tensors under the
+A file of tensors names its layers but not their types. So a 2-D floating `NAME.weight` (with its `NAME.bias`)
+stands for an `nn.Linear` here, and everything else is only carried along: the modules hold the tensors under the
 right names and compute nothing. A transformers folder says what its model is, and that is built.
 """
 
@@ -28,7 +28,7 @@ from torchao_superblock.bsr.serialization import FORMAT, Description
 from torchao_superblock.common.names import without_wrapper_prefixes
 
 BSR_IN_FOLDER = "model.bsr.safetensors"
-"""Not ``model.safetensors``: ``from_pretrained`` would take it, and draw the missing weights at random."""
+"""Not `model.safetensors`: `from_pretrained` would take it, and draw the missing weights at random."""
 
 _WEIGHT_FILES = (
     "*.safetensors",
@@ -48,10 +48,10 @@ class ModelFile:
 
     Attributes:
         kind: what it is, for people.
-        is_bsr: whether ``save_bsr`` wrote the weights.
+        is_bsr: whether `save_bsr` wrote the weights.
         is_folder: whether it is a transformers folder.
         guesses: whether the types of its layers are read off names and shapes.
-        model: the tensors under their names, linear layers as ``nn.Linear`` or ``BSRLinear``.
+        model: the tensors under their names, linear layers as `nn.Linear` or `BSRLinear`.
     """
 
     kind: str
@@ -62,9 +62,9 @@ class ModelFile:
 
 
 def read_model(path: str | os.PathLike[str], key: str | None = None) -> ModelFile:
-    """Read a file of ``save_bsr``, a plain safetensors file, a torch checkpoint or a transformers folder.
+    """Read a file of `save_bsr`, a plain safetensors file, a torch checkpoint or a transformers folder.
 
-    Checkpoints are read with ``weights_only=True``: nothing in them is run.
+    Checkpoints are read with `weights_only=True`: nothing in them is run.
 
     Args:
         path: what to read.
@@ -113,7 +113,7 @@ def read_model(path: str | os.PathLike[str], key: str | None = None) -> ModelFil
 
 
 def write_dense(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the ``state_dict`` of a model to a plain safetensors file, in one step.
+    """Write the `state_dict` of a model to a plain safetensors file, in one step.
 
     Raises:
         OSError: the file cannot be written.
@@ -130,9 +130,9 @@ def build_model(tensors: Mapping[str, Tensor], description: Description | None =
     """Modules that hold these tensors under these names.
 
     Args:
-        tensors: a ``state_dict``.
-        description: of a file of ``save_bsr``: then its block-sparse layers are ``nn.Linear`` on the meta device, of
-            the shape that they had before, and its folded activations stand in their places, for ``load_bsr``.
+        tensors: a `state_dict`.
+        description: of a file of `save_bsr`: then its block-sparse layers are `nn.Linear` on the meta device, of
+            the shape that they had before, and its folded activations stand in their places, for `load_bsr`.
 
     Raises:
         ValueError: there is a block mask in it that is not squashed, a swapped layer that nothing describes, or a name
@@ -178,12 +178,12 @@ def build_model(tensors: Mapping[str, Tensor], description: Description | None =
 
 
 def _in_order(name: str) -> tuple[bool, int, str]:
-    """Sorts modules as an ``nn.Sequential`` runs them."""
+    """Sorts modules as an `nn.Sequential` runs them."""
     return (True, int(name), "") if name.isdecimal() else (False, 0, name)
 
 
 def _holder(own: dict[str, Tensor], children: Iterable[str], is_root: bool) -> nn.Module:
-    """A module with these tensors: an ``nn.Linear`` if they look like one's."""
+    """A module with these tensors: an `nn.Linear` if they look like one's."""
     own = dict(own)
     weight, bias = own.get("weight"), own.get("bias")
     if (
@@ -327,13 +327,13 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def write_folder(model: nn.Module, source: Path, target: Path, to_bsr: bool) -> None:
-    """Write a transformers folder with the weights of a model and the other files of ``source``, in one step.
+    """Write a transformers folder with the weights of a model and the other files of `source`, in one step.
 
     Args:
         model: a transformers model, swapped or dense.
         source: the folder it came from.
         target: what to write. One that exists is replaced as a whole.
-        to_bsr: whether the weights are written by ``save_bsr``, or by ``save_pretrained``.
+        to_bsr: whether the weights are written by `save_bsr`, or by `save_pretrained`.
 
     Raises:
         OSError: it cannot be written.

@@ -55,7 +55,7 @@ class Kind:
         """Tries one case.
 
         Returns:
-            A word for what became of it (``"refused"``, ``"computed"``, ...), for the report.
+            A word for what became of it (`"refused"`, `"computed"`, ...), for the report.
 
         Raises:
             Fault: it ended as it must not.

@@ -1,4 +1,4 @@
-"""Mutated files: whatever is in them, ``load_bsr`` loads what was saved, or refuses and changes nothing."""
+"""Mutated files: whatever is in them, `load_bsr` loads what was saved, or refuses and changes nothing."""
 
 from __future__ import annotations
 

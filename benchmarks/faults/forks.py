@@ -55,7 +55,7 @@ def parent(used: str, index: str) -> int:
     """The program of the parent.
 
     Args:
-        used: one of ``Forks.parents``, what it has used before it forks.
+        used: one of `Forks.parents`, what it has used before it forks.
         index: of the case.
 
     Returns:

@@ -23,7 +23,7 @@ from torchao_superblock.ops import bsr_linear, build_plan
 
 
 def check(name: str, out: Tensor | None, expected: Tensor, dtype: torch.dtype) -> None:
-    """Raises a fault unless ``out`` is ``expected`` up to rounding."""
+    """Raises a fault unless `out` is `expected` up to rounding."""
     if out is None:
         raise Fault(f"no {name}")
     if out.dtype != dtype:

@@ -1,6 +1,6 @@
 """The driver that raises an exception at the n-th line that the package executes.
 
-What is raised stands for what may come at any line: no memory left (``MemoryError``, out of memory on a device) or the
+What is raised stands for what may come at any line: no memory left (`MemoryError`, out of memory on a device) or the
 user's Ctrl-C. Only lines of the package count: between two of its lines torch may fail as well, which looks the same
 from here.
 """
@@ -20,7 +20,7 @@ ERRORS = (MemoryError, KeyboardInterrupt)
 
 
 class Lines:
-    """Counts the lines executed in a folder while ``call`` runs, and acts at one of them.
+    """Counts the lines executed in a folder while `call` runs, and acts at one of them.
 
     Args:
         call: what to run.
@@ -30,7 +30,7 @@ class Lines:
 
     Attributes:
         count: lines executed.
-        raised: what came out of ``call``, or None.
+        raised: what came out of `call`, or None.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class Lines:
 
 
 def count_lines(call: Callable[[], object], folder: str | Path = PACKAGE) -> int:
-    """Lines that ``call`` executes in a folder.
+    """Lines that `call` executes in a folder.
 
     Raises:
-        BaseException: what ``call`` raises.
+        BaseException: what `call` raises.
     """
     lines = Lines(call, folder=folder)
     if lines.raised is not None:
@@ -79,7 +79,7 @@ def count_lines(call: Callable[[], object], folder: str | Path = PACKAGE) -> int
 def interrupt(
     call: Callable[[], object], at: int, error: BaseException, folder: str | Path = PACKAGE
 ) -> Lines:
-    """Runs ``call`` and raises ``error`` at its ``at``-th line in a folder (counted from 1)."""
+    """Runs `call` and raises `error` at its `at`-th line in a folder (counted from 1)."""
 
     def action() -> None:
         raise error
@@ -88,7 +88,7 @@ def interrupt(
 
 
 def spread(index: int, size: int) -> int:
-    """The ``index``-th of the numbers from 0 to ``size - 1``: all once before any twice, and far apart at first."""
+    """The `index`-th of the numbers from 0 to `size - 1`: all once before any twice, and far apart at first."""
     step = max(1, round(size * 0.618))
     while _gcd(step, size) != 1:
         step += 1

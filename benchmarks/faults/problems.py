@@ -104,7 +104,7 @@ def strided(tensor: Tensor, source: random.Random) -> Tensor:
 
 
 def dense(problem: Problem, values: Tensor | None = None) -> Tensor:
-    """The ``(N, K)`` weight in float64, differentiable in ``values``."""
+    """The `(N, K)` weight in float64, differentiable in `values`."""
     values = problem.values.double() if values is None else values
     _, r, c = problem.values.shape
     R, C = problem.crow.shape[0] - 1, problem.n_block_cols
@@ -127,7 +127,7 @@ def doubled(tensor: Tensor | None) -> Tensor | None:
 
 
 def error_of(out: Tensor, expected: Tensor) -> float:
-    """``||out - expected|| / (1 + ||expected||)`` in float64; NaN if either has one."""
+    """`||out - expected|| / (1 + ||expected||)` in float64; NaN if either has one."""
     out, expected = out.detach().double(), expected.detach().double()
     if out.shape != expected.shape:
         return float("nan")

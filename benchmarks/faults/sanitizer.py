@@ -81,7 +81,7 @@ def _compile(*command: object) -> None:
 
 
 def _runtime() -> str | None:
-    """What has to be loaded before Python itself: AddressSanitizer, and the C++ library whose ``throw`` it wraps."""
+    """What has to be loaded before Python itself: AddressSanitizer, and the C++ library whose `throw` it wraps."""
     found = [_library("libasan.so"), _library("libstdc++.so.6")]
     return None if None in found else " ".join(found)
 

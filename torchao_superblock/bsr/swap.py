@@ -143,7 +143,7 @@ def swap_to_bsr(
             block for, and those that the first layer stores none for. The latter are the same for every input, and what
             the second layer makes of them goes into its bias (they stay if it has none or cannot hold it, or if a
             dropout is active). The result is the same to rounding. Meant for inference: weights that are gone cannot
-            be trained, and ``swap_to_dense`` has only zeros to put in their place. Whoever calls the first layer alone
+            be trained, and `swap_to_dense` has only zeros to put in their place. Whoever calls the first layer alone
             gets fewer features. They go in whole blocks of both layers; where their number is a multiple of 64, as GPU
             kernels want it, it stays one. The report's shapes are those before.
 

@@ -1,4 +1,4 @@
-"""The way back: the :class:`BSRLinear` layers of a model become ``nn.Linear`` again."""
+"""The way back: the :class:`BSRLinear` layers of a model become `nn.Linear` again."""
 
 import warnings
 from collections.abc import Iterable, Iterator
@@ -20,17 +20,17 @@ from torchao_superblock.common.sharding import is_dtensor
 
 
 def swap_to_dense(model: nn.Module) -> list[str]:
-    """Replace, in place, every :class:`BSRLinear` by the ``nn.Linear`` that it stands for: undoes ``swap_to_bsr``.
+    """Replace, in place, every :class:`BSRLinear` by the `nn.Linear` that it stands for: undoes `swap_to_bsr`.
 
-    Weights are exactly those that the blocks hold, with zeros elsewhere; ``bias`` Parameters, hooks, ``training``,
-    ``requires_grad``, dtype and device carry over. An activation that a layer applies goes back to its place behind it.
+    Weights are exactly those that the blocks hold, with zeros elsewhere; `bias` Parameters, hooks, `training`,
+    `requires_grad`, dtype and device carry over. An activation that a layer applies goes back to its place behind it.
     If anything fails, the model is as it was. An optimizer built before holds the blocks: build it again.
 
-    Features that ``drop_dead_features=True`` removed come back as zeros, behind those that were kept: shapes and the
+    Features that `drop_dead_features=True` removed come back as zeros, behind those that were kept: shapes and the
     model's output are those of the dense model, though not the order of these hidden features, nor the weights in them
-    that had no influence. That needs both layers of the pair, in their ``nn.Sequential``.
+    that had no influence. That needs both layers of the pair, in their `nn.Sequential`.
 
-    ``use_nested_tensor`` of an ``nn.TransformerEncoder``, which a swap turns off, becomes what a new one would have.
+    `use_nested_tensor` of an `nn.TransformerEncoder`, which a swap turns off, becomes what a new one would have.
 
     Args:
         model: any module, not itself a :class:`BSRLinear`.
@@ -39,7 +39,7 @@ def swap_to_dense(model: nn.Module) -> list[str]:
         FQNs of the layers that are dense now.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: `model` is not a module.
         ValueError: a layer cannot be made dense; all of those are named, with the reason: its activation has no place
             to go back to, the other half of its narrowed pair is elsewhere, its tensors are sharded, parametrized or
             shared with another layer, its indices are no BSR pattern, or it has something of its own that would be
@@ -141,7 +141,7 @@ def _obstacles(
     outputs: dict[BSRLinear, int],
     inputs: dict[BSRLinear, int],
 ) -> Iterator[str]:
-    """Why a layer cannot become an ``nn.Linear``."""
+    """Why a layer cannot become an `nn.Linear`."""
     if type(layer) is not BSRLinear:
         yield f"it is a {type(layer).__name__} (parametrized? sharded?), not exactly a BSRLinear"
         return

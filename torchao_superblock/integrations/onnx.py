@@ -7,7 +7,7 @@ with the same number n of stored blocks share one batched product, and nothing i
     multiply   with their blocks side by side              x (B, n * c, r)  -> (B, M, r)
     put back   the rows of all groups into their order                      -> (M, R, r)
 
-The sums of a row are made within the product. Adding up single products with ``ScatterND(reduction="add")`` would be
+The sums of a row are made within the product. Adding up single products with `ScatterND(reduction="add")` would be
 simpler and is not used: with several threads onnxruntime's CPU kernel loses updates where indices repeat.
 
 Legend: M tokens, N out features, K in features, R x C the block grid, r x c the block size, nnz stored blocks, B block
@@ -40,23 +40,23 @@ def export(
 
     The file needs nothing of this package: opset 18 or later, standard operators only. Activations that layers apply
     themselves are exported with them. float16 and bfloat16 are summed in float32. Which dtypes a runtime has operators
-    for is its own matter: onnxruntime's CPU kernels have no bfloat16 and no ``gelu`` in float64.
+    for is its own matter: onnxruntime's CPU kernels have no bfloat16 and no `gelu` in float64.
 
     Args:
-        model: in inference mode (``model.eval()``); a model without a :class:`BSRLinear` will do.
+        model: in inference mode (`model.eval()`); a model without a :class:`BSRLinear` will do.
         args: example inputs.
         path: where to write the file, or None.
         kwargs: example inputs by name.
-        dynamic_shapes: as of ``torch.onnx.export``, for example ``({0: "batch"},)``.
-        options: further keyword arguments of ``torch.onnx.export``, for example ``input_names`` or ``opset_version``.
-            An own ``custom_translation_table`` is added to what is needed here.
+        dynamic_shapes: as of `torch.onnx.export`, for example `({0: "batch"},)`.
+        options: further keyword arguments of `torch.onnx.export`, for example `input_names` or `opset_version`.
+            An own `custom_translation_table` is added to what is needed here.
 
     Returns:
-        What ``torch.onnx.export`` returns; call it to run it in onnxruntime.
+        What `torch.onnx.export` returns; call it to run it in onnxruntime.
 
     Raises:
-        ImportError: onnx or onnxscript is not installed (``pip install 'torchao_superblock[onnx]'``).
-        ValueError: ``model`` is in training mode, or ``options`` say ``dynamo=False``, which cannot export the op.
+        ImportError: onnx or onnxscript is not installed (`pip install 'torchao_superblock[onnx]'`).
+        ValueError: `model` is in training mode, or `options` say `dynamo=False`, which cannot export the op.
         torch.onnx.OnnxExporterError: torch cannot export the model, or indices of a layer are no constants of it.
 
     Example:
@@ -200,7 +200,7 @@ def _bsr_linear(
 
 
 def _activate(op: Any, name: str, y: Any, dtype: int) -> Any:
-    """The activations of the op, from operators that every runtime has; see ``ops/activations.py``."""
+    """The activations of the op, from operators that every runtime has; see `ops/activations.py`."""
 
     def number(value: float) -> Any:
         return op.Cast(op.Constant(value_float=value), to=dtype)
