@@ -1,6 +1,5 @@
 """What the README and the pages beside it promise: it runs as it stands there, exists, and was measured."""
 
-import copy
 import csv
 import re
 import runpy
@@ -41,26 +40,11 @@ def test_the_usage_runs(capsys):
         def backward(self) -> None:
             model(torch.randn(3, 256)).square().mean().backward()
 
-    usage = fenced("python")[0]
+    (usage,) = fenced("python")
     names = {"torch": torch, "model": model, "loader": range(2), "loss": Loss()}
     exec(compile(usage, "README.md", "exec"), names)
     assert len(names["report"].swapped) + len(names["report"].skipped) == 2
     assert "encoder.layers.0.mlp.0" in capsys.readouterr().out
-
-
-def test_pruning_a_pretrained_model_runs(capsys):
-    model = TinyEncoder()
-    names = {
-        "model": model,
-        "dense_model": copy.deepcopy(model),
-        "batches": [torch.randn(50, 256)],
-        "loss_fn": lambda output, batch: (output - batch).square().mean(),
-    }
-    _, pretrained = fenced("python")
-    exec(compile(pretrained, "README.md", "exec"), names)
-    assert names["report"].sparsity == 0.5
-    assert "encoder.layers.0.mlp.1" in capsys.readouterr().out
-    assert names["config"][0]["blocksize"] == 32
 
 
 @pytest.mark.parametrize("marker", ["main command", "test command"])
