@@ -13,6 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+
 import torchao_superblock
 
 PACKAGE = str(Path(torchao_superblock.__file__).parent)
@@ -54,6 +56,9 @@ class Lines:
         def enter(frame: FrameType, event: str, argument: Any) -> Any:
             return line if frame.f_code.co_filename.startswith(folder) else None
 
+        # Raised at the very line that leaves a `with torch.no_grad()`, an exception keeps it from
+        # being left: Python's own gap, and no model's state.
+        grad_mode = torch.is_grad_enabled()
         previous = sys.gettrace()
         sys.settrace(enter)
         try:
@@ -62,6 +67,7 @@ class Lines:
             self.raised = error
         finally:
             sys.settrace(previous)
+            torch.set_grad_enabled(grad_mode)
 
 
 def count_lines(call: Callable[[], object], folder: str | Path = PACKAGE) -> int:

@@ -392,3 +392,39 @@ class TestErrors:
             torch.compile(bsr_linear, backend="eager")(
                 **(operands | {"x": torch.randn(4, 48).double()})
             )
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"grad": torch.tensor(1.0)}, ValueError, "grad must have shape"),
+        ({"x": torch.tensor(1.0)}, ValueError, "x must have shape"),
+        ({"values": torch.zeros(2, 4, 0)}, ValueError, "at least 1x1"),
+        ({"values": torch.zeros(2, 4)}, ValueError, "values must have shape|at least 1x1"),
+        ({"values": torch.zeros(2, 4, 4).to(torch.complex64)}, TypeError, "got torch.complex64"),
+        ({"crow": torch.tensor(0).int()}, ValueError, "crow_indices must have shape"),
+        ({"col": torch.tensor(0).int()}, ValueError, "col_indices must have shape"),
+        ({"in_features": -8}, ValueError, "must not be negative"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_the_gradient_ops_refuse_what_the_forward_refuses(change, error, message):
+    arguments = {
+        "grad": torch.randn(3, 8),
+        "x": torch.randn(3, 8),
+        "crow": torch.tensor([0, 1, 2]).int(),
+        "col": torch.tensor([0, 1]).int(),
+        "values": torch.randn(2, 4, 4),
+        "in_features": 8,
+        **change,
+    }
+    grad, x, crow, col, values, in_features = arguments.values()
+    ops = torch.ops.torchao_superblock
+    if "x" not in change:
+        with pytest.raises(error, match=message):
+            ops.bsr_linear_grad_x(grad, crow, col, values, in_features)
+    if "in_features" not in change:
+        rows, cols = (*values.shape[1:], 0)[:2]
+        x = x.to(values.dtype)
+        with pytest.raises(error, match=message):
+            ops.bsr_linear_grad_values(grad, x, crow, col, rows, cols)

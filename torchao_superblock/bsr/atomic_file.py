@@ -49,8 +49,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     _remove_stale(directory, prefix)
     # Nobody may read the draft of a private file, not even while it is empty.
     file = _create(directory, prefix, 0o666 if status is None else 0o600)
-    draft = file.name
     try:
+        draft = file.name
         with file:
             if status is not None:
                 if hasattr(os, "chown"):
@@ -65,7 +65,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             os.replace(draft, target)
     except BaseException:
         with suppress(FileNotFoundError):
-            os.unlink(draft)
+            os.unlink(file.name)
         raise
     with suppress(OSError):  # not every system can sync a directory
         entry = os.open(directory, os.O_RDONLY)
@@ -79,13 +79,18 @@ def _create(directory: str, prefix: str, mode: int) -> BinaryIO:
     """A new draft, locked for as long as its writer lives."""
     while True:
         draft = os.path.join(directory, f"{prefix}{secrets.token_hex(4)}.part")
-        file = open(draft, "xb", opener=lambda path, flags: os.open(path, flags, mode))
-        if fcntl is not None:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-        if fcntl is None or os.fstat(file.fileno()).st_nlink:
-            return file
-        file.close()  # before it was locked, another process took it for a stale one
+        try:
+            file = open(draft, "xb", opener=lambda path, flags: os.open(path, flags, mode))
+            if fcntl is not None:
+                with suppress(OSError):  # a file system without locks
+                    fcntl.flock(file, fcntl.LOCK_EX)
+            if fcntl is None or os.fstat(file.fileno()).st_nlink:
+                return file
+            file.close()  # before it was locked, another process took it for a stale one
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(draft)
+            raise
 
 
 def _remove_stale(directory: str, prefix: str) -> None:

@@ -187,12 +187,7 @@ def _check_forward(
     plan: Tensor | None,
 ) -> tuple[int, int]:
     """Check all that can be checked without reading data; return (N, C)."""
-    if values.dim() != 3 or values.shape[1] < 1 or values.shape[2] < 1:
-        raise ValueError(
-            "bsr_linear: values must have shape (nnz, block_rows, block_cols) with blocks of at least 1x1, got "
-            f"{tuple(values.shape)}"
-        )
-    nnz, r, c = values.shape
+    nnz, r, c = _check_blocks(values)
     if x.dim() < 1:
         raise ValueError("bsr_linear: x must have shape (..., in_features), got a 0-dim tensor")
     K = x.shape[-1]
@@ -225,7 +220,25 @@ def _check_forward(
     return N, C
 
 
+def _check_blocks(values: Tensor) -> tuple[int, int, int]:
+    """Check that there are blocks of at least one element; return (nnz, r, c)."""
+    if values.dim() != 3 or values.shape[1] < 1 or values.shape[2] < 1:
+        raise ValueError(
+            "bsr_linear: values must have shape (nnz, block_rows, block_cols) with blocks of at least 1x1, got "
+            f"{tuple(values.shape)}"
+        )
+    return values.shape
+
+
 def _check_grad(grad: Tensor, other: Tensor, name: str, R: int, r: int) -> None:
+    if grad.dim() < 1:
+        raise ValueError(
+            "bsr_linear backward: grad must have shape (..., out_features), got a 0-dim tensor"
+        )
+    if other.dtype not in DTYPES:
+        raise TypeError(
+            f"bsr_linear backward: {name} must be float32, float64, float16 or bfloat16, got {other.dtype}"
+        )
     if not ((R - 1) * r < grad.shape[-1] <= R * r):
         raise ValueError(
             f"bsr_linear backward: grad of shape {tuple(grad.shape)} does not fit {R} block rows of {r}"
@@ -298,9 +311,12 @@ def _grad_x(
     in_features: int,
     plan: Tensor | None = None,
 ) -> Tensor:
-    nnz, r, c = values.shape
-    R, C = crow_indices.shape[0] - 1, -(-in_features // c)
+    nnz, r, c = _check_blocks(values)
+    if in_features < 0:
+        raise ValueError(f"bsr_linear backward: in_features={in_features} must not be negative")
+    C = -(-in_features // c)
     _check_index(crow_indices, col_indices, nnz, plan, C)
+    R = crow_indices.shape[0] - 1
     _check_grad(grad, values, "values", R, r)
     _check_devices(grad, crow_indices, col_indices, values, plan)
     lead = grad.shape[:-1]
@@ -327,8 +343,17 @@ def _grad_values(
     block_cols: int,
     plan: Tensor | None = None,
 ) -> Tensor:
-    R, C, nnz = crow_indices.shape[0] - 1, -(-x.shape[-1] // block_cols), col_indices.shape[0]
+    if block_rows < 1 or block_cols < 1:
+        raise ValueError(
+            f"bsr_linear backward: blocks must be at least 1x1, got {block_rows}x{block_cols}"
+        )
+    if x.dim() < 1:
+        raise ValueError(
+            "bsr_linear backward: x must have shape (..., in_features), got a 0-dim tensor"
+        )
+    C, nnz = -(-x.shape[-1] // block_cols), col_indices.numel()
     _check_index(crow_indices, col_indices, nnz, plan, C)
+    R = crow_indices.shape[0] - 1
     _check_grad(grad, x, "x", R, block_rows)
     _check_devices(grad, x, crow_indices, col_indices, plan)
     if grad.shape[:-1] != x.shape[:-1]:

@@ -480,9 +480,10 @@ class BlockSparsifier(BaseSparsifier):
         # Copying with the converted modules already in the memo neither copies the dense weights
         # nor loses the sharing between modules.
         result = module if inplace else copy.deepcopy(module, dict(converted))
-        for path, child in targets:
-            parent, _, name = path.rpartition(".")
-            result.get_submodule(parent)._modules[name] = converted[id(child)]
+        with all_or_nothing(result):
+            for path, child in targets:
+                parent, _, name = path.rpartition(".")
+                result.get_submodule(parent)._modules[name] = converted[id(child)]
         return result
 
     # ---------------------------------------------------------------------------------------------
