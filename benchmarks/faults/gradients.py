@@ -104,6 +104,8 @@ class MaskedGradients(Kind):
         source = self.random(index)
         blocksize = tuple(source.choice([1, 2, 3, 4, 8, 16]) for _ in "rc")
         N, K = (source.randint(max(2, block), 48) for block in blocksize)
+        if (N, K) == blocksize:  # a single block is nothing to choose from, and refused
+            N += 1
         dtype = source.choice([torch.float32, torch.float64, torch.bfloat16])
         model = nn.Sequential(nn.Linear(K, N, bias=source.random() < 0.5)).to(dtype)
         weight = model[0].weight
