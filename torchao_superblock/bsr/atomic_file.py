@@ -48,8 +48,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     prefix = f".save_bsr-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}-"
     _remove_stale(directory, prefix)
     # Nobody may read the draft of a private file, not even while it is empty.
-    file = _create(directory, prefix, 0o666 if status is None else 0o600)
+    file = None
     try:
+        file = _create(directory, prefix, 0o666 if status is None else 0o600)
         draft = file.name
         with file:
             if status is not None:
@@ -64,8 +65,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
                 file.close()
             os.replace(draft, target)
     except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(file.name)
+        if file is not None:
+            with suppress(FileNotFoundError):
+                os.unlink(file.name)
         raise
     with suppress(OSError):  # not every system can sync a directory
         entry = os.open(directory, os.O_RDONLY)
@@ -79,6 +81,7 @@ def _create(directory: str, prefix: str, mode: int) -> BinaryIO:
     """A new draft, locked for as long as its writer lives."""
     while True:
         draft = os.path.join(directory, f"{prefix}{secrets.token_hex(4)}.part")
+        file = None
         try:
             file = open(draft, "xb", opener=lambda path, flags: os.open(path, flags, mode))
             if fcntl is not None:
@@ -88,8 +91,9 @@ def _create(directory: str, prefix: str, mode: int) -> BinaryIO:
                 return file
             file.close()  # before it was locked, another process took it for a stale one
         except BaseException:
-            with suppress(FileNotFoundError):
-                os.unlink(draft)
+            if file is not None:
+                with suppress(FileNotFoundError):
+                    os.unlink(draft)
             raise
 
 
