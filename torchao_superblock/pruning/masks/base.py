@@ -666,6 +666,12 @@ def _goes_on(prefix: str) -> bool:
     return prefix.startswith("module.")
 
 
+def refuse_nan(weight: Tensor, where: str) -> None:
+    """Raises for a weight whose blocks have no norm to be ranked by; `where` names the tensor."""
+    if not weight.is_meta and bool(weight.isnan().any()):
+        raise ValueError(f"{where}contains NaN, so its blocks have no norm to be ranked by")
+
+
 def find_mask(module: nn.Module, tensor_name: str) -> BlockMask | None:
     """The mask on a tensor of this module, or None."""
     return masks_of(module).get(tensor_name)

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from torchao_superblock.common.blocks import BlockSize
-from torchao_superblock.pruning.masks.base import BlockMask, Check, check_count, check_flag
+from torchao_superblock.pruning.masks.base import (
+    BlockMask,
+    Check,
+    check_count,
+    check_flag,
+    refuse_nan,
+)
 from torchao_superblock.pruning.ramp import Progress
 from torchao_superblock.pruning.sparsifier import BlockSparsifier
 
@@ -60,8 +66,7 @@ class MagnitudeMask(BlockMask):
 
     @classmethod
     def check_weight(cls, weight: Tensor, settings: Mapping[str, Any], where: str) -> None:
-        if not weight.is_meta and bool(weight.isnan().any()):
-            raise ValueError(f"{where}contains NaN, so its blocks have no norm to be ranked by")
+        refuse_nan(weight, where)
 
     def make_scores(self, grid: tuple[int, int], device: torch.device) -> None:
         super().make_scores(grid, device)

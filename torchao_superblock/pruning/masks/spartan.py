@@ -24,6 +24,7 @@ from torchao_superblock.pruning.masks.base import (
     Check,
     check_count,
     check_sharpness,
+    refuse_nan,
     scale_local_blocks_,
 )
 from torchao_superblock.pruning.ramp import Progress
@@ -118,8 +119,7 @@ class SpartanMask(BlockMask):
 
     @classmethod
     def check_weight(cls, weight: Tensor, settings: Mapping[str, Any], where: str) -> None:
-        if not weight.is_meta and bool(weight.isnan().any()):
-            raise ValueError(f"{where}contains NaN, so its blocks have no norm to be ranked by")
+        refuse_nan(weight, where)
 
     def make_scores(self, grid: tuple[int, int], device: torch.device) -> None:
         super().make_scores(grid, device)
