@@ -26,7 +26,7 @@ from torchao_superblock.common.blocks import parse_blocksize
 from torchao_superblock.common.modules import block_masks_of, copy_hooks
 from torchao_superblock.common.sharding import is_dtensor
 from torchao_superblock.ops import ACTIVATIONS, bsr_linear, build_plan
-from torchao_superblock.ops.bsr_linear import DTYPES
+from torchao_superblock.ops.checks import DTYPES
 
 # nn.MultiheadAttention's out_proj is an nn.Linear under another name.
 LINEAR_TYPES = (nn.Linear, NonDynamicallyQuantizableLinear)

@@ -17,8 +17,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from torchao_superblock.ops import mask_guards
-from torchao_superblock.ops.mask_guards import Guards
+from torchao_superblock.ops.block_mask import guards as mask_guards
+from torchao_superblock.ops.block_mask.guards import Guards
 
 BROKEN = 2
 """`live` of a mask whose state was averaged beyond repair."""
@@ -271,7 +271,7 @@ def _triton_kernels(*tensors: Tensor) -> ModuleType | None:
 @functools.cache
 def _import_triton_kernels() -> ModuleType | None:
     try:
-        from torchao_superblock.ops import block_mask_triton
+        from torchao_superblock.ops.block_mask import kernels
     except ImportError:
         return None
-    return block_mask_triton
+    return kernels

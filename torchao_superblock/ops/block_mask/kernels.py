@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchao_superblock.ops.mask_guards import TOLERANCE, Guards
+from torchao_superblock.ops.block_mask.guards import TOLERANCE, Guards
 
 MAX_PAIRWISE_BLOCKS = 16384
 """Above this many blocks, comparing all pairs costs more than sorting does."""
@@ -40,7 +40,7 @@ def _places(scores, index, n):
 
 @triton.jit
 def _mix(x):
-    # As in mask_guards.py.
+    # As in guards.py.
     x = (x & 0x7FFFFFFF) * 0x2545F491 + ((x >> 31) & 0x7FFFFFFF) * 0x5BD1E995
     return ((x & 0x7FFFFFFF) * 0x1B873593) ^ (x >> 31)
 
@@ -58,7 +58,7 @@ def _settle(
     J_TILE: tl.constexpr,
     J_TILES: tl.constexpr,
 ):
-    """`n_kept`, `frozen`, whether `held_mean` stands for `held`, `live`: see mask_guards.settle."""
+    """`n_kept`, `frozen`, whether `held_mean` stands for `held`, `live`: see guards.settle."""
     n_kept = tl.load(n_kept_ptr)
     frozen = tl.load(frozen_ptr).to(tl.int64)
     mean = tl.load(moments_ptr)
