@@ -35,6 +35,14 @@ def remember(*args) -> None:
     fast_path.remember_above(_BSRLinearFunction.apply, *args)
 
 
+def _differentiates(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _nothing(*args: object) -> None:
+    """Nobody remembers this call."""
+
+
 def _use_plan(x: Tensor) -> bool:
     backend = backend_of(x.device.type)
     return backend is not None and backend.gradients_use_plan
@@ -60,9 +68,12 @@ def _contract_grad_values(*args):
 def _derivative(function, op, args):
     if transformed():
         return function.apply(*args)
-    if torch.is_grad_enabled():
-        return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():  # saves a trip through the dispatcher
+    return op(*args) if torch.is_grad_enabled() else _below(op, *args)
+
+
+def _below(op, *args):
+    """An op where autograd is through with the call."""
+    with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
 
@@ -75,8 +86,9 @@ def _sum_of(*terms: Tensor | None) -> Tensor | None:
     return total
 
 
-def _save(ctx, N, x, crow_indices, col_indices, values, bias, activation, plan):
-    ctx.out_features, ctx.activation, ctx.has_bias = N, activation, bias is not None
+def _save(ctx, y, args):
+    x, crow_indices, col_indices, values, bias, _, activation, plan = args
+    ctx.out_features, ctx.activation, ctx.has_bias = y.shape[-1], activation, bias is not None
     # What came before the activation is computed again in the backward: that costs one sparse forward and saves
     # keeping an (M, N) tensor. The bias is needed for that alone.
     saved = (x, crow_indices, col_indices, values, None if activation == "none" else bias, plan)
@@ -111,18 +123,12 @@ class TransformableFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, crow_indices, col_indices, values, bias, out_features, activation, plan):
-        with torch._C._AutoDispatchBelowAutograd():
-            return _ops.bsr_linear.default(
-                x, crow_indices, col_indices, values, bias, out_features, activation, plan
-            )
+    def forward(*args):
+        return _below(_ops.bsr_linear.default, *args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, crow_indices, col_indices, values, bias, _, activation, plan = inputs
-        N = output.shape[-1]
-        saved = _save(ctx, N, x, crow_indices, col_indices, values, bias, activation, plan)
-        ctx.save_for_forward(*saved)
+        ctx.save_for_forward(*_save(ctx, output, inputs))
 
     @staticmethod
     def backward(ctx, grad):
@@ -147,18 +153,12 @@ class _BSRLinearFunction(torch.autograd.Function):
     each call, which takes the host several times as long as all the rest."""
 
     @staticmethod
-    def forward(
-        ctx, x, crow_indices, col_indices, values, bias, out_features, activation, plan, run=None
-    ):
-        y = None
-        if run is not None:
-            y = run(x, crow_indices, col_indices, values, bias, out_features, activation, plan)
+    def forward(ctx, *args):
+        *args, run = args
+        y = run(*args)
         if y is None:
-            with torch._C._AutoDispatchBelowAutograd():
-                y = _ops.bsr_linear.default(
-                    x, crow_indices, col_indices, values, bias, out_features, activation, plan
-                )
-        _save(ctx, y.shape[-1], x, crow_indices, col_indices, values, bias, activation, plan)
+            y = _below(_ops.bsr_linear.default, *args)
+        _save(ctx, y, args)
         return y
 
     @staticmethod
@@ -170,11 +170,8 @@ class _GradXFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad, crow_indices, col_indices, values, in_features, plan):
-        with torch._C._AutoDispatchBelowAutograd():
-            return _ops.bsr_linear_grad_x.default(
-                grad, crow_indices, col_indices, values, in_features, plan
-            )
+    def forward(*args):
+        return _below(_ops.bsr_linear_grad_x.default, *args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -209,11 +206,8 @@ class _GradValuesFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad, x, crow_indices, col_indices, block_rows, block_cols, plan):
-        with torch._C._AutoDispatchBelowAutograd():
-            return _ops.bsr_linear_grad_values.default(
-                grad, x, crow_indices, col_indices, block_rows, block_cols, plan
-            )
+    def forward(*args):
+        return _below(_ops.bsr_linear_grad_values.default, *args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -252,45 +246,31 @@ def _forward_autograd(
         y = fast_path.again(*args)
         if y is not None:
             return y
-    forward_mode = _forward_ad._current_level >= 0
-    if forward_mode or (
-        torch.is_grad_enabled()
-        and (x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad))
-    ):
-        function = TransformableFunction if is_transformed else _BSRLinearFunction
-        fused = "none" if forward_mode else activation
-        y = function.apply(*args[:6], fused, plan)
-        y = ACTIVATIONS[activation](y) if forward_mode else y
+    if _forward_ad._current_level >= 0:
+        y = ACTIVATIONS[activation](TransformableFunction.apply(*args[:6], "none", plan))
+    elif not _differentiates(x, values, bias):
+        y = _below(_ops.bsr_linear.default, *args)
+    elif is_transformed:
+        y = TransformableFunction.apply(*args)
     else:
-        with torch._C._AutoDispatchBelowAutograd():
-            y = _ops.bsr_linear.default(*args)
+        y = _BSRLinearFunction.apply(*args, _nothing)
     if not is_transformed:
         remember(*args)
     return y
 
 
 def _grad_x_autograd(grad, crow_indices, col_indices, values, in_features, plan=None):
-    if _forward_ad._current_level >= 0 or (
-        torch.is_grad_enabled() and (grad.requires_grad or values.requires_grad)
-    ):
-        return _GradXFunction.apply(grad, crow_indices, col_indices, values, in_features, plan)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _ops.bsr_linear_grad_x.default(
-            grad, crow_indices, col_indices, values, in_features, plan
-        )
+    args = (grad, crow_indices, col_indices, values, in_features, plan)
+    if _forward_ad._current_level >= 0 or _differentiates(grad, values):
+        return _GradXFunction.apply(*args)
+    return _below(_ops.bsr_linear_grad_x.default, *args)
 
 
 def _grad_values_autograd(grad, x, crow_indices, col_indices, block_rows, block_cols, plan=None):
-    if _forward_ad._current_level >= 0 or (
-        torch.is_grad_enabled() and (grad.requires_grad or x.requires_grad)
-    ):
-        return _GradValuesFunction.apply(
-            grad, x, crow_indices, col_indices, block_rows, block_cols, plan
-        )
-    with torch._C._AutoDispatchBelowAutograd():
-        return _ops.bsr_linear_grad_values.default(
-            grad, x, crow_indices, col_indices, block_rows, block_cols, plan
-        )
+    args = (grad, x, crow_indices, col_indices, block_rows, block_cols, plan)
+    if _forward_ad._current_level >= 0 or _differentiates(grad, x):
+        return _GradValuesFunction.apply(*args)
+    return _below(_ops.bsr_linear_grad_values.default, *args)
 
 
 def register(library: torch.library.Library) -> None:

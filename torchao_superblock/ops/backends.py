@@ -1,8 +1,8 @@
 """Device type -> backend: the one place where they meet.
 
-A device is a folder and a line at the end of this file, or a call of :func:`register_backend` from another package. The
-op's kernels for the dispatcher, its autocast, the short way of repeated calls, the break-even table and
-:func:`backends` follow from it. Nothing here imports a backend before it is needed, and backends import no op.
+A device is a folder and a line at the end of this file, or a call of :func:`register_backend` from another package.
+The op's kernels for the dispatcher, its autocast, the short way of repeated calls, the break-even table, the kernels of
+masks and :func:`backends` follow from it. Nothing here imports a backend before it is needed; backends import no op.
 """
 
 import importlib
@@ -10,6 +10,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from types import ModuleType
 from typing import Protocol
 
 import torch
@@ -23,88 +24,30 @@ class BackendModule(Protocol):
     strides, the rest is contiguous. Outputs are contiguous, in the dtype of `x`; float16 and bfloat16 accumulate in
     float32. What the indices hold is never trusted for memory safety.
 
-    Three more are optional: `call(general, *args)`, the op with its own arguments, serves calls that need no check or
-    are like an earlier one at once and hands others to `general(*args)`; `aot_twin` has a `forward` as here that
-    compilers can trace, for packages that run without Python; and the functions that the line names.
+    - `x` `(M, K)`, `grad` `(M, N)`, `bias` `(N,)` or None
+    - `crow` int32 `(R + 1,)`, where each block row starts; `col` int32 `(nnz,)`, block columns; `values` `(nnz, r, c)`
+    - `activation`, a key of :data:`torchao_superblock.ops.ACTIVATIONS`
+    - `plan`, from :func:`torchao_superblock.ops.build_plan`, or None
 
-    Legend: M tokens, N out features, K in features, R x C the block grid, r x c the block size, nnz stored blocks.
+    Two more are optional: `call(general, *args)`, the op with its own arguments, serves calls that need no check or are
+    like an earlier one at once and hands others to `general(*args)`; `aot_twin` has a `forward` as here that compilers
+    can trace, for packages that run without Python.
+
+    Legend: M tokens, R x C the block grid, r x c the block size, nnz stored blocks, W the block-sparse weight
+    `(N, K) = (R * r, C * c)`.
+
+    Attributes:
+        forward: of `x, crow, col, values, bias, activation, plan`: `activation(x @ W.T + bias)`, `(M, N)`.
+        grad_x: of `grad, crow, col, values, plan, n_block_cols`: `grad @ W`, `(M, K)`; the last is C.
+        grad_values: of `grad, x, crow, col, plan, block_rows, block_cols`: the stored blocks of `grad.T @ x`,
+            `(nnz, r, c)`; the last two are r and c.
+        backend_info: of nothing: `name` and `reason` (a sentence), for people, and what else there is to say.
     """
 
-    def forward(
-        self,
-        x: Tensor,
-        crow: Tensor,
-        col: Tensor,
-        values: Tensor,
-        bias: Tensor | None,
-        activation: str,
-        plan: Tensor | None,
-    ) -> Tensor:
-        """`activation(x @ W.T + bias)` for a block-sparse W.
-
-        Args:
-            x: `(M, K)`, K = C * c.
-            crow: int32 `(R + 1,)`, where each block row starts.
-            col: int32 `(nnz,)`, block columns.
-            values: `(nnz, r, c)`, the stored blocks of W `(N, K)`.
-            bias: `(N,)`, N = R * r, or None.
-            activation: a key of :data:`torchao_superblock.ops.ACTIVATIONS`.
-            plan: from :func:`torchao_superblock.ops.build_plan`, or None.
-
-        Returns:
-            `(M, N)`.
-        """
-
-    def grad_x(
-        self,
-        grad: Tensor,
-        crow: Tensor,
-        col: Tensor,
-        values: Tensor,
-        plan: Tensor | None,
-        n_block_cols: int,
-    ) -> Tensor:
-        """`grad @ W`: the gradient with respect to x.
-
-        Args:
-            grad: `(M, N)`.
-            crow: as in :meth:`forward`, as have all others.
-            col: col.
-            values: values.
-            plan: plan.
-            n_block_cols: C.
-
-        Returns:
-            `(M, K)`.
-        """
-
-    def grad_values(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        crow: Tensor,
-        col: Tensor,
-        plan: Tensor | None,
-        block_rows: int,
-        block_cols: int,
-    ) -> Tensor:
-        """The stored blocks of `grad.T @ x`: the gradient with respect to `values`.
-
-        Args:
-            grad: `(M, N)`.
-            x: `(M, K)`.
-            crow: as in :meth:`forward`, as have all others.
-            col: col.
-            plan: plan.
-            block_rows: r.
-            block_cols: c.
-
-        Returns:
-            `(nnz, r, c)`.
-        """
-
-    def backend_info(self) -> dict[str, object]:
-        """`name` and `reason` (a sentence), for people, and what else there is to say."""
+    forward: Callable[..., Tensor]
+    grad_x: Callable[..., Tensor]
+    grad_values: Callable[..., Tensor]
+    backend_info: Callable[[], dict[str, object]]
 
 
 @dataclass(frozen=True)
@@ -121,6 +64,8 @@ class Backend:
         break_even_points: a function, or its path as `"module:function"`, of a dtype and a compute capability (None:
             the current device's) that returns {smallest side of the block: sparsity from which the op is faster than
             a dense layer}. None, or no entry for a block size, leaves a swap to a cautious guess.
+        mask_source: the path of a module with the functions of `ops/block_mask/kernels.py`; None, or where it cannot
+            be imported, leaves masks to plain PyTorch.
     """
 
     device_type: str
@@ -129,6 +74,7 @@ class Backend:
     gradients_use_plan: bool = False
     leaves_closures: bool = False
     break_even_points: str | Callable | None = None
+    mask_source: str | None = None
 
     @cached_property
     def dispatch_key(self) -> str:
@@ -146,6 +92,14 @@ class Backend:
             except ImportError:
                 return importlib.import_module("torchao_superblock.ops.pytorch")
         return importlib.import_module(self.source)
+
+    @cached_property
+    def mask_kernels(self) -> ModuleType | None:
+        """What `mask_source` names, imported at first need."""
+        try:
+            return None if self.mask_source is None else importlib.import_module(self.mask_source)
+        except ImportError:
+            return None
 
     def points(self, dtype: torch.dtype, capability: tuple[int, int] | None) -> dict[int, float]:
         """Its `break_even_points` for a dtype and a compute capability."""
@@ -255,5 +209,6 @@ register_backend(
         gradients_use_plan=True,
         leaves_closures=True,
         break_even_points="torchao_superblock.ops.break_even:cuda_points",
+        mask_source="torchao_superblock.ops.block_mask.kernels",
     )
 )

@@ -26,6 +26,7 @@ from triton.runtime.errors import OutOfResources
 
 from torchao_superblock.ops import fast_path as direct
 from torchao_superblock.ops import triton_kernels as kernels
+from torchao_superblock.ops.activations import CODES
 from torchao_superblock.ops.launch import OVERLAP, Kernel, can_overlap, watched
 from torchao_superblock.ops.plan import Plan, build_plan, split_plan
 from torchao_superblock.ops.precision import allows_tf32
@@ -354,7 +355,7 @@ class _Product:
         self.problem = problem
         self.kernel_type = kernel_type
         self.N = problem.R * problem.r
-        self.activation = kernels.ACTIVATION_CODES[activation]
+        self.activation = CODES[activation]
         self.has_low = has_low
         self.has_bias = has_bias
         self.constants = {

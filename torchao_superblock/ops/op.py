@@ -20,7 +20,7 @@ from torch import Tensor
 from torchao_superblock.ops import autograd, fast_path
 from torchao_superblock.ops.activations import ACTIVATIONS
 from torchao_superblock.ops.aot import register_decomposition
-from torchao_superblock.ops.backends import Backend, BackendModule, on_each_backend
+from torchao_superblock.ops.backends import Backend, on_each_backend
 from torchao_superblock.ops.checks import check_forward, check_grad_values, check_grad_x
 from torchao_superblock.ops.flops import register_formulas
 from torchao_superblock.ops.forks import watch_forks
@@ -131,7 +131,7 @@ def bsr_linear(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From the general case to what backends see.
+# From the general case to what backends (a BackendModule each) see.
 
 
 def _flatten(x: Tensor, width: int) -> Tensor:
@@ -152,17 +152,18 @@ def _crop(y: Tensor, lead: torch.Size, width: int) -> Tensor:
 
 
 def _forward(
-    backend: BackendModule,
-    x: Tensor,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    values: Tensor,
-    bias: Tensor | None = None,
-    out_features: int | None = None,
-    activation: str = "none",
-    plan: Tensor | None = None,
-) -> Tensor:
-    N, C = check_forward(x, crow_indices, col_indices, values, bias, out_features, activation, plan)
+    backend,
+    x,
+    crow_indices,
+    col_indices,
+    values,
+    bias=None,
+    out_features=None,
+    activation="none",
+    plan=None,
+):
+    args = (x, crow_indices, col_indices, values, bias, out_features, activation, plan)
+    N, C = check_forward(*args)
     lead = x.shape[:-1]
     if N == 0 or math.prod(lead) == 0:
         return x.new_empty((*lead, N))
@@ -183,15 +184,7 @@ def _forward(
     return _crop(y, lead, N)
 
 
-def _grad_x(
-    backend: BackendModule,
-    grad: Tensor,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    values: Tensor,
-    in_features: int,
-    plan: Tensor | None = None,
-) -> Tensor:
+def _grad_x(backend, grad, crow_indices, col_indices, values, in_features, plan=None):
     R, C = check_grad_x(grad, crow_indices, col_indices, values, in_features, plan)
     lead = grad.shape[:-1]
     if math.prod(lead) == 0 or in_features == 0:
@@ -207,16 +200,7 @@ def _grad_x(
     return _crop(grad_x, lead, in_features)
 
 
-def _grad_values(
-    backend: BackendModule,
-    grad: Tensor,
-    x: Tensor,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    block_rows: int,
-    block_cols: int,
-    plan: Tensor | None = None,
-) -> Tensor:
+def _grad_values(backend, grad, x, crow_indices, col_indices, block_rows, block_cols, plan=None):
     R, C = check_grad_values(grad, x, crow_indices, col_indices, block_rows, block_cols, plan)
     nnz = col_indices.shape[0]
     if nnz == 0 or math.prod(x.shape[:-1]) == 0:

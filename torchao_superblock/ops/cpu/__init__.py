@@ -55,25 +55,11 @@ def forward(
     nnz, r, c = values.shape
     R = crow.shape[0] - 1
     y = x.new_empty((M, R * r))
-    kernel.product(
-        x.data_ptr(),
-        *x.stride(),
-        crow.data_ptr(),
-        col.data_ptr(),
-        0,
-        values.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        M,
-        R,
-        K // c,
-        r,
-        c,
-        nnz,
-        _DTYPES[x.dtype],
-        CODES[activation],
-        get_num_threads(),
-    )
+    weight = (crow.data_ptr(), col.data_ptr(), 0, values.data_ptr())
+    results = (0 if bias is None else bias.data_ptr(), y.data_ptr())
+    sizes = (M, R, K // c, r, c, nnz)
+    codes = (_DTYPES[x.dtype], CODES[activation])
+    kernel.product(x.data_ptr(), *x.stride(), *weight, *results, *sizes, *codes, get_num_threads())
     return y
 
 
@@ -176,24 +162,12 @@ def grad_x(
     nnz, r, c = values.shape
     R = crow.shape[0] - 1
     out = grad.new_empty((M, n_block_cols * c))
+    weight = (crow.data_ptr(), col.data_ptr(), 1, values.data_ptr())
+    sizes = (M, n_block_cols, R, c, r, nnz)
+    codes = (_DTYPES[grad.dtype], CODES["none"])
+    threads = get_num_threads()
     kernel.product(
-        grad.data_ptr(),
-        *grad.stride(),
-        crow.data_ptr(),
-        col.data_ptr(),
-        1,
-        values.data_ptr(),
-        0,
-        out.data_ptr(),
-        M,
-        n_block_cols,
-        R,
-        c,
-        r,
-        nnz,
-        _DTYPES[grad.dtype],
-        0,
-        get_num_threads(),
+        grad.data_ptr(), *grad.stride(), *weight, 0, out.data_ptr(), *sizes, *codes, threads
     )
     return out
 
@@ -211,24 +185,10 @@ def grad_values(
     kernel = compiled.kernel
     if kernel is None:
         return pytorch.grad_values(grad, x, crow, col, plan, block_rows, block_cols)
-    M, K = x.shape
-    nnz = col.shape[0]
+    (M, K), nnz = x.shape, col.shape[0]
     out = x.new_empty((nnz, block_rows, block_cols))
-    kernel.grad_values(
-        grad.data_ptr(),
-        *grad.stride(),
-        x.data_ptr(),
-        *x.stride(),
-        crow.data_ptr(),
-        col.data_ptr(),
-        out.data_ptr(),
-        M,
-        crow.shape[0] - 1,
-        K // block_cols,
-        block_rows,
-        block_cols,
-        nnz,
-        _DTYPES[x.dtype],
-        get_num_threads(),
-    )
+    operands = (grad.data_ptr(), *grad.stride(), x.data_ptr(), *x.stride())
+    index = (crow.data_ptr(), col.data_ptr(), out.data_ptr())
+    sizes = (M, crow.shape[0] - 1, K // block_cols, block_rows, block_cols, nnz)
+    kernel.grad_values(*operands, *index, *sizes, _DTYPES[x.dtype], get_num_threads())
     return out
