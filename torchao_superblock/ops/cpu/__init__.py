@@ -15,27 +15,13 @@ from torch import Tensor, get_num_threads
 from torchao_superblock.ops import pytorch
 from torchao_superblock.ops.activations import CODES
 from torchao_superblock.ops.cpu import compiled
+from torchao_superblock.ops.cpu.compiled import backend_info
 from torchao_superblock.ops.plan import plan_fits
 
 __all__ = ["backend_info", "call", "forward", "grad_values", "grad_x"]
 
 # The order of `enum sb_dtype` in csrc/superblock.h.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-
-
-def backend_info() -> dict[str, object]:
-    """Say which kernel serves the CPU, and why.
-
-    Returns:
-        `name` (`c-avx512`, `c-avx2`, `c-baseline` or `pytorch`), `reason` (a sentence), `source_hash` (of the
-        C sources next to this file), and for a compiled kernel `built_from`, `matches_source`, `isa`,
-        `supported_isas` and `threading`.
-
-    Example:
-        >>> backend_info()["reason"]
-        'the compiled kernel is built from this very source'
-    """
-    return compiled.info()
 
 
 def forward(

@@ -36,40 +36,37 @@ def load(
         name: of the extension module.
 
     Returns:
-        The module, or None, and what :func:`info` says about it.
+        The module, or None, and what :func:`backend_info` says about it.
 
     Raises:
         ValueError: a variable has a value that is not known, or not known here.
     """
     sources = source_hash(csrc)
-    pytorch = {"name": "pytorch", "source_hash": sources}
+    info: dict[str, object] = {"name": "pytorch", "source_hash": sources}
     wanted = environment.get(BACKEND_VARIABLE, "").lower()
     if wanted not in ("", "c", "pytorch"):
         raise ValueError(
             f"{BACKEND_VARIABLE}={wanted!r}: expected 'c' or 'pytorch', or leave it unset"
         )
     if wanted == "pytorch":
-        return None, {**pytorch, "reason": f"{BACKEND_VARIABLE}=pytorch asks for it"}
+        return None, info | {"reason": f"{BACKEND_VARIABLE}=pytorch asks for it"}
     try:
         kernel = import_module(name)
     except ImportError as error:
-        return None, {
-            **pytorch,
-            "reason": f"the compiled kernel is not there ({error}); install a C compiler and {_REBUILD}",
-        }
-    built = {
+        reason = f"the compiled kernel is not there ({error}); install a C compiler and {_REBUILD}"
+        return None, info | {"reason": reason}
+    info |= {
         "built_from": kernel.source_hash,
         "matches_source": sources in (None, kernel.source_hash),
     }
-    if not built["matches_source"]:
-        return None, {
-            **pytorch,
-            **built,
-            "reason": "the compiled kernel is stale: it was built from other sources than those in "
-            f"ops/csrc; {_REBUILD}",
-        }
+    if not info["matches_source"]:
+        reason = "the compiled kernel is stale: it was built from other sources than those in "
+        return None, info | {"reason": f"{reason}ops/csrc; {_REBUILD}"}
     if in_forked_child():
         kernel.run_on_one_thread()
+    reason = "the compiled kernel is built from this very source"
+    if sources is None:
+        reason = "the compiled kernel is there, without its sources to compare with"
     isa = environment.get(ISA_VARIABLE, "").lower()
     if isa:
         if isa not in kernel.supported_isas():
@@ -77,27 +74,27 @@ def load(
                 f"{ISA_VARIABLE}={isa!r}: this processor has {', '.join(kernel.supported_isas())}"
             )
         kernel.select_isa(isa)
-    reason = (
-        "the compiled kernel is there, without its sources to compare with"
-        if sources is None
-        else "the compiled kernel is built from this very source"
-    )
-    if isa:
         reason += f"; {ISA_VARIABLE}={isa} chose the instruction set"
-    return kernel, {
-        "name": f"c-{kernel.isa()}",
-        "reason": reason,
-        "source_hash": kernel.source_hash,
-        **built,
-    }
+    name = f"c-{kernel.isa()}"
+    return kernel, info | {"name": name, "reason": reason, "source_hash": kernel.source_hash}
 
 
 kernel, _info = load()
 """The extension module that serves the CPU; None where plain PyTorch does."""
 
 
-def info() -> dict[str, object]:
-    """What :func:`torchao_superblock.ops.cpu.backend_info` says."""
+def backend_info() -> dict[str, object]:
+    """Say which kernel serves the CPU, and why.
+
+    Returns:
+        `name` (`c-avx512`, `c-avx2`, `c-baseline` or `pytorch`), `reason` (a sentence), `source_hash` (of the
+        C sources next to this file), and for a compiled kernel `built_from`, `matches_source`, `isa`,
+        `supported_isas` and `threading`.
+
+    Example:
+        >>> backend_info()["reason"]
+        'the compiled kernel is built from this very source'
+    """
     found = dict(_info)
     if kernel is not None:
         found["name"] = f"c-{kernel.isa()}"
