@@ -1,19 +1,34 @@
 """Replace the linear layers of a model by :class:`BSRLinear` where that pays, and say what became of each."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from numbers import Real
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.optim import Optimizer
 
 from torchao_superblock.bsr import sequential
-from torchao_superblock.bsr.format import infer_blocksize, nonzero_blocks
+from torchao_superblock.bsr.format import (
+    gather_blocks,
+    infer_blocksize,
+    nonzero_blocks,
+    stored_blocks,
+)
 from torchao_superblock.bsr.layers import twin_of
 from torchao_superblock.bsr.linear import BSRLinear, conversion_obstacle
+from torchao_superblock.bsr.optimizer_state import (
+    WAY_OUT,
+    Move,
+    check_optimizer,
+    notes,
+    stored_blocks_in,
+)
 from torchao_superblock.common.all_or_nothing import all_or_nothing
 from torchao_superblock.common.blocks import parse_blocksize, whole_block_grid
+from torchao_superblock.common.kept_blocks import KeptBlocks, kept_blocks
 from torchao_superblock.common.modules import (
     block_masks_of,
     parameter_owners,
@@ -120,12 +135,13 @@ def swap_to_bsr(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     fuse_activations: bool = False,
     drop_dead_features: bool = False,
+    optimizer: Optimizer | None = None,
 ) -> SwapReport:
     """Replace, in place, every linear layer with enough zero blocks by a :class:`BSRLinear`.
 
     The weights are looked at as they are: where the zeros come from does not matter. A weight with the layout
     `torch.sparse_bsr` becomes a :class:`BSRLinear` with the blocks that it stores. If anything fails, the model is as
-    it was. An optimizer built before holds the dense weights: build it again to fine-tune the stored blocks.
+    it was. An optimizer built before holds the dense weights: pass it as `optimizer` to train on, or build it again.
 
     Args:
         model: any module, not itself an `nn.Linear`.
@@ -146,6 +162,11 @@ def swap_to_bsr(
             be trained, and `swap_to_dense` has only zeros to put in their place. Whoever calls the first layer alone
             gets fewer features. They go in whole blocks of both layers; where their number is a multiple of 64, as GPU
             kernels want it, it stays one. The report's shapes are those before.
+        optimizer: goes on with the stored blocks in the place of the dense weights: the same object, with the same
+            groups and the state of the stored blocks, so that schedulers and a GradScaler stay valid. Blocks that the
+            squashed mask kept are stored though they are zero. Any optimizer of `torch.optim` that steps each element
+            by itself. A gain of the mask is part of the weights since the squash; a note says what follows for the
+            learning rate. Gradients are not taken over.
 
     Returns:
         A :class:`SwapReport` that accounts for every `nn.Linear` of the model and every other weight.
@@ -154,7 +175,10 @@ def swap_to_bsr(
         RuntimeError: a block mask is not squashed yet.
         ValueError: `model` is itself an `nn.Linear` (it cannot be replaced in place), or `min_sparsity` is
             outside [0, 1], or `blocksize` is below 1, or the model is wrapped in DistributedDataParallel.
-        TypeError: `model` is not a module, or `blocksize` is not an int or a pair.
+            With `optimizer`: it lacks a trained weight that is swapped, or `drop_dead_features` would drop what it
+            trains.
+        TypeError: `model` is not a module, or `blocksize` is not an int or a pair, or the optimizer's steps mix
+            elements of a weight (Adafactor, Muon, LBFGS) or are not known.
 
     Example:
         >>> sparsifier.squash_mask()  # doctest: +SKIP
@@ -171,6 +195,13 @@ def swap_to_bsr(
             raise ValueError(f"swap_to_bsr: min_sparsity must lie in [0, 1], got {min_sparsity}")
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"swap_to_bsr: filter_fn must be callable, got {filter_fn!r}")
+    if optimizer is not None:
+        check_optimizer(optimizer)
+        if drop_dead_features:
+            raise ValueError(
+                "swap_to_bsr: drop_dead_features drops weights that the optimizer trains; leave it out to train on, "
+                "and swap for inference afterwards"
+            )
     for fqn, module in model.named_modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             raise ValueError(
@@ -191,6 +222,7 @@ def swap_to_bsr(
 
     report = SwapReport()
     replacements: dict[nn.Module, BSRLinear] = {}
+    moves: list[Move] = []
     owners = parameter_owners(model)
     for fqn, module in model.named_modules():
         name = without_compile_prefix(fqn)
@@ -198,18 +230,48 @@ def swap_to_bsr(
         if twin is None and not isinstance(module, nn.Linear):
             report.skipped += _other_weights(module, name)
             continue
-        entry = _judge(module, name, blocksize, min_sparsity, filter_fn, owners)
+        keep = None if optimizer is None else _kept(module)
+        entry = _judge(module, name, blocksize, min_sparsity, filter_fn, owners, keep)
         if entry.code == "swapped":
             try:
-                replacements[module] = twin.bsr.from_dense(module, entry.blocksize)
+                layer = twin.bsr.from_dense(module, entry.blocksize, keep=keep)
+                replacements[module] = layer
+                if optimizer is not None:
+                    moves.append(_move(name, module, layer, keep))
             except Exception as error:
                 error.add_note(f"while swapping {entry.fqn!r}")
                 raise
             report.swapped.append(entry)
         else:
             report.skipped.append(entry)
-    _replace(model, replacements, report, fuse_activations, drop_dead_features)
+    with nullcontext() if optimizer is None else stored_blocks_in(optimizer, moves):
+        _replace(model, replacements, report, fuse_activations, drop_dead_features)
+    if optimizer is not None:
+        report.notes += notes(optimizer, moves)
     return report
+
+
+def _kept(linear: nn.Module) -> KeptBlocks | None:
+    """What the mask of this layer kept, if it was squashed in this process."""
+    weight = linear._parameters.get("weight")
+    return None if weight is None else kept_blocks(weight)
+
+
+def _move(fqn: str, linear: nn.Linear, layer: BSRLinear, keep: KeptBlocks | None) -> Move:
+    if linear.weight.layout is not torch.strided:
+        raise ValueError(
+            f"swap_to_bsr: the weight of {fqn!r} has the layout {linear.weight.layout}, and an optimizer has no state "
+            f"by blocks for it; {WAY_OUT}"
+        )
+    index = layer.crow_indices, layer.col_indices, layer.blocksize
+    return Move(
+        f"{fqn}.weight",
+        f"{fqn}.values",
+        linear.weight,
+        layer.values,
+        lambda tensor: gather_blocks(tensor, *index),
+        1.0 if keep is None else keep.gain,
+    )
 
 
 def _judge(
@@ -219,6 +281,7 @@ def _judge(
     min_sparsity: float | None,
     filter_fn: Callable[[nn.Module, str], bool] | None,
     owners: dict[tuple[object, int], list[str]],
+    keep: KeptBlocks | None,
 ) -> SwapEntry:
     """Decide about one layer without touching it."""
     shape = (linear.out_features, linear.in_features)
@@ -237,13 +300,13 @@ def _judge(
     if linear.weight.layout is torch.sparse_bsr:
         return _judge_stored(linear, fqn, blocksize, min_sparsity)
     if blocksize is None:
-        blocksize = infer_blocksize(linear.weight)
+        blocksize = infer_blocksize(linear.weight) if keep is None else keep.blocksize
     unfit = shape_obstacle(shape, blocksize)
     if unfit is not None or blocksize is None:
         zeros = (linear.weight.detach() == 0).double().mean().item()
         remark = f"; {zeros:.1%} of its elements are zero" if zeros else ""
         return entry("shape_not_multiple", f"{unfit}{remark}")
-    sparsity = 1.0 - nonzero_blocks(linear.weight, blocksize).float().mean().item()
+    sparsity = 1.0 - stored_blocks(linear.weight, blocksize, keep).float().mean().item()
     if min_sparsity is not None:
         needed, code = min_sparsity, "too_few_zero_blocks"
         rule = f"min_sparsity is {needed:.1%}"
