@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 
 import torch
@@ -19,6 +19,7 @@ from torchao_superblock.bsr.format import (
 )
 from torchao_superblock.bsr.layers import twin_of
 from torchao_superblock.bsr.linear import BSRLinear, conversion_obstacle
+from torchao_superblock.bsr.measure import find_parts, time_parts
 from torchao_superblock.bsr.optimizer_state import (
     WAY_OUT,
     Move,
@@ -52,9 +53,13 @@ class SwapEntry:
         sparsity: fraction of blocks that hold only zeros, or None where it was not looked at.
         reason: a sentence.
         code: a short stable word: `swapped`, or why not: `customised`, `filtered_out`, `invalid_indices`,
-            `linear_subclass`, `meta_device`, `no_twin` (not in a linear layer), `odd_shape`, `other_blocksize`,
-            `parametrized`, `shape_not_multiple`, `sharded`, `slower_than_dense`, `sparse_layout`, `tied_weight`,
-            `too_few_zero_blocks`, `uninitialized`, `unsupported_dtype`, `weight_subclass`.
+            `linear_subclass`, `meta_device`, `no_twin` (not in a linear layer), `not_called` (by the example that was
+            measured with), `odd_shape`, `other_blocksize`, `parametrized`, `shape_not_multiple`, `sharded`,
+            `slower_than_dense`, `sparse_layout`, `tied_weight`, `too_few_zero_blocks`, `uninitialized`,
+            `unsupported_dtype`, `weight_subclass`.
+        dense_ms: where it was measured: milliseconds that the dense layer takes, or the module around it that had to
+            be timed as a whole.
+        bsr_ms: the same, swapped.
     """
 
     fqn: str
@@ -63,6 +68,8 @@ class SwapEntry:
     sparsity: float | None
     reason: str
     code: str
+    dense_ms: float | None = None
+    bsr_ms: float | None = None
 
 
 @dataclass
@@ -85,22 +92,27 @@ class SwapReport:
         lines = [
             f"{len(self.swapped)} of {len(self.swapped) + len(self.skipped)} weights swapped to BSR"
         ]
-        rows = [("layer", "shape", "block", "sparsity", "result")]
-        for entry in [*self.swapped, *self.skipped]:
+        entries = [*self.swapped, *self.skipped]
+        measured = any(entry.dense_ms is not None for entry in entries)
+        times = ("dense ms", "BSR ms") if measured else ()
+        rows = [("layer", "shape", "block", "sparsity", *times, "result")]
+        for entry in entries:
+            pair = (entry.dense_ms, entry.bsr_ms) if measured else ()
             rows.append(
                 (
                     entry.fqn,
                     "x".join(map(str, entry.shape)),
                     "x".join(map(str, entry.blocksize)) if entry.blocksize else "-",
                     f"{entry.sparsity:.1%}" if entry.sparsity is not None else "-",
+                    *("-" if ms is None else f"{ms:.3f}" for ms in pair),
                     "swapped" if entry.code == "swapped" else f"skipped: {entry.reason}",
                 )
             )
         if len(rows) > 1:
-            widths = [max(len(row[column]) for row in rows) for column in range(4)]
+            widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
             for row in rows:
                 cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-                lines.append("  ".join([*cells, row[4]]))
+                lines.append("  ".join([*cells, row[-1]]))
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 
@@ -135,6 +147,7 @@ def swap_to_bsr(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     fuse_activations: bool = False,
     drop_dead_features: bool = False,
+    measure: object = None,
     optimizer: Optimizer | None = None,
 ) -> SwapReport:
     """Replace, in place, every linear layer with enough zero blocks by a :class:`BSRLinear`.
@@ -148,7 +161,7 @@ def swap_to_bsr(
         blocksize: int or `(rows, cols)` for all layers; None reads each layer's off its zeros.
         min_sparsity: a layer with a smaller fraction of zero blocks is skipped. None means "where it is faster than
             dense": a table of measured break-even points by device, block size and dtype. Where nobody measured, it
-            takes a cautious 0.9 and the report says so.
+            takes a cautious 0.9 and the report says so. With `measure` the times decide alone.
         filter_fn: `filter_fn(module, fqn) -> bool`; a layer for which it is False is skipped.
         fuse_activations: let a swapped layer of an `nn.Sequential` apply the activation that directly follows it
             (`nn.ReLU`, `nn.GELU` or `nn.SiLU`), where that gives the same result: no hook sits between the two
@@ -162,6 +175,11 @@ def swap_to_bsr(
             be trained, and `swap_to_dense` has only zeros to put in their place. Whoever calls the first layer alone
             gets fewer features. They go in whole blocks of both layers; where their number is a multiple of 64, as GPU
             kernels want it, it stays one. The report's shapes are those before.
+        measure: an example input of the model (a tensor, a tuple of arguments or a dict of keyword arguments): each
+            layer that could be swapped is timed dense and swapped on what it is called with, on this machine, and
+            swapped if that is faster; a `nn.TransformerEncoderLayer` is timed whole, since any swapped layer turns its
+            fused path off. Eager forwards, with `optimizer` forwards and backwards. The report has both times. The
+            model runs once; the same shapes are timed once.
         optimizer: goes on with the stored blocks in the place of the dense weights: the same object, with the same
             groups and the state of the stored blocks, so that schedulers and a GradScaler stay valid. Blocks that the
             squashed mask kept are stored though they are zero. Any optimizer of `torch.optim` that steps each element
@@ -176,7 +194,7 @@ def swap_to_bsr(
         ValueError: `model` is itself an `nn.Linear` (it cannot be replaced in place), or `min_sparsity` is
             outside [0, 1], or `blocksize` is below 1, or the model is wrapped in DistributedDataParallel.
             With `optimizer`: it lacks a trained weight that is swapped, or `drop_dead_features` would drop what it
-            trains.
+            trains. With `measure`: the model does not take the example.
         TypeError: `model` is not a module, or `blocksize` is not an int or a pair, or the optimizer's steps mix
             elements of a weight (Adafactor, Muon, LBFGS) or are not known.
 
@@ -222,7 +240,8 @@ def swap_to_bsr(
 
     report = SwapReport()
     replacements: dict[nn.Module, BSRLinear] = {}
-    moves: list[Move] = []
+    kept: dict[nn.Module, KeptBlocks | None] = {}
+    entries: dict[nn.Module, SwapEntry] = {}
     owners = parameter_owners(model)
     for fqn, module in model.named_modules():
         name = without_compile_prefix(fqn)
@@ -230,25 +249,79 @@ def swap_to_bsr(
         if twin is None and not isinstance(module, nn.Linear):
             report.skipped += _other_weights(module, name)
             continue
-        keep = None if optimizer is None else _kept(module)
-        entry = _judge(module, name, blocksize, min_sparsity, filter_fn, owners, keep)
+        kept[module] = None if optimizer is None else _kept(module)
+        entry = _judge(
+            module,
+            name,
+            blocksize,
+            min_sparsity,
+            filter_fn,
+            owners,
+            kept[module],
+            measure is not None,
+        )
         if entry.code == "swapped":
             try:
-                layer = twin.bsr.from_dense(module, entry.blocksize, keep=keep)
-                replacements[module] = layer
-                if optimizer is not None:
-                    moves.append(_move(name, module, layer, keep))
+                replacements[module] = twin.bsr.from_dense(
+                    module, entry.blocksize, keep=kept[module]
+                )
             except Exception as error:
                 error.add_note(f"while swapping {entry.fqn!r}")
                 raise
+            entries[module] = entry
+        else:
+            report.skipped.append(entry)
+    if measure is not None:
+        entries = _measured(model, replacements, entries, measure, optimizer is not None)
+    for module, entry in entries.items():
+        if entry.code == "swapped":
             report.swapped.append(entry)
         else:
             report.skipped.append(entry)
+            del replacements[module]
+    moves = []
+    if optimizer is not None:
+        moves = [
+            _move(entries[module].fqn, module, layer, kept[module])
+            for module, layer in replacements.items()
+        ]
     with nullcontext() if optimizer is None else stored_blocks_in(optimizer, moves):
         _replace(model, replacements, report, fuse_activations, drop_dead_features)
     if optimizer is not None:
         report.notes += notes(optimizer, moves)
     return report
+
+
+def _measured(
+    model: nn.Module,
+    replacements: dict[nn.Module, BSRLinear],
+    entries: dict[nn.Module, SwapEntry],
+    example_input: object,
+    train: bool,
+) -> dict[nn.Module, SwapEntry]:
+    """The entries with their times; what is not faster, or not called, is swapped no more."""
+    parts = find_parts(model, replacements)
+    entries = dict(entries)
+    for part, timing in time_parts(model, parts, example_input, train=train).items():
+        for module in part.replacements:
+            entry = entries[module]
+            if timing is None:
+                entries[module] = replace(
+                    entry,
+                    code="not_called",
+                    reason="the example that was measured with never reaches it",
+                )
+                continue
+            entry = replace(entry, dense_ms=timing.dense_ms, bsr_ms=timing.bsr_ms)
+            if timing.bsr_ms >= timing.dense_ms:
+                what = "it" if part.module is module else f"{without_compile_prefix(part.fqn)!r}"
+                entry = replace(
+                    entry,
+                    code="slower_than_dense",
+                    reason=f"{what} takes {timing.bsr_ms:.3f} ms swapped and {timing.dense_ms:.3f} ms dense",
+                )
+            entries[module] = entry
+    return entries
 
 
 def _kept(linear: nn.Module) -> KeptBlocks | None:
@@ -282,6 +355,7 @@ def _judge(
     filter_fn: Callable[[nn.Module, str], bool] | None,
     owners: dict[tuple[object, int], list[str]],
     keep: KeptBlocks | None,
+    measured: bool,
 ) -> SwapEntry:
     """Decide about one layer without touching it."""
     shape = (linear.out_features, linear.in_features)
@@ -312,6 +386,8 @@ def _judge(
         rule = f"min_sparsity is {needed:.1%}"
     elif sparsity == 0.0:
         return entry("too_few_zero_blocks", "no block of its weight is all zeros", sparsity)
+    elif measured:
+        needed, code, rule = 0.0, "too_few_zero_blocks", ""
     else:
         needed, measured, where = break_even(
             linear.weight.device.type, blocksize, linear.weight.dtype
