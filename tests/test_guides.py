@@ -165,6 +165,12 @@ def check_write_a_sparsifier(names: Names) -> None:
         assert (blocks > 0).float().mean() == 0.25
 
 
+def check_torchao(names: Names) -> None:
+    model = names["model"]
+    assert isinstance(model[0], BSRLinear) and isinstance(model[2], BSRLinear)
+    assert type(model[3].weight).__name__ == "Int8Tensor"
+
+
 PAGES: dict[str, tuple[Callable[[], Names], Callable[[Names], None]]] = {
     "index.md": (dict, check_index),
     "train_from_scratch.md": (given_train_from_scratch, check_train_from_scratch),
@@ -184,6 +190,10 @@ PAGES: dict[str, tuple[Callable[[], Names], Callable[[Names], None]]] = {
         check_deploy,
     ),
     "leaving.md": (given_leaving, check_leaving),
+    "torchao.md": (
+        lambda: {"model": nn.Sequential(*zeros(mlp(64, 2048, 64), 1984), nn.Linear(64, 64))},
+        check_torchao,
+    ),
     "write_a_sparsifier.md": (dict, check_write_a_sparsifier),
     "write_a_backend.md": (dict, lambda names: None),
 }
@@ -200,7 +210,7 @@ def run(page: str, gpu: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
-    for name in ("matplotlib", "rich", "onnxscript"):  # of the extras examples, cli and onnx
+    for name in ("matplotlib", "rich", "onnxscript", "torchao"):  # of the extras
         pytest.importorskip(name)
     PAGES[page][1](run(page, False, tmp_path, monkeypatch))
 
