@@ -2,8 +2,8 @@
 
 import pytest
 
-for _package in ("accelerate", "sklearn"):
-    pytest.importorskip(_package, reason=f"the example needs {_package}")
+pytest.importorskip("accelerate", reason="the example needs Accelerate (its extra)")
+pytest.importorskip("sklearn", reason="the example needs scikit-learn")
 
 from accelerate.state import AcceleratorState, GradientState
 
