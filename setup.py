@@ -102,7 +102,7 @@ setup(
             "safetensors>=0.4",
             "setuptools>=77",
             *EXAMPLES,
-            *INTEGRATIONS["onnx"],
+            *(library for libraries in INTEGRATIONS.values() for library in libraries),
             *DOCS,
         ],
     },
