@@ -1,4 +1,4 @@
-"""From squashed linears to modules of another type: what `convert` of a sparsifier does."""
+"""Replaces squashed modules by ones of another type: what `convert` of a sparsifier does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchao_superblock.common.modules import hand_over_hooks
 from torchao_superblock.common.names import without_wrapper_prefixes
 
 
-def replace_linears(
+def replace_squashed(
     module: nn.Module,
     mapping: Mapping[type[nn.Module], type[nn.Module]],
     squashed: Mapping[str, weakref.ref[nn.Module]],

@@ -19,7 +19,7 @@ from torchao_superblock.common.names import find_fqn, nearest_names
 from torchao_superblock.common.swappable import TWINS
 from torchao_superblock.pruning.attach import attach
 from torchao_superblock.pruning.checkpoints import refuse_dense_checkpoints
-from torchao_superblock.pruning.convert import replace_linears
+from torchao_superblock.pruning.convert import replace_squashed
 from torchao_superblock.pruning.finding import find_mask, named_masks
 from torchao_superblock.pruning.masks.base import BlockMask
 from torchao_superblock.pruning.masks.given import GivenMask
@@ -439,7 +439,7 @@ class BlockSparsifier(BaseSparsifier):
             )
         if mapping is None:
             mapping = {nn.Linear: TWINS[nn.Linear].bsr}
-        return replace_linears(module, mapping, self._squashed, inplace)
+        return replace_squashed(module, mapping, self._squashed, inplace)
 
     # ---------------------------------------------------------------------------------------------
     # Saving
