@@ -96,9 +96,10 @@ class BlockSparseConfig(QuantizationConfigMixin):
         TypeError: a value is of another type, or has no meaning here.
 
     Example:
-        >>> model = AutoModelForCausalLM.from_pretrained(  # doctest: +SKIP
-        ...     dense_with_zeros, quantization_config=BlockSparseConfig()
-        ... )
+        >>> from transformers import AutoModelForCausalLM
+        >>> config = BlockSparseConfig(min_sparsity=0.5)
+        >>> load = AutoModelForCausalLM.from_pretrained
+        >>> model = load("dense_with_zeros", quantization_config=config)  # doctest: +SKIP
         >>> print(model.hf_quantizer.report)  # doctest: +SKIP
     """
 
@@ -620,8 +621,10 @@ class SparsifierCallback(TrainerCallback):
         FileNotFoundError, ValueError: the checkpoint has no state of this sparsifier.
 
     Example:
-        >>> class SparseTrainer(SparseTrainerMixin, Trainer): ...  # doctest: +SKIP
-        >>> sparsifier.prepare(model)  # doctest: +SKIP
+        >>> from transformers import Trainer
+        >>> class SparseTrainer(SparseTrainerMixin, Trainer):
+        ...     pass
+        >>> sparsifier.prepare(model, [{"tensor_fqn": "*layers*"}])  # doctest: +SKIP
         >>> callback = SparsifierCallback(sparsifier, squash=True)  # doctest: +SKIP
         >>> SparseTrainer(model, args, train_dataset=data, callbacks=[callback]).train()  # doctest: +SKIP
     """
