@@ -732,8 +732,8 @@ def test_on_a_gpu_as_on_a_cpu():
     other = copy.deepcopy(model).cuda()
     prune(model, [x], config=EVERY, solve_dtype=torch.float64)
     prune(other, [x.cuda()], config=EVERY, solve_dtype=torch.float64)
-    same = [
-        torch.equal(a == 0, b.cpu() == 0)
-        for a, b in zip(model.parameters(), other.parameters(), strict=True)
-    ]
-    assert all(same)
+    for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+        # Not the zeros of a bias: a repaired one may be 0 here and 1e-18 there.
+        if name.endswith("weight"):
+            assert torch.equal(ours == 0, theirs.cpu() == 0), name
+        torch.testing.assert_close(ours, theirs.cpu())

@@ -248,6 +248,11 @@ class BlockMask(nn.Module):
         """The float32 scores of all blocks, without gradient, gathered where they are sharded."""
         return self.scores.detach()
 
+    @property
+    def gain_now(self) -> float:
+        """What the next forward multiplies kept blocks by, beside what is soft about them."""
+        return 1.0 if self.factor is None or self.factor.is_meta else float(self.factor)
+
     def factors(self) -> Tensor:
         """What the next forward multiplies the blocks by: `(R, C)`, bool or float32."""
         return self._factors_and_live()[0]
