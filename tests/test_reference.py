@@ -156,7 +156,7 @@ def examples() -> list[Any]:
     found = []
     finder = doctest.DocTestFinder(exclude_empty=True)
     for path in DOCUMENTED:
-        library = re.match(r"torchao_superblock\.integrations\.(transformers|peft)\.", path)
+        library = re.match(r"torchao_superblock\.integrations\.(\w+)\.", path)
         if library and importlib.util.find_spec(library[1]) is None:
             skip = pytest.mark.skip(reason=f"needs the `{library[1]}` extra")
             found.append(pytest.param(path, None, id=path, marks=skip))

@@ -1,14 +1,18 @@
 """transformers (5.24): folders of swapped models, in this process and in others, and what is refused."""
 
+import importlib.util
 import json
+import runpy
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from tests.bsr.common import prune
 from torchao_superblock import BSRLinear, SupermaskSparsifier, swap_to_bsr, swap_to_dense
 
 transformers = pytest.importorskip("transformers", reason="needs the `transformers` extra")
@@ -40,7 +44,7 @@ import sys
 from pathlib import Path
 import torch
 import transformers
-from tests.integrations.transformer_models import MODELS, build, inputs_of, swap_to_bsr
+from tests.integrations.transformer_models import MODELS, SupermaskSparsifier, build, inputs_of, targets
 
 folder = Path(sys.argv[1])
 assert "torchao_superblock.integrations.transformers" not in sys.modules
@@ -48,7 +52,7 @@ try:
     transformers.LlamaForCausalLM.from_pretrained(folder / "llama")
 except RuntimeError as error:
     (folder / "refusal.txt").write_text(str(error))
-swap_to_bsr(build("llama"), 8)
+SupermaskSparsifier(0.5, 8).prepare(build("vit"), targets("vit"))
 assert "torchao_superblock.integrations.transformers" in sys.modules
 for name in MODELS:
     cls = getattr(transformers, MODELS[name][0])
@@ -96,7 +100,7 @@ def swapped(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def elsewhere(swapped):
-    """The folders loaded in a new process: first without the integration, then, once something was swapped, with it."""
+    """The folders in a new process: first without the integration, then, once something was prepared, with it."""
     folder, _ = swapped
     done = subprocess.run(
         [sys.executable, "-c", LOADER, str(folder)],
@@ -319,6 +323,33 @@ def test_a_given_state_dict_is_saved(tmp_path):
     )
 
 
+def test_layers_that_transformers_stores_in_one_tensor(tmp_path):
+    config = transformers.Dinov2Config(
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=8,
+        use_swiglu_ffn=True,
+    )
+    model = transformers.Dinov2Model(config).eval()
+    for fqn, linear in model.named_modules():
+        if isinstance(linear, nn.Linear):
+            prune(linear, 8, 0.3 if "up" in fqn else 0.6)
+    assert len(swap_to_bsr(model, 8, min_sparsity=0.2).swapped) == 7
+    with pytest.raises(
+        ValueError, match="in its original format, weights of this model lie in one"
+    ):
+        model.save_pretrained(tmp_path / "model", save_original_format=True)
+    assert not (tmp_path / "model").exists()
+    model.save_pretrained(tmp_path / "model")
+    loaded, info = type(model).from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not any(info.values())
+    pixels = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(model(pixels).last_hidden_state, loaded(pixels).last_hidden_state)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is refused
 # ---------------------------------------------------------------------------------------------------------------------
@@ -475,3 +506,22 @@ def test_a_config_survives_json():
     config = BlockSparseConfig((8, 16), 0.5, ["lm_head"])
     again = BlockSparseConfig.from_dict(json.loads(config.to_json_string()))
     assert vars(again) == vars(config)
+
+
+@pytest.mark.parametrize("library", ["transformers", "peft"])
+@pytest.mark.parametrize(
+    "present, rule",
+    [
+        (None, r"needs {0}: pip install 'torchao_superblock\[{0}\]'"),
+        (
+            types.SimpleNamespace(__version__="0.13.2"),
+            r"works with {0} from .* 0.13.2 is installed",
+        ),
+        (types.SimpleNamespace(__version__="6.1.0.dev0"), "6.1.0.dev0 is installed: pip install"),
+    ],
+)
+def test_a_missing_or_another_release_is_named(library, present, rule, monkeypatch):
+    file = Path(importlib.util.find_spec(f"torchao_superblock.integrations.{library}").origin)
+    monkeypatch.setitem(sys.modules, library, present)
+    with pytest.raises(ImportError, match=rule.format(library)):
+        runpy.run_path(str(file))
