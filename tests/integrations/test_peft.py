@@ -231,6 +231,16 @@ def test_on_a_prepared_model_the_scores_are_said_to_be_frozen():
     assert not torch.equal(scores, before)
 
 
+def test_prompts_freeze_scores_too():
+    pytest.importorskip("transformers", reason="needs the `transformers` extra")
+    from tests.integrations.transformer_models import build, targets
+
+    model = build("llama")
+    SupermaskSparsifier(0.5, 8).prepare(model, targets("llama"))
+    with pytest.warns(UserWarning, match="scores of 14 block masks are frozen now"):
+        get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+
+
 def test_a_model_of_transformers(tmp_path):
     transformers = pytest.importorskip("transformers", reason="needs the `transformers` extra")
     from tests.integrations.transformer_models import inputs_of, sparse

@@ -222,6 +222,26 @@ def test_layers_that_stay_in_float32(tmp_path):
     assert block.DenseReluDense.wi.values.dtype == torch.float16
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("device_map", ["cuda", {"model": 0, "lm_head": "cpu"}])
+def test_on_a_gpu(device_map, tmp_path):
+    model = build("llama")
+    train_and_squash("llama", model, blocksize=16)
+    swap_to_bsr(model, 16, min_sparsity=0.5)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, device_map=device_map)
+    layer = loaded.model.layers[0].mlp.up_proj
+    assert layer.values.is_cuda and layer.weight.plan is layer.plan
+    inputs = {key: tensor.cuda() for key, tensor in inputs_of("llama").items()}
+    with torch.no_grad():
+        out = loaded(**inputs).logits.cpu()
+    torch.testing.assert_close(out, logits("llama", model), rtol=1e-3, atol=1e-3)
+    if device_map == "cuda":
+        with torch.no_grad():
+            assert torch.equal(model.cuda()(**inputs).logits.cpu(), out)
+        loaded.generate(input_ids=inputs["input_ids"], max_new_tokens=4, **WAYS["static"])
+
+
 def test_size_on_disk(tmp_path):
     wide = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 1}
     model = build("llama", **wide)
@@ -462,6 +482,22 @@ def test_what_a_folder_cannot_say_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="registered twice"):
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_model_under_an_adapter_is_not_saved(tmp_path):
+    model = sparse()
+    up = model.model.layers[0].mlp.up_proj
+    model.model.layers[0].mlp.up_proj = nn.ModuleDict({"base_layer": up})
+    with pytest.raises(ValueError, match=f"an adapter sits on '{UP}'.*merge it first"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_blocks_are_not_split_over_devices(llama):
+    config = transformers.AutoConfig.from_pretrained(llama[0])
+    config.distributed_config = {}
+    with pytest.raises(ValueError, match="cannot be split over devices while loading"):
+        transformers.LlamaForCausalLM.from_pretrained(llama[0], config=config)
 
 
 def test_two_methods_in_one_model_are_refused(tmp_path):

@@ -62,7 +62,9 @@ def prepared(kind: str = "scores") -> tuple[nn.Module, object]:
 def trainer_of(model, sparsifier, folder, squash=False, resume_from=None, **more):
     callback = SparsifierCallback(sparsifier, squash=squash, resume_from=resume_from)
     arguments_ = arguments(folder, **more)
-    return SparseTrainer(model, arguments_, train_dataset=DATA, callbacks=[callback])
+    return SparseTrainer(
+        model, arguments_, train_dataset=DATA, eval_dataset=DATA, callbacks=[callback]
+    )
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -96,6 +98,7 @@ def test_a_resumed_training_equals_a_straight_one(straight, tmp_path):
     assert_same(sparsifier, other)
 
 
+@pytest.mark.parametrize("straight", ["ramp"], indirect=True)
 def test_a_checkpoint_elsewhere(straight, tmp_path):
     kind, _, sparsifier, folder = straight
     checkpoint = folder / "checkpoint-3"
@@ -108,6 +111,7 @@ def test_a_checkpoint_elsewhere(straight, tmp_path):
         trainer_of(resumed, other, tmp_path / "x").train(resume_from_checkpoint=str(checkpoint))
 
 
+@pytest.mark.parametrize("straight", ["ramp"], indirect=True)
 def test_the_sparsifier_of_another_run_is_refused(straight, tmp_path):
     kind, _, _, folder = straight
     for wrong, rule in (("step", "is of step 4"), ("mask", "another mask for 'model.layers")):
@@ -211,6 +215,20 @@ def test_squashed_at_the_end_swapped_and_trained_on(tmp_path):
     assert all(torch.equal(state[key], tensor) for key, tensor in other.state_dict().items())
     loaded = type(model).from_pretrained(tmp_path / "tune" / "checkpoint-4")
     assert isinstance(loaded.model.layers[0].mlp.up_proj, BSRLinear)
+
+
+def test_the_best_model_is_squashed(tmp_path):
+    model, sparsifier = prepared()
+    options = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}
+    trainer = trainer_of(model, sparsifier, tmp_path, squash=True, **options)
+    trainer.train()
+    best, other = prepared()
+    from safetensors.torch import load_file
+
+    best.load_state_dict(load_file(f"{trainer.state.best_model_checkpoint}/model.safetensors"))
+    other.squash_mask()
+    state = model.state_dict()
+    assert all(torch.equal(state[key], tensor) for key, tensor in best.state_dict().items())
 
 
 def test_a_loaded_model_trains_under_a_trainer(tmp_path):

@@ -7,12 +7,13 @@ the stored blocks only: merging asks first what would be lost.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -227,7 +228,7 @@ def _named(lost: dict[str, float]) -> str:
 
 
 def _injecting(inject_adapter: Callable[..., None]) -> Callable[..., None]:
-    """`BaseTuner.inject_adapter` that knows block-sparse layers, and says what it does to scores of masks."""
+    """`BaseTuner.inject_adapter` that knows block-sparse layers."""
 
     @functools.wraps(inject_adapter)
     def inject(
@@ -237,23 +238,41 @@ def _injecting(inject_adapter: Callable[..., None]) -> Callable[..., None]:
         if isinstance(config, LoraConfig):
             _refuse_all_linear(config, model)
             config._register_custom_module({BSRLinear: BlockSparseLoraLinear})
-        trained = [
-            parameter
-            for module in model.modules()
-            if isinstance(module, BlockMask)
-            for parameter in module.parameters()
-            if parameter.requires_grad
-        ]
-        inject_adapter(self, model, adapter_name, *args, **kwargs)
-        if any(not parameter.requires_grad for parameter in trained):
-            warnings.warn(
-                f"peft trains and saves adapters alone: the scores of {len(trained)} block masks are frozen now, and "
-                "so are the masks. To train them too, set requires_grad_(True) on the parameters of the masks and "
-                "build the optimizer afterwards; peft does not save them. Or squash before adapters are added",
-                stacklevel=2,
-            )
+        with _saying_what_freezes(model):
+            inject_adapter(self, model, adapter_name, *args, **kwargs)
 
     return inject
+
+
+def _adding(add_adapter: Callable[..., None]) -> Callable[..., None]:
+    """`PeftModel.add_adapter`, which freezes what learns prompts."""
+
+    @functools.wraps(add_adapter)
+    def add(self: PeftModel, *args: Any, **kwargs: Any) -> None:
+        with _saying_what_freezes(self):
+            add_adapter(self, *args, **kwargs)
+
+    return add
+
+
+@contextlib.contextmanager
+def _saying_what_freezes(model: nn.Module) -> Iterator[None]:
+    """Warns if scores of masks were trained before the block and are not after it."""
+    trained = [
+        parameter
+        for module in model.modules()
+        if isinstance(module, BlockMask)
+        for parameter in module.parameters()
+        if parameter.requires_grad
+    ]
+    yield
+    if any(not parameter.requires_grad for parameter in trained):
+        warnings.warn(
+            f"peft trains and saves adapters alone: the scores of {len(trained)} block masks are frozen now, and so "
+            "are the masks. To train them too, set requires_grad_(True) on the parameters of the masks and build the "
+            "optimizer afterwards; peft does not save them. Or squash before adapters are added",
+            stacklevel=4,
+        )
 
 
 def _refuse_all_linear(config: LoraConfig, model: nn.Module) -> None:
@@ -298,6 +317,7 @@ def _merging(method: Callable[..., Any]) -> Callable[..., Any]:
     return merge
 
 
+PeftModel.add_adapter = _adding(PeftModel.add_adapter)
 BaseTuner.inject_adapter = _injecting(BaseTuner.inject_adapter)
 LoraModel.merge_and_unload = _merging(LoraModel.merge_and_unload)
 LoraModel.merge_adapter = _merging(LoraModel.merge_adapter)

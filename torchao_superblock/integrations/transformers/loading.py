@@ -66,16 +66,27 @@ class _BlocksRenaming(WeightRenaming):
 class BlockSparseHfQuantizer(HfQuantizer):
     """What transformers calls to load and save block-sparse models; users meet it as `model.hf_quantizer`.
 
+    Args:
+        quantization_config: of the folder, or of the call of `from_pretrained`.
+        state_dict: what to save; None for the model's own.
+        kwargs: of `HfQuantizer`.
+
     Attributes:
         report: after `from_pretrained` swapped a dense model, the :class:`SwapReport`; else None.
     """
 
     requires_calibration = False
 
-    def __init__(self, quantization_config: BlockSparseConfig, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        quantization_config: BlockSparseConfig,
+        *,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(quantization_config, **kwargs)
         self.report: SwapReport | None = None
-        self._state_dict: dict[str, Tensor] | None = None
+        self._state_dict = state_dict
         self._names: dict[str, str] = {}  # of each layer: in the files -> in this model
         self._renaming = _BlocksRenaming(set())
 
@@ -192,6 +203,8 @@ class BlockSparseHfQuantizer(HfQuantizer):
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors under their names in files."""
         state = dict(model.state_dict() if self._state_dict is None else self._state_dict)
+        if getattr(model, "_hf_peft_config_loaded", False):  # adapters alone are saved
+            return state, {}
         layers = describe(model)
         stored = {}
         for key, tensor in state.items():

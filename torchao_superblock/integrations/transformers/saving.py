@@ -56,6 +56,12 @@ def _saving(save_pretrained: Any) -> Any:
                 "load the model; call sparsifier.squash_mask(), or torchao_superblock.squash(model), first. (The "
                 f"folders {PREFIX_CHECKPOINT_DIR}-STEP of a Trainer, from which training goes on, are exempt.)"
             )
+        adapted = [fqn for fqn in layers if fqn.endswith(".base_layer")]
+        if adapted:
+            raise ValueError(
+                f"save_pretrained: an adapter sits on {adapted[0].removesuffix('.base_layer')!r}, and from_pretrained "
+                "could not load the model; save the adapter by itself (PeftModel.save_pretrained), or merge it first"
+            )
         quantizer = getattr(self, "hf_quantizer", None)
         ours = isinstance(quantizer, BlockSparseHfQuantizer)
         if not masked and not layers and not ours:
@@ -75,8 +81,7 @@ def _saving(save_pretrained: Any) -> Any:
             )
         if masked or layers:
             config = BlockSparseConfig(layers=layers, base=base_of(self), unsquashed=masked)
-            new = BlockSparseHfQuantizer(config)
-            new._state_dict = state_dict
+            new = BlockSparseHfQuantizer(config, state_dict=state_dict)
         with (
             _attribute(self, "hf_quantizer", new),
             _attribute(self.config, "quantization_config", config),
