@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from torchao_superblock.pruning import BlockSparsifier, squash
-from torchao_superblock.pruning.masks.base import named_masks
+from torchao_superblock.pruning.finding import named_masks
 
 try:
     import lightning.pytorch as pl

@@ -16,7 +16,8 @@ from torchao_superblock.common.sharding import (
 )
 from torchao_superblock.pruning.attach import detach
 from torchao_superblock.pruning.checkpoints import accept_dense_checkpoints
-from torchao_superblock.pruning.masks.base import BlockMask, named_masks
+from torchao_superblock.pruning.finding import named_masks
+from torchao_superblock.pruning.masks.base import BlockMask
 from torchao_superblock.pruning.reading import undo_read_once
 from torchao_superblock.pruning.replaced import refuse_adapters
 from torchao_superblock.pruning.written import refuse_lost_write

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from torchao_superblock.common.blocks import BlockSize, block_grid
 from torchao_superblock.common.calls import shown
-from torchao_superblock.pruning.masks.base import check_sparsity_level, kept_blocks
+from torchao_superblock.pruning.masks.base import kept_blocks
+from torchao_superblock.pruning.masks.settings import check_sparsity_level
 from torchao_superblock.pruning.one_shot.calibration import Calibration, Part, find_targets
 from torchao_superblock.pruning.one_shot.capture import Target
 from torchao_superblock.pruning.one_shot.moments import Moments

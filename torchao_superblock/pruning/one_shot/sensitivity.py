@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchao_superblock.common.blocks import BlockSize
 from torchao_superblock.common.calls import shown
-from torchao_superblock.pruning.masks.base import check_sparsity_level
+from torchao_superblock.pruning.masks.settings import check_sparsity_level
 from torchao_superblock.pruning.one_shot.calibration import Calibration, find_targets
 from torchao_superblock.pruning.one_shot.prune import (
     Layers,
