@@ -270,6 +270,42 @@ def test_a_dense_model_is_swapped_while_loading(name, tmp_path):
     assert torch.equal(logits(name, again), logits(name, model))
 
 
+def test_dense_weights_are_gone_before_others_are_read(tmp_path):
+    """One weight after the other, while all that follows is still on the meta device."""
+    model = build("bert")
+    train_and_squash("bert", model)
+    quantizer = BlockSparseHfQuantizer(BlockSparseConfig(min_sparsity=0.5), pre_quantized=False)
+    with torch.device("meta"):
+        empty = build("bert")
+    fqn = "bert.encoder.layer.0.intermediate.dense"
+    missing = set(model.state_dict())
+    weight = model.get_submodule(fqn).weight.detach()
+    assert quantizer.param_needs_quantization(empty, f"{fqn}.weight")
+    swap = quantizer.get_quantize_ops()
+    assert swap.convert({f"{fqn}.weight": [weight]}, model=empty, missing_keys=missing) == {}
+    layer = empty.get_submodule(fqn)
+    assert isinstance(layer, BSRLinear) and torch.equal(layer.to_dense(), weight)
+    assert layer.bias.is_meta and f"{fqn}.weight" not in missing
+    for name in (
+        f"{fqn}.bias",
+        "cls.predictions.decoder.weight",
+    ):  # no weight, and one that is tied
+        assert not quantizer.param_needs_quantization(empty, name)
+
+
+def test_weights_of_other_shapes_are_named(tmp_path):
+    model = build("llama")
+    train_and_squash("llama", model)
+    model.save_pretrained(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    config.intermediate_size = 256
+    for options in ({}, {"ignore_mismatched_sizes": True}):
+        with pytest.raises(RuntimeError):
+            type(model).from_pretrained(
+                tmp_path, config=config, quantization_config=BlockSparseConfig(8, 0.5), **options
+            )
+
+
 def test_nothing_to_swap_is_said(tmp_path, caplog):
     build("llama").save_pretrained(tmp_path)
     transformers.utils.logging.enable_propagation()
@@ -356,6 +392,7 @@ def test_layers_that_transformers_stores_in_one_tensor(tmp_path):
     for fqn, linear in model.named_modules():
         if isinstance(linear, nn.Linear):
             prune(linear, 8, 0.3 if "up" in fqn else 0.6)
+    model.save_pretrained(tmp_path / "dense")
     assert len(swap_to_bsr(model, 8, min_sparsity=0.2).swapped) == 7
     with pytest.raises(
         ValueError, match="in its original format, weights of this model lie in one"
@@ -363,11 +400,16 @@ def test_layers_that_transformers_stores_in_one_tensor(tmp_path):
         model.save_pretrained(tmp_path / "model", save_original_format=True)
     assert not (tmp_path / "model").exists()
     model.save_pretrained(tmp_path / "model")
-    loaded, info = type(model).from_pretrained(tmp_path / "model", output_loading_info=True)
-    assert not any(info.values())
-    pixels = torch.randn(1, 3, 16, 16)
-    with torch.no_grad():
-        assert torch.equal(model(pixels).last_hidden_state, loaded(pixels).last_hidden_state)
+    pixels, config = torch.randn(1, 3, 16, 16), BlockSparseConfig(8, 0.2)
+    for folder, options in (("model", {}), ("dense", {"quantization_config": config})):
+        loaded, info = type(model).from_pretrained(
+            tmp_path / folder, output_loading_info=True, **options
+        )
+        assert not any(info.values())
+        with torch.no_grad():
+            said, expected = loaded(pixels).last_hidden_state, model(pixels).last_hidden_state
+        assert torch.equal(said, expected)
+    assert len(loaded.hf_quantizer.report.swapped) == 7
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -510,10 +552,10 @@ def test_two_methods_in_one_model_are_refused(tmp_path):
         model.save_pretrained(tmp_path / "model")
 
 
-def test_a_dense_model_is_not_swapped_over_several_devices(tmp_path):
+def test_a_dense_model_is_not_swapped_on_the_disk(tmp_path):
     build("llama").save_pretrained(tmp_path)
     places = {"model": "disk", "lm_head": "cpu"}
-    with pytest.raises(ValueError, match="spread over cpu, disk cannot be swapped while loading"):
+    with pytest.raises(ValueError, match="on the disk cannot be swapped while loading"):
         transformers.LlamaForCausalLM.from_pretrained(
             tmp_path, quantization_config=BlockSparseConfig(), device_map=places
         )

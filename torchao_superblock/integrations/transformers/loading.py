@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,27 +10,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantizer
-from transformers.utils import logging
 
-from torchao_superblock.bsr import BSRLinear, SwapReport, swap_to_bsr, swap_to_dense
+from torchao_superblock.bsr import BSRLinear, SwapReport, swap_to_dense
 from torchao_superblock.integrations.transformers.config import (
     METHOD,
     BlockSparseConfig,
     base_of,
     describe,
 )
-
-logger = logging.get_logger(__name__)
-
-
-class _Loading(BSRLinear):
-    """A layer that is being filled; transformers asks the weights of its modules whether they still need a start."""
-
-    @property
-    def weight(self) -> Tensor:
-        weight = super().weight
-        weight._is_hf_initialized = True
-        return weight
+from torchao_superblock.integrations.transformers.layer import empty_layer, finish, present
+from torchao_superblock.integrations.transformers.swapping import Swapping
 
 
 class _BlocksRenaming(WeightRenaming):
@@ -89,6 +77,7 @@ class BlockSparseHfQuantizer(HfQuantizer):
         self._state_dict = state_dict
         self._names: dict[str, str] = {}  # of each layer: in the files -> in this model
         self._renaming = _BlocksRenaming(set())
+        self._swapping = Swapping(quantization_config)
 
     def is_serializable(self) -> bool:
         return True
@@ -110,7 +99,7 @@ class BlockSparseHfQuantizer(HfQuantizer):
 
         Raises:
             RuntimeError: the folder is a checkpoint of a model that is not squashed yet.
-            ValueError: there are no layers to load, or a dense model is to be swapped and spread over devices.
+            ValueError: there are no layers to load, or a part of a dense model is to be swapped and left on the disk.
         """
         config = self.quantization_config
         if config.unsquashed:
@@ -130,53 +119,53 @@ class BlockSparseHfQuantizer(HfQuantizer):
                 "from_pretrained: layers is for save_pretrained to write, and this folder holds a dense model; leave "
                 "it out of BlockSparseConfig"
             )
-        places = set(device_map.values()) if isinstance(device_map, dict) else set()
-        if not self.pre_quantized and (len(places) > 1 or "disk" in map(str, places)):
+        places = device_map.values() if isinstance(device_map, dict) else ()
+        if not self.pre_quantized and "disk" in map(str, places):
             raise ValueError(
-                f"from_pretrained: a dense model that is spread over {', '.join(sorted(map(str, places)))} cannot be "
-                "swapped while loading. Load and swap it on one device, save it, and load that with device_map"
+                "from_pretrained: parts of a dense model that are kept on the disk cannot be swapped while loading. "
+                "Load and swap it without, save it, and load that with device_map"
             )
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         """Puts empty block-sparse layers in place, as `config.json` describes them."""
-        if not self.pre_quantized:
-            return
         folder = model.config.name_or_path
         if getattr(model.config, "distributed_config", None) is not None:
             raise ValueError(
-                f"from_pretrained: {folder!r} is block-sparse, and its blocks cannot be split over devices while "
-                "loading; load it without tp_plan or distributed_config"
+                f"from_pretrained: blocks, as of {folder!r}, cannot be split over devices while loading; load it "
+                "without tp_plan or distributed_config"
             )
+        if not self.pre_quantized:
+            return
         layers = self.quantization_config.layers
         self._names = _names_in(model, self.quantization_config)
         for saved, own in self._names.items():
             _check_fits(model.get_submodule(own), layers[saved], model, own, folder)
         _check_files(checkpoint_files or (), layers, folder)
         for saved, own in self._names.items():
-            model.set_submodule(own, _empty(model.get_submodule(own), layers[saved]))
+            model.set_submodule(own, empty_layer(model.get_submodule(own), layers[saved]))
         self._renaming = _BlocksRenaming({*self._names, *self._names.values()})
+
+    def param_needs_quantization(
+        self, model: PreTrainedModel, param_name: str, **kwargs: Any
+    ) -> bool:
+        return not self.pre_quantized and self._swapping.wants(model, param_name)
+
+    def get_quantize_ops(self) -> Swapping:
+        return self._swapping
 
     def get_weight_conversions(self) -> list[WeightRenaming]:
         return [self._renaming] if self.pre_quantized else []
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Checks what was loaded and builds the plans; or swaps what is still dense."""
+        """Checks what was loaded, and builds the plans."""
         config = self.quantization_config
         if self.pre_quantized:
             for saved, own in self._names.items():
                 self._finish(model.get_submodule(own), saved, own, model.config.name_or_path)
         else:
-            self.report = swap_to_bsr(
-                model,
-                config.blocksize,
-                min_sparsity=config.min_sparsity,
-                filter_fn=lambda module, fqn: (
-                    isinstance(module, nn.Linear) and not config.keeps_dense(fqn)
-                ),
-            )
-            _log(self.report)
+            self.report = self._swapping.finish(model)
         config.layers, config.base = describe(model), base_of(model)
         # A layer of blocks can be cast and trained as any other can, which transformers refuses for "quantized" ones.
         model.is_quantized = False
@@ -188,15 +177,13 @@ class BlockSparseHfQuantizer(HfQuantizer):
         if missing:
             lost = ", ".join(f"{saved}.{name}" for name in missing)
             raise ValueError(f"from_pretrained: {folder!r} is damaged: it lacks {lost}")
-        with _present(layer):
-            try:  # its own checks of what it holds, and its plan
-                layer.load_state_dict(layer.state_dict(keep_vars=True), assign=True)
-            except RuntimeError as error:
-                reason = str(error).partition("\n\t")[2]
-                raise ValueError(
-                    f"from_pretrained: {folder!r} is damaged: {own!r}: {reason or error}"
-                ) from error
-        layer.__class__ = BSRLinear
+        try:
+            finish(layer)
+        except RuntimeError as error:
+            reason = str(error).partition("\n\t")[2]
+            raise ValueError(
+                f"from_pretrained: {folder!r} is damaged: {own!r}: {reason or error}"
+            ) from error
 
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
@@ -212,7 +199,7 @@ class BlockSparseHfQuantizer(HfQuantizer):
             if fqn in layers:
                 layer = model.get_submodule(fqn)
                 if tensor.is_meta:  # offloaded
-                    with _present(layer):
+                    with present(layer):
                         tensor = getattr(layer, name).detach().to("cpu", copy=True)
                 if name == "values":
                     key = f"{fqn}.weight"
@@ -288,42 +275,3 @@ def _check_files(files: Iterable[str], layers: dict[str, dict[str, Any]], folder
                     f"from_pretrained: {folder!r} is damaged: {fqn}.{name} has shape {held}, and config.json says "
                     f"{shape}"
                 )
-
-
-def _empty(linear: nn.Linear, layer: dict[str, Any]) -> _Loading:
-    """A block-sparse layer without content on the meta device, like a linear one that is there."""
-    (N, K), (r, c), nnz = layer["shape"], layer["blocksize"], layer["stored_blocks"]
-    dtype = linear.weight.dtype
-    with torch.device("cpu"):  # from_pretrained has made meta the default one
-        bias = torch.zeros(N, dtype=dtype) if layer["bias"] else None
-        index, col = torch.zeros(N // r + 1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
-        empty = _Loading(K, N, (r, c), index, col, torch.zeros(0, r, c, dtype=dtype), bias)
-    empty = empty.to("meta")
-    empty.values = nn.Parameter(torch.empty(nnz, r, c, dtype=dtype, device="meta"))
-    empty.col_indices = torch.empty(nnz, dtype=torch.int32, device="meta")
-    return empty.train(linear.training)
-
-
-@contextlib.contextmanager
-def _present(layer: nn.Module) -> Iterator[None]:
-    """With the tensors of a layer there, although accelerate keeps them elsewhere between calls."""
-    if not hasattr(layer, "_hf_hook"):
-        yield
-        return
-    from accelerate.utils import align_module_device
-
-    with align_module_device(layer):
-        yield
-
-
-def _log(report: SwapReport) -> None:
-    """Says what stays dense although it has blocks of zeros, or that there were none."""
-    lines = [f"{entry.fqn}: {entry.reason}" for entry in report.skipped if entry.sparsity]
-    if not report.swapped:
-        lines = lines or ["no weight has a block of zeros"]
-        logger.warning(f"from_pretrained: BlockSparseConfig swapped no layer: {'; '.join(lines)}")
-    elif lines:
-        logger.warning(
-            f"from_pretrained: {len(report.swapped)} layers are block-sparse now. These have blocks of zeros and stay "
-            f"dense: {'; '.join(lines)}"
-        )
