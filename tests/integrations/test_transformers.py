@@ -52,6 +52,10 @@ try:
     transformers.LlamaForCausalLM.from_pretrained(folder / "llama")
 except RuntimeError as error:
     (folder / "refusal.txt").write_text(str(error))
+try:
+    transformers.LlamaForCausalLM.from_pretrained(folder / "checkpoint-3")
+except ValueError as error:
+    (folder / "unsquashed.txt").write_text(str(error))
 SupermaskSparsifier(0.5, 8).prepare(build("vit"), targets("vit"))
 assert "torchao_superblock.integrations.transformers" in sys.modules
 for name in MODELS:
@@ -95,6 +99,9 @@ def swapped(tmp_path_factory):
         assert report.swapped
         model.save_pretrained(folder / name, max_shard_size="40KB")
         models[name] = (model, said, report)
+    prepared = build("llama")
+    SupermaskSparsifier(0.5, 8).prepare(prepared, targets("llama"))
+    prepared.save_pretrained(folder / "checkpoint-3")
     return folder, models
 
 
@@ -156,6 +163,7 @@ def test_a_process_without_us_refuses_to_load(elsewhere):
     assert "ignore_mismatched_sizes" in (folder / "refusal.txt").read_text()
     assert "Unknown quantization type, got torchao_superblock" in said
     assert "mlp.up_proj.weight" in said and "MISMATCH" in said
+    assert "block masks are not squashed yet" in (folder / "unsquashed.txt").read_text()
 
 
 PLACES = {

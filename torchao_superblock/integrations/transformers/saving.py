@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -86,9 +87,29 @@ def _saving(save_pretrained: Any) -> Any:
             _attribute(self, "hf_quantizer", new),
             _attribute(self.config, "quantization_config", config),
         ):
-            return run(state_dict, *args, **kwargs)
+            result = run(state_dict, *args, **kwargs)
+        if masked and is_main_process:
+            _hide_weights(save_directory)
+        return result
 
     return save
+
+
+def _hide_weights(folder: str | os.PathLike[str]) -> None:
+    """Lets `config.json` name weights that are not there, for processes that know nothing of `quantization_config`.
+
+    The masked weights have other names than dense ones: they would be missing, and random numbers in their place. A
+    `Trainer` that goes on from the folder finds its weights by itself.
+    """
+    path = os.path.join(folder, "config.json")
+    with open(path, encoding="utf-8") as file:
+        config = json.load(file)
+    config["transformers_weights"] = (
+        "none, since block masks are not squashed yet; import torchao_superblock.integrations.transformers"
+    )
+    with open(f"{path}.part", "w", encoding="utf-8") as file:
+        json.dump(config, file, indent=2, sort_keys=True)
+    os.replace(f"{path}.part", path)
 
 
 def _are_fused(model: PreTrainedModel, layers: Iterable[str]) -> bool:
