@@ -231,6 +231,14 @@ def test_on_a_prepared_model_the_scores_are_said_to_be_frozen():
     assert not torch.equal(scores, before)
 
 
+def test_masked_weights_take_no_adapters():
+    model = Block()
+    SupermaskSparsifier(0.5, 8).prepare(model, [{"tensor_fqn": "up.weight"}])
+    with pytest.raises(RuntimeError, match="'up' is a target and has a block mask.*squash first"):
+        get_peft_model(model, config("up", "down"))
+    assert type(model.down) is nn.Linear and all(p.requires_grad for p in model.parameters())
+
+
 def test_prompts_freeze_scores_too():
     pytest.importorskip("transformers", reason="needs the `transformers` extra")
     from tests.integrations.transformer_models import build, targets

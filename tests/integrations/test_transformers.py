@@ -534,6 +534,18 @@ def test_what_a_folder_cannot_say_is_not_saved(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+def test_weights_that_are_no_plain_tensors_are_not_saved(tmp_path):
+    class Quantized(torch.Tensor):
+        pass
+
+    model = sparse()
+    weight = model.lm_head.weight.detach().as_subclass(Quantized)
+    model.lm_head.weight = nn.Parameter(weight)
+    with pytest.raises(TypeError, match="'lm_head.weight' is a Quantized.*use torch.save"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 def test_a_model_under_an_adapter_is_not_saved(tmp_path):
     model = sparse()
     up = model.model.layers[0].mlp.up_proj

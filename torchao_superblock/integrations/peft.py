@@ -45,7 +45,12 @@ if (
 
 from peft import LoraConfig, LoraModel, PeftModel  # noqa: E402
 from peft.tuners import lora  # noqa: E402
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge  # noqa: E402
+from peft.tuners.tuners_utils import (  # noqa: E402
+    BaseTuner,
+    BaseTunerLayer,
+    check_adapters_to_merge,
+    check_target_module_exists,
+)
 
 __all__ = ["BlockSparseLoraLinear", "load_adapter", "lost_by_merging"]
 
@@ -237,6 +242,7 @@ def _injecting(inject_adapter: Callable[..., None]) -> Callable[..., None]:
         config = self.peft_config[adapter_name]
         if isinstance(config, LoraConfig):
             _refuse_all_linear(config, model)
+            _refuse_masked(config, model)
             config._register_custom_module({BSRLinear: BlockSparseLoraLinear})
         with _saying_what_freezes(model):
             inject_adapter(self, model, adapter_name, *args, **kwargs)
@@ -290,6 +296,19 @@ def _refuse_all_linear(config: LoraConfig, model: nn.Module) -> None:
             "LoraConfig: target_modules='all-linear' finds no block-sparse layers; name them: target_modules="
             f"{sorted(linear)} and what else is wanted"
         )
+
+
+def _refuse_masked(config: LoraConfig, model: nn.Module) -> None:
+    """An adapter on a masked weight: no step of the sparsifier and no squash would go on."""
+    for fqn, module in model.named_modules():
+        masks = getattr(module, "parametrizations", nn.Module())
+        is_masked = any(isinstance(mask, BlockMask) for mask in masks.modules())
+        if is_masked and check_target_module_exists(config, fqn):
+            raise RuntimeError(
+                f"LoraConfig: {fqn!r} is a target and has a block mask. Merged into a weight that a mask computes at "
+                "each read, the adapter would be lost; squash first (torchao_superblock.squash(model)), or leave it "
+                "out of target_modules"
+            )
 
 
 def _merging(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -74,6 +74,17 @@ def _saving(save_pretrained: Any) -> Any:
                 f"({(masked or list(layers))[0]!r}), and config.json can say one of the two; use torch.save("
                 "model.state_dict(), path)"
             )
+        kinds = {
+            fqn: type(parameter.data).__name__
+            for fqn, parameter in self.named_parameters()
+            if type(parameter.data) is not Tensor
+        }
+        if layers and kinds and state_dict is None:
+            fqn, kind = next(iter(kinds.items()))
+            raise TypeError(
+                f"save_pretrained: {fqn!r} is a {kind}, and beside blocks safetensors can hold plain tensors only; use "
+                "torch.save(model.state_dict(), path)"
+            )
         config = new = None
         if _are_fused(self, layers) and kwargs.setdefault("save_original_format", False):
             raise ValueError(
