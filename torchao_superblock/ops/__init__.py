@@ -10,13 +10,13 @@ from torchao_superblock.ops.bsr_linear import bsr_linear
 from torchao_superblock.ops.plan import Plan, build_plan, split_plan
 
 if TYPE_CHECKING:
-    from torchao_superblock.ops.tuning import TuneReport
+    from torchao_superblock.ops.cuda.tune import TuneReport
 
 __all__ = ["ACTIVATIONS", "Plan", "backends", "bsr_linear", "build_plan", "split_plan", "tune"]
 
 
 def tune(model: nn.Module, example_input: Any) -> "TuneReport":
-    """Find faster tile sizes for a swapped model on this GPU; see :func:`torchao_superblock.ops.tuning.tune`.
+    """Find faster tile sizes for a swapped model on this GPU; see :func:`torchao_superblock.ops.cuda.tune.tune`.
 
     Args:
         model: a model with :class:`BSRLinear` layers on a CUDA device.
@@ -30,7 +30,7 @@ def tune(model: nn.Module, example_input: Any) -> "TuneReport":
         ValueError: the model computes no block-sparse product on a CUDA device.
     """
     try:
-        from torchao_superblock.ops import tuning
+        from torchao_superblock.ops.cuda import tune as tuning
     except ImportError as error:
         raise RuntimeError(
             f"tune: it searches tile sizes of the Triton kernels, which cannot be used here ({error}); install Triton"

@@ -56,6 +56,6 @@ def register_decomposition(
         from torchao_superblock.ops import cuda
 
         with mode:
-            return forward(cuda.traceable, *args, **kwargs)
+            return forward(cuda.aot_twin, *args, **kwargs)
 
     torch.library.register_torch_dispatch(name, FunctionalTensorMode, decompose, lib=library)

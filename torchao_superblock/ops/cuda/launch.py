@@ -5,49 +5,38 @@ compiled kernel up by it. Where the caller knows that all of that is as at the f
 the driver.
 """
 
-import ctypes
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from torchao_superblock.ops.cuda.device import INTERPRET
+
 # Versions whose CompiledKernel.run takes what Kernel.__call__ gives it; others go through the public, slower way.
 DIRECT_LAUNCH = tuple(map(int, triton.__version__.split(".")[:2])) in ((3, 6), (3, 7), (3, 8))
-
-
-def _driver_version() -> int:
-    """12030 for CUDA 12.3; 0 if the driver cannot be asked."""
-    version = ctypes.c_int(0)
-    try:
-        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    except (OSError, AttributeError):
-        return 0
-    return version.value
-
-
 # The compiler's option for programmatic dependent launch: a kernel's programs start once those of the kernel before it
 # have left or said so, and wait in the kernel until all that it wrote can be seen. It saves most of the time a launch
 # takes, 0.2 to 0.6 us.
 OVERLAP = {"launch_pdl": True}
+_address = Tensor.data_ptr
+# Of a shape, strides and a dtype makes a tensor.
+Empty = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
 
 
-def can_overlap(index: int) -> bool:
-    """Whether kernels on a CUDA device can be launched with :data:`OVERLAP`.
-
-    Hopper is where that was measured; in CUDA graphs, drivers can do it from CUDA 12.3 on.
-
-    Args:
-        index: of the CUDA device.
-    """
-    return torch.cuda.get_device_capability(index)[0] == 9 and _driver_version() >= 12030
+def _empty_through_dispatcher(
+    device: str, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
-def watched() -> bool:
-    """Whether somebody, a profiler for instance, wants to see launches."""
-    hook = triton.knobs.runtime.launch_enter_hook
-    return hook is not None and bool(getattr(hook, "calls", True))
+def _empty_at_once() -> Empty:
+    """As torch.compile's code allocates: on the current device, past the dispatcher; where this torch can."""
+    device = "cpu" if INTERPRET else "cuda"
+    found = getattr(torch._C._dynamo.guards, f"_empty_strided_{device}", None)
+    return found or partial(_empty_through_dispatcher, device)
 
 
 class Kernel:
@@ -62,19 +51,23 @@ class Kernel:
         options: the compiler's options.
     """
 
+    # What its callers allocate outputs with, and whether they may ask for OVERLAP.
+    empty: Empty = staticmethod(_empty_at_once())
+    overlaps = True
+
     def __init__(self, function: Any, constants: dict[str, Any], **options: Any) -> None:
-        self.function = function
-        names = [name for name in function.arg_names if name in constants]
+        names = tuple(filter(constants.__contains__, function.arg_names))
         assert len(names) == len(constants), (names, constants)
+        self.function = function
         self.constants_by_name = constants
-        self.constants = tuple(constants[name] for name in names)
+        self.constants = tuple(map(constants.__getitem__, names))
         self.options = options
         self.compiled: Any = None
 
     def __call__(
         self,
         grid: tuple[int, int, int],
-        index: int,
+        device_index: int,
         tensors: tuple[Tensor, ...],
         *numbers: int,
         descriptors: tuple[Any, ...] = (),
@@ -83,7 +76,7 @@ class Kernel:
 
         Args:
             grid: number of programs along x, y and z.
-            index: of the CUDA device.
+            device_index: of the CUDA device.
             tensors: the kernel's tensors.
             *numbers: its numbers.
             descriptors: its TMA descriptors.
@@ -95,47 +88,44 @@ class Kernel:
                 *descriptors, *tensors, *numbers, *self.constants, **self.options
             )
             return
-        if not DIRECT_LAUNCH or watched():
+        # Somebody, a profiler for instance, may want to see launches.
+        hook = triton.knobs.runtime.launch_enter_hook
+        if not DIRECT_LAUNCH or (hook is not None and getattr(hook, "calls", True)):
             compiled[grid](*descriptors, *tensors, *numbers, *self.constants)
             return
         # Addresses instead of tensors: for a tensor, Triton asks the driver whether its address is a GPU's.
         compiled.run(
             *grid,
-            torch._C._cuda_getCurrentRawStream(index),
+            torch._C._cuda_getCurrentRawStream(device_index),
             compiled.function,
             compiled.packed_metadata,
             None,
             None,
             None,
             *descriptors,
-            *[tensor.data_ptr() for tensor in tensors],
+            *map(_address, tensors),
             *numbers,
             *self.constants,
         )
 
-    def bind(
-        self, grid: tuple[int, int, int], index: int, *numbers: int
-    ) -> Callable[..., None] | None:
-        """A launch with everything but the addresses filled in.
 
-        Args:
-            grid: number of programs along x, y and z.
-            index: of the CUDA device.
-            *numbers: the kernel's numbers, as at its first launch.
+class TracedKernel(Kernel):
+    """A kernel whose launch is recorded in the graph that is being traced, for compilers to take over."""
 
-        Returns:
-            A function of the tensors' addresses; None before the first launch, or where Triton has no direct way.
-        """
-        compiled = self.compiled
-        if compiled is None or not DIRECT_LAUNCH:
-            return None
-        run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-        current_stream = torch._C._cuda_getCurrentRawStream
-        X, Y, Z = grid
-        rest = (*numbers, *self.constants)
+    empty: Empty = staticmethod(partial(_empty_through_dispatcher, "cuda"))
+    overlaps = False
 
-        def launch(*addresses: int) -> None:
-            stream = current_stream(index)
-            run(X, Y, Z, stream, function, metadata, None, None, None, *addresses, *rest)
-
-        return launch
+    def __call__(
+        self,
+        grid: tuple[int, int, int],
+        device_index: int,
+        tensors: tuple[Tensor, ...],
+        *numbers: int,
+        descriptors: tuple[Any, ...] = (),
+    ) -> None:
+        """See :class:`Kernel`."""
+        names = [name for name in self.function.arg_names if name not in self.constants_by_name]
+        arguments = dict(zip(names, (*tensors, *numbers), strict=True))
+        torch.library.wrap_triton(self.function)[grid](
+            **arguments, **self.constants_by_name, **self.options
+        )
