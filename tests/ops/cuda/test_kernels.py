@@ -37,7 +37,7 @@ class Recorded(Kernel):
     launches: list[tuple["Recorded", tuple, tuple]]
 
     def __call__(self, grid, device_index, tensors, *numbers, descriptors=()) -> None:
-        self.launches.append((self, tensors, numbers))
+        self.launches.append((self, tensors, (*numbers, *self.numbers)))
 
 
 @pytest.fixture
@@ -58,6 +58,9 @@ def launch(
     values = torch.zeros(nnz, asked.r, asked.c, dtype=dtype)
     y, x = (torch.zeros(M, n, dtype=dtype) for n in (asked.R * asked.r, asked.C * asked.c))
     parts = split_plan(plan, R, C, nnz)
+    if asked.kind != "forward":
+        out = torch.zeros(M, R * asked.r, dtype=dtype)
+        gradient.prepare_check(asked, choice, kernel_type)(out, crow, col, parts)
     if asked.kind == "grad_values":
         gradient.prepare(asked, choice, kernel_type)(y, x, crow, col, parts)
         return
@@ -123,7 +126,7 @@ def test_triton_understands_every_kernel_without_a_gpu(
         source = ASTSource(kernel.function, types, kernel.constants_by_name)
         source.make_ir(target, options, generators, modules, context)
     expected = {"bsr_matmul_kernel", "sum_splits_kernel", "grad_values_kernel"}
-    expected.add("pack_blocks_kernel")
+    expected |= {"pack_blocks_kernel", "check_plan_kernel"}
     if dtype.itemsize == 2:
         expected.add("grad_values_lines_kernel")
     assert {name for name, *_ in seen} == expected

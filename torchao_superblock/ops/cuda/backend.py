@@ -75,16 +75,7 @@ def forward_problem(
     activation: str,
     plan: Tensor | None,
 ) -> Problem:
-    """What :func:`forward` is asked for, by the arguments that matter.
-
-    Args:
-        x: `(M, K)`, as :func:`forward` has it, and all others.
-        crow: crow.
-        values: values.
-        bias: bias.
-        activation: activation.
-        plan: plan.
-    """
+    """What :func:`forward` is asked for, by the arguments that matter."""
     nnz, r, c = values.shape
     grid = (crow.shape[0] - 1, x.shape[1] // c, r, c, nnz)
     entries = 0 if plan is None else plan.shape[0]
@@ -92,14 +83,7 @@ def forward_problem(
 
 
 def grad_x_problem(grad: Tensor, crow: Tensor, values: Tensor, n_block_cols: int) -> Problem:
-    """What :func:`grad_x` is asked for: the roles of rows and columns change places.
-
-    Args:
-        grad: `(M, R * r)`, as :func:`grad_x` has it, and all others.
-        crow: crow.
-        values: values.
-        n_block_cols: n_block_cols.
-    """
+    """What :func:`grad_x` is asked for: the roles of rows and columns change places."""
     nnz, r, c = values.shape
     return _problem("grad_x", grad, values, (n_block_cols, crow.shape[0] - 1, c, r, nnz))
 
@@ -107,16 +91,7 @@ def grad_x_problem(grad: Tensor, crow: Tensor, values: Tensor, n_block_cols: int
 def grad_values_problem(
     grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, block_rows: int, block_cols: int
 ) -> Problem:
-    """What :func:`grad_values` is asked for.
-
-    Args:
-        grad: `(M, R * r)`, as :func:`grad_values` has it, and all others.
-        x: x.
-        crow: crow.
-        col: col.
-        block_rows: block_rows.
-        block_cols: block_cols.
-    """
+    """What :func:`grad_values` is asked for."""
     grid = (crow.shape[0] - 1, x.shape[1] // block_cols, block_rows, block_cols, col.shape[0])
     return _problem("grad_values", grad, x, grid)
 
@@ -239,26 +214,31 @@ def forward(
     return run(problem, choice, x, crow, col, values, bias, plan, shape)
 
 
-def call(general: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def call(
+    general: Callable[..., Tensor],
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    values: Tensor,
+    bias: Tensor | None = None,
+    out_features: int | None = None,
+    activation: str = "none",
+    plan: Tensor | None = None,
+) -> Tensor:
     """The op on CUDA tensors. A call like an earlier one skips what that one checked and decided.
 
     Checking arguments, choosing a kernel and preparing its launch take the host several times as long as a kernel at
     small M takes the GPU.
 
     Args:
-        general: the op's general implementation over this backend, with the arguments that follow.
-        *arguments: the op's, of which the last may be left to their defaults.
-
-    Returns:
-        The op's output.
+        general: the op's general implementation over this backend, with the arguments that follow, which are the op's.
     """
-    # bias, out_features, activation and plan
-    arguments = (*arguments, *(None, None, "none", None)[len(arguments) - 4 :])
+    arguments = (x, crow, col, values, bias, out_features, activation, plan)
     y = direct.again(*arguments)
     if y is None:
         y = general(*arguments)
         # Shapes that may never come back are not worth an entry.
-        if _observer is None and direct.seen(arguments[0], arguments[3]):
+        if _observer is None and direct.seen(x, values):
             repeat = _repeat(*arguments)
             if repeat is not None:
                 direct.remember(repeat, None, *arguments)

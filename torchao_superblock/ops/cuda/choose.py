@@ -107,11 +107,7 @@ def choose(problem: Problem) -> Choice:
 
 
 def by_rule(problem: Problem) -> Choice:
-    """What the shipped rules say.
-
-    Args:
-        problem: of any kind.
-    """
+    """What the shipped rules say."""
     if problem.kind == "grad_values":
         return _grad_values(problem)
     if problem.device.gluon and not _plain_is_faster(problem) and gluon_serves(problem):
@@ -167,11 +163,7 @@ def smaller(choice: Choice) -> Choice:
 
 
 def tuning_key(problem: Problem) -> dict[str, Any]:
-    """What a tuned choice is good for: a kind of problem, without what differs from call to call.
-
-    Args:
-        problem: of any kind.
-    """
+    """What a tuned choice is good for: a kind of problem, without what differs from call to call."""
     return {
         "kind": problem.kind,
         "M": problem.bucketed().M,
@@ -212,11 +204,7 @@ def tuned(problem: Problem) -> Choice | None:
 
 
 def to_json(choice: Choice) -> dict[str, Any]:
-    """A tuned choice as it is kept.
-
-    Args:
-        choice: of a product.
-    """
+    """A tuned choice as it is kept."""
     return {"kernel": choice.kernel, "tile": choice.tile._asdict()}
 
 
@@ -253,11 +241,7 @@ def from_json(entry: Any, problem: Problem) -> Choice:
 
 
 def candidates(problem: Problem) -> list[Choice]:
-    """Choices worth timing for a forward product: the plain kernel's rule first, the Gluon kernel's last.
-
-    Args:
-        problem: a forward product.
-    """
+    """Choices worth timing for a forward product: the plain kernel's rule first, the Gluon kernel's last."""
     choices = [plain(problem, tile) for tile in _matmul_candidates(problem.bucketed())]
     if problem.device.gluon and gluon_serves(problem):
         choices += [Choice("hopper", tile) for tile in hopper_candidates(problem)]
@@ -445,11 +429,7 @@ _GLUON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def gluon_serves(problem: Problem) -> bool:
-    """Whether the Gluon kernel can serve a problem on its device and is worth its launch.
-
-    Args:
-        problem: of any kind.
-    """
+    """Whether the Gluon kernel can serve a problem on its device and is worth its launch."""
     R, C, r, c, M, itemsize = (*problem[2:6], problem.M, problem.dtype.itemsize)
     K = C * c
     least = _LEAST_MICROSECONDS / 2 if r == c == 16 else _LEAST_MICROSECONDS

@@ -22,11 +22,7 @@ devices: dict[int, Device] = {}
 
 
 def device_at(index: int) -> Device:
-    """A CUDA device; -1 is Triton's interpreter.
-
-    Args:
-        index: of the device.
-    """
+    """A CUDA device; -1 is Triton's interpreter."""
     if index in devices:
         return devices[index]
     if INTERPRET:
@@ -66,10 +62,6 @@ def can_overlap(major: int, driver_version: int) -> bool:
     """Whether kernels can be launched with :data:`torchao_superblock.ops.cuda.launch.OVERLAP`.
 
     Hopper is where that was measured; in CUDA graphs, drivers can do it from CUDA 12.3 on.
-
-    Args:
-        major: of the compute capability.
-        driver_version: 12030 for CUDA 12.3.
     """
     return major == 9 and driver_version >= 12030
 

@@ -21,11 +21,7 @@ _entries: dict[str, dict[str, Any]] = {}
 
 
 def cache_file(device: Device) -> Path:
-    """Where finds for a device are kept, in the user's cache directory.
-
-    Args:
-        device: one of the card's.
-    """
+    """Where finds for a device are kept, in the user's cache directory."""
     if os.environ.get("XDG_CACHE_HOME"):
         base = Path(os.environ["XDG_CACHE_HOME"])
     elif os.name == "nt" and os.environ.get("LOCALAPPDATA"):
@@ -37,11 +33,7 @@ def cache_file(device: Device) -> Path:
 
 
 def entries(device: Device) -> dict[str, Any]:
-    """All entries of a card. A file that cannot be used is ignored, with a warning.
-
-    Args:
-        device: one of the card's.
-    """
+    """All entries of a card. A file that cannot be used is ignored, with a warning."""
     known = _entries.get(device.name)
     if known is None:
         known, path = {}, "the user's cache directory"
@@ -60,12 +52,7 @@ def entries(device: Device) -> dict[str, Any]:
 
 
 def lookup(device: Device, key: dict[str, Any]) -> Any:
-    """The entry for a key, or None.
-
-    Args:
-        device: where.
-        key: what the entry must be good for.
-    """
+    """The entry for a key, or None."""
     return entries(device).get(_name(key))
 
 

@@ -385,7 +385,9 @@ def prepare(
     return run
 
 
-def prepare_check(problem: Problem, choice: Choice) -> Callable[..., Tensor]:
+def prepare_check(
+    problem: Problem, choice: Choice, kernel_type: type[Kernel] = Kernel
+) -> Callable[..., Tensor]:
     """What makes a gradient NaN if its plan is not of its index.
 
     Nothing else can tell without waiting for the device: what a layer knows of its plan says nothing while compiling,
@@ -394,13 +396,14 @@ def prepare_check(problem: Problem, choice: Choice) -> Callable[..., Tensor]:
     Args:
         problem: of either gradient.
         choice: what computes it, and so which half of the plan it uses.
+        kernel_type: launches it.
 
     Returns:
         A function of the gradient, crow, col and the parts of the plan, which returns the gradient.
     """
     by_columns = problem.kind == "grad_x" or (choice.kernel == "lines" and choice.tile.transposed)
     constants = {"TRANSPOSED": by_columns, "BLOCK": 128}
-    kernel = Kernel(check_plan_kernel, constants, num_warps=1, num_stages=1)
+    kernel = kernel_type(check_plan_kernel, constants, num_warps=1, num_stages=1)
     device_index = problem.device.index
 
     def check(out: Tensor, crow: Tensor, col: Tensor, parts: Plan) -> Tensor:

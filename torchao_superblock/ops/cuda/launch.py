@@ -22,6 +22,7 @@ DIRECT_LAUNCH = tuple(map(int, triton.__version__.split(".")[:2])) in ((3, 6), (
 # takes, 0.2 to 0.6 us.
 OVERLAP = {"launch_pdl": True}
 _address = Tensor.data_ptr
+_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 # Of a shape, strides and a dtype makes a tensor.
 Empty = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
 
@@ -48,6 +49,7 @@ class Kernel:
     Args:
         function: the kernel. Its parameters are TMA descriptors, tensors, numbers and constants, in this order.
         constants: its constants, by name.
+        numbers: its last numbers, as far as they are the same at every launch.
         options: the compiler's options.
     """
 
@@ -55,14 +57,23 @@ class Kernel:
     empty: Empty = staticmethod(_empty_at_once())
     overlaps = True
 
-    def __init__(self, function: Any, constants: dict[str, Any], **options: Any) -> None:
+    def __init__(
+        self,
+        function: Any,
+        constants: dict[str, Any],
+        numbers: tuple[int, ...] = (),
+        **options: Any,
+    ) -> None:
         names = tuple(filter(constants.__contains__, function.arg_names))
         assert len(names) == len(constants), (names, constants)
         self.function = function
         self.constants_by_name = constants
+        self.numbers = numbers
         self.constants = tuple(map(constants.__getitem__, names))
+        self.rest = (*numbers, *self.constants)
         self.options = options
         self.compiled: Any = None
+        self.direct: tuple[Any, ...] | None = None  # what a launch calls, and with what first
 
     def __call__(
         self,
@@ -78,34 +89,37 @@ class Kernel:
             grid: number of programs along x, y and z.
             device_index: of the CUDA device.
             tensors: the kernel's tensors.
-            *numbers: its numbers.
+            *numbers: its numbers, but for the last ones if they are always the same.
             descriptors: its TMA descriptors.
         """
         compiled = self.compiled
         if compiled is None:
             # Triton's interpreter returns None.
-            self.compiled = self.function[grid](
-                *descriptors, *tensors, *numbers, *self.constants, **self.options
+            self.compiled = compiled = self.function[grid](
+                *descriptors, *tensors, *numbers, *self.rest, **self.options
             )
+            if compiled is not None and DIRECT_LAUNCH:
+                self.direct = (compiled.run, compiled.function, compiled.packed_metadata)
             return
         # Somebody, a profiler for instance, may want to see launches.
         hook = triton.knobs.runtime.launch_enter_hook
-        if not DIRECT_LAUNCH or (hook is not None and getattr(hook, "calls", True)):
-            compiled[grid](*descriptors, *tensors, *numbers, *self.constants)
+        if self.direct is None or (hook is not None and getattr(hook, "calls", True)):
+            compiled[grid](*descriptors, *tensors, *numbers, *self.rest)
             return
+        run, function, metadata = self.direct
         # Addresses instead of tensors: for a tensor, Triton asks the driver whether its address is a GPU's.
-        compiled.run(
+        run(
             *grid,
-            torch._C._cuda_getCurrentRawStream(device_index),
-            compiled.function,
-            compiled.packed_metadata,
+            _stream(device_index),
+            function,
+            metadata,
             None,
             None,
             None,
             *descriptors,
             *map(_address, tensors),
             *numbers,
-            *self.constants,
+            *self.rest,
         )
 
 
@@ -115,17 +129,9 @@ class TracedKernel(Kernel):
     empty: Empty = staticmethod(partial(_empty_through_dispatcher, "cuda"))
     overlaps = False
 
-    def __call__(
-        self,
-        grid: tuple[int, int, int],
-        device_index: int,
-        tensors: tuple[Tensor, ...],
-        *numbers: int,
-        descriptors: tuple[Any, ...] = (),
-    ) -> None:
-        """See :class:`Kernel`."""
+    def __call__(self, grid: Any, _: int, tensors: tuple[Tensor, ...], *numbers: int) -> None:
         names = [name for name in self.function.arg_names if name not in self.constants_by_name]
-        arguments = dict(zip(names, (*tensors, *numbers), strict=True))
+        arguments = dict(zip(names, (*tensors, *numbers, *self.numbers), strict=True))
         torch.library.wrap_triton(self.function)[grid](
             **arguments, **self.constants_by_name, **self.options
         )

@@ -340,6 +340,7 @@ def prepare(
     kernel = kernel_type(
         bsr_matmul_kernel,
         constants,
+        (*problem.strides, N, problem.R, problem.C, problem.nnz),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **(OVERLAP if overlaps else {}),
@@ -352,8 +353,7 @@ def prepare(
     if packed:
         pack = prepare_pack(problem, parts=True, kernel_type=kernel_type)
     columns = problem.R * -(-r // tile.BN)
-    numbers = (*problem.strides, N, problem.R, problem.C, problem.nnz)
-    empty = kernel_type.empty
+    empty, device_index = kernel_type.empty, device.index
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
 
     def run(
@@ -367,12 +367,12 @@ def prepare(
     ) -> Tensor:
         if forward:
             # A plan starts with row_order; without one crow stands in and is not read as an order.
-            index = (crow, col, col, crow if plan is None else plan)
+            start, block, perm, order = crow, col, col, crow if plan is None else plan
         else:
-            index = (plan.crow_t, plan.row_t, plan.perm_t, plan.col_order)
+            start, block, perm, order = plan.crow_t, plan.row_t, plan.perm_t, plan.col_order
         low = values
         if pack is not None:
-            values, low = pack(values, index[2])
+            values, low = pack(values, perm)
         M, strides = shape[0], (N, 1)
         if len(shape) != 2:
             M = math.prod(shape[:-1])
@@ -382,10 +382,10 @@ def prepare(
         if reduce is not None:
             out = empty((splits, M, N), (M * N, N, 1), accumulator)
         bias = x if bias is None else bias
-        grid = (-(-M // BM) * columns, splits, 1)
-        kernel(grid, device.index, (x, *index, values, low, bias, out), M, *numbers)
+        tensors = (x, start, block, perm, order, values, low, bias, out)
+        kernel((-(-M // BM) * columns, splits, 1), device_index, tensors, M)
         if reduce is not None:
-            reduce((-(-M * N // 256), 1, 1), device.index, (out, bias, y), M * N, N, splits)
+            reduce((-(-M * N // 256), 1, 1), device_index, (out, bias, y), M * N, N, splits)
         return y
 
     return run

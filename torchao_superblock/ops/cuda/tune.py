@@ -69,11 +69,7 @@ class TuneReport(list[Tuned]):
 
 
 def microseconds(function: Callable[[], Tensor]) -> float:
-    """What a call takes the GPU.
-
-    Args:
-        function: the call.
-    """
+    """What a call takes the GPU."""
     if INTERPRET:
         start = time.perf_counter()
         function()
@@ -82,13 +78,7 @@ def microseconds(function: Callable[[], Tensor]) -> float:
 
 
 def differs(out: Tensor, reference: Tensor, precision: int) -> bool:
-    """Whether two results differ by more than rounding, or hold what is not a number.
-
-    Args:
-        out: one.
-        reference: the other, of its shape.
-        precision: of the products.
-    """
+    """Whether two results differ by more than rounding, or hold what is not a number."""
     limit = TF32_ROUNDING if precision == TF32 else ROUNDING[out.dtype]
     difference = norm = 0.0
     for some, expected in zip(out.split(4096), reference.split(4096), strict=True):
