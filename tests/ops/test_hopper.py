@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,7 +55,11 @@ def _compile(
 
     bytes_ = dtype.itemsize
     name = NAMES[dtype]
-    constants = hopper.constants(tile, rows, columns, r, c, bytes_, exact, order, bias, activation)
+    call = hopper.Call(
+        *(2048, columns * c, columns * c, rows, r, c, rows, dtype),
+        *(exact, bias, activation, order, mixed),
+    )
+    constants = hopper.constants(call, tile, order)
     signature = {}
     boxes = hopper.boxes(tile, r, c, bytes_, mixed)
     layouts = hopper.layouts(tile, r, c, bytes_, mixed)
@@ -277,29 +282,14 @@ def test_tiles_are_drawn_in_long_rows(M, N, K, r, c, share, dtype, slow, fast):
 
 
 @needs_clusters
-@pytest.mark.parametrize(("M", "pairs"), [(16384, 66), (300, 4)])
-def test_a_pair_is_launched_for_two_multiprocessors(M, pairs, monkeypatch):
-    calls = []
-
-    def kernel(grid, index, tensors, tiles, halves, groups, turn, *sizes, descriptors):
-        boxes = [tuple(d.block_shape) for d in descriptors]
-        calls.append((grid, tensors[-1].numel(), tiles, groups, turn, boxes))
-
-    monkeypatch.setattr(hopper, "_processors", lambda index: 133)
-    monkeypatch.setattr(hopper, "_memory_speed", lambda index: 4800)
-    monkeypatch.setattr(hopper, "_kernel", lambda *settings: kernel)
-    hopper._launcher.cache_clear()
-    mask = torch.zeros(6, 448, dtype=torch.bool)
-    mask[:, ::50] = True
-    _dense, crow, col, values = random_bsr(384, 28672, 64, dtype=torch.bfloat16, mask=mask)
-    x = torch.empty(1, 28672, dtype=torch.bfloat16).expand(M, -1)
-    hopper.forward(x, crow, col, values, None, "none", None, tile=hopper.PAIRS)
-    hopper._launcher.cache_clear()
-    tiles, groups = -(-M // 256) * 2, 2
-    turn = int(30e6 / (28672 * 2)) // 256
-    boxes = [(256, 64), (64, 64), (256, 64)]
-    numbers = hopper.kernels.PAIR_NUMBERS.value * (1 + pairs)
-    assert calls == [((pairs, 1, 1), numbers, tiles, groups, turn, boxes)]
+@pytest.mark.parametrize(("M", "clusters"), [(16384, 66), (300, 4)])
+def test_a_cluster_is_launched_for_two_multiprocessors(M, clusters):
+    call = hopper.Call(M, 28672, 0, 6, 64, 64, 54, torch.bfloat16)
+    launch = hopper.launch(call, hopper.PAIRS, processors=133)
+    assert launch.programs == clusters
+    assert launch.numbers[:4] == (-(-M // 256) * 2, 1, 2, int(30e6 / (28672 * 2)) // 256)
+    assert [box for *_, box, _layout in launch.descriptors] == [[256, 64], [64, 64], [256, 64]]
+    assert launch.counters == hopper.kernels.CLUSTER_NUMBERS.value * (1 + clusters)
 
 
 @needs_clusters
@@ -839,14 +829,8 @@ def test_layers_whose_output_is_stored_in_other_pieces_have_other_kernels(monkey
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_only_drawn_tiles_overlap_what_is_before_them(dynamic, monkeypatch):
-    monkeypatch.setattr(hopper, "can_overlap", lambda index: True)
-    monkeypatch.setattr(hopper, "Kernel", lambda function, constants, **options: options)
-    hopper._kernel.cache_clear()
-    tile = hopper.TWO_STRIPS._replace(dynamic=dynamic)
-    settings = (4, 4, 64, 64, False, True, True, "none", False, False)
-    options = hopper._kernel(0, torch.bfloat16, tile, *settings)
-    hopper._kernel.cache_clear()
+def test_only_dynamic_schedules_overlap_what_is_before_them(dynamic):
+    options = hopper.options(hopper.TWO_STRIPS._replace(dynamic=dynamic), overlap=True)
     assert options.get("launch_pdl", False) is dynamic
 
 
@@ -1177,10 +1161,13 @@ def test_every_tile_is_worked_on_once(monkeypatch, m_tiles, groups, dynamic, cut
     tiles, halves = hopper._split_last(whole, tile, 132)
     assert halves == (2 * (whole % 132) if cut and whole % 132 <= 66 else 0)
     assert halves <= 132, "more than a round"
-    tile_of = hopper.kernels._tile.fn
     turn = hopper._turn(tile, programs, groups, 8192)
     assert turn == 4 or not dynamic
-    found = [tile_of(t, tiles, halves, groups, turn, 256, dynamic, cut) for t in range(tiles)]
+    program = SimpleNamespace(
+        **{"tiles": tiles, "halves": halves, "groups": groups, "turn": turn},
+        **{"DYNAMIC": dynamic, "HALVES": cut},
+    )
+    found = [hopper.kernels.tile_at.fn(program, t, 256) for t in range(tiles)]
     assert all(half == (t >= tiles - halves) for t, (_m, _group, half) in enumerate(found))
     parts = [(m + 128 * p, group) for m, group, half in found for p in range(1 if half else 2)]
     assert sorted(parts) == [
@@ -1218,7 +1205,7 @@ def activate(monkeypatch):
     monkeypatch.setattr(hopper.kernels, "_positive", torch.relu)
     monkeypatch.setattr(hopper.kernels, "_exp2", torch.exp2)
     monkeypatch.setattr(hopper.kernels, "_reciprocal", torch.reciprocal)
-    return hopper.kernels._activate.fn
+    return hopper.kernels.activate.fn
 
 
 @needs_compiler

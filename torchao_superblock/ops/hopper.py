@@ -17,13 +17,19 @@ from torchao_superblock.ops.plan import STRIP, is_mixed, split_plan
 from torchao_superblock.ops.precision import allows_tf32
 
 __all__ = [
+    "Call",
+    "Launch",
     "Strips",
     "boxes",
     "candidates",
     "choose",
     "constants",
     "forward",
+    "launch",
+    "launcher",
     "layouts",
+    "options",
+    "runner",
     "shared_bytes",
     "supports",
     "unavailable_reason",
@@ -433,7 +439,7 @@ def choose(
 
 @cache
 def _layout(row_bytes: int, element_bits: int, programs: int, halved: bool) -> Any:
-    """`halved` says that each program of a pair has half of the rows; otherwise both have all."""
+    """`halved` says that each program of a cluster has half of the rows; otherwise both have all."""
     return gl.NVMMASharedLayout(
         swizzle_byte_width=min(128, row_bytes),
         element_bitwidth=element_bits,
@@ -530,7 +536,7 @@ def boxes(
 ) -> tuple[list[int], list[int], list[int]]:
     """Shapes of the TMA boxes of x, of the values and of y, in elements of `bytes_` bytes.
 
-    Those of x and y hold the tokens of both programs of a pair. `mixed` says that the block rows of a strip need not
+    Those of x and y hold the tokens of both programs of a cluster. `mixed` says that the block rows of a strip need not
     be neighbours.
     """
     chunk = min(c, 128 // bytes_)
@@ -554,36 +560,90 @@ def layouts(tile: Strips, r: int, c: int, bytes_: int, mixed: bool = False) -> t
     )
 
 
-def constants(
-    tile: Strips,
-    rows: int,
-    columns: int,
-    r: int,
-    c: int,
-    bytes_: int,
-    exact: bool,
-    has_order: bool,
-    has_bias: bool,
-    activation: str,
-) -> dict[str, Any]:
-    """The kernel's compile-time arguments."""
-    chunk = min(c, 128 // bytes_)
+class Call(NamedTuple):
+    """What a launch depends on, besides its device and its tile.
+
+    Attributes:
+        M: tokens.
+        K: in features.
+        stride: elements from a token of x to the next.
+        rows: R.
+        r: rows of a block.
+        c: columns of a block.
+        nnz: stored blocks.
+        dtype: of x and the blocks.
+        tf32x3: whether float32 products keep float32 accuracy.
+        has_bias: whether there is a bias.
+        activation: name of the fused activation.
+        has_plan: whether there is a plan.
+        mixed: whether by the plan block rows of a strip need not be neighbours.
+    """
+
+    M: int
+    K: int
+    stride: int
+    rows: int
+    r: int
+    c: int
+    nnz: int
+    dtype: torch.dtype
+    tf32x3: bool = False
+    has_bias: bool = False
+    activation: str = "none"
+    has_plan: bool = False
+    mixed: bool = False
+
+
+class Launch(NamedTuple):
+    """What the kernel is launched with, besides tensors.
+
+    Attributes:
+        programs: programs, or clusters of them, which Triton takes for one.
+        counters: int32 numbers, zero at first, from which a dynamic schedule takes tiles; 0 with a static one.
+        order: the part of the plan by whose order block rows are worked on, or None.
+        descriptors: of x, the values and y: the shape, the strides, the TMA box and its layout in shared memory.
+        numbers: the kernel's numbers, in its order.
+        constants: the kernel's compile-time arguments.
+        options: the compiler's options.
+    """
+
+    programs: int
+    counters: int
+    order: str | None
+    descriptors: tuple[tuple[list[int], list[int], list[int], Any], ...]
+    numbers: tuple[int, ...]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+    @property
+    def compiled_for(self) -> tuple[Any, ...]:
+        """What Triton compiles the kernel for, besides its dtypes: launches that agree in it can share what comes out.
+
+        Boxes are a part of it, and which numbers are 1: Triton makes constants of these.
+        """
+        boxes = tuple(tuple(box) for _shape, _strides, box, _layout in self.descriptors)
+        ones = tuple(number == 1 for number in self.numbers)
+        return boxes, ones, tuple(self.constants.items()), tuple(self.options.items())
+
+
+def constants(call: Call, tile: Strips, has_order: bool) -> dict[str, Any]:
+    """The kernel's compile-time arguments; `has_order` says whether the plan orders the block rows."""
+    width = min(call.c, 128 // call.dtype.itemsize)  # of a block in a slice of x
     return {
-        "GROUP": tile.group,
-        "STACK": max(1, STRIP // r),
-        "SPLIT": max(1, r // STRIP),
-        "CHUNKS": c // chunk,
-        "WIDE": STRIP // chunk if bytes_ == 2 else 1,
-        "PACKED": tile.packed,
-        "COPIED": tile.copied,
-        "EXACT": exact,
-        "TABLE": _table_size(rows, columns),
-        "X_SLOTS": tile.x_slots,
-        "W_SLOTS": tile.w_slots,
-        "Y_SLOTS": tile.y_slots,
+        "STRIPS_PER_TILE": tile.group,
+        "ROWS_PER_STRIP": max(1, STRIP // call.r),
+        "STRIPS_PER_ROW": max(1, call.r // STRIP),
+        "SLICES_PER_COLUMN": call.c // width,
+        "COLUMNS_PER_SLICE": STRIP // width if call.dtype.itemsize == 2 else 1,
+        "LOAD": "flat_tma" if tile.packed else "cp_async" if tile.copied else "tma",
+        "TF32X3": call.tf32x3,
+        "TABLE": _table_size(call.rows, call.K // call.c),
+        "X_STAGES": tile.x_slots,
+        "W_STAGES": tile.w_slots,
+        "Y_STAGES": tile.y_slots,
         "HAS_ORDER": has_order,
-        "HAS_BIAS": has_bias,
-        "ACTIVATION": activation,
+        "HAS_BIAS": call.has_bias,
+        "ACTIVATION": call.activation,
         "DYNAMIC": tile.dynamic,
         "HALVES": tile.halves,
         "REGISTERS": tile.registers,
@@ -591,76 +651,81 @@ def constants(
 
 
 def options(tile: Strips, overlap: bool = False) -> dict[str, Any]:
-    """The kernel's compiler options; `overlap` says whether its launch overlaps the zeroing of the counter."""
+    """The kernel's compiler options; `overlap` says whether a launch may overlap the zeroing of its counter."""
     registers = {} if tile.programs == 1 else {"maxnreg": 80}
-    return {"num_warps": 4, "num_ctas": _partners(tile)} | registers | (OVERLAP if overlap else {})
+    overlaps = OVERLAP if overlap and tile.dynamic else {}
+    return {"num_warps": 4, "num_ctas": _partners(tile)} | registers | overlaps
 
 
-@lru_cache(maxsize=4096)
-def _kernel(
-    index: int,
-    dtype: torch.dtype,
-    tile: Strips,
-    rows: int,
-    columns: int,
-    r: int,
-    c: int,
-    exact: bool,
-    has_order: bool,
-    has_bias: bool,
-    activation: str,
-    mixed: bool,
-    turns: bool,
-) -> "Kernel":
-    """The kernel for launches that Triton compiles alike.
+def launch(call: Call, tile: Strips, *, processors: int = 132, overlap: bool = False) -> Launch:
+    """How a call is launched. Asks no device, so that any can be looked at from anywhere.
 
-    Boxes are a part of what it compiles, and those of y depend on `mixed`. It makes a constant of `turn` where that
-    is 1.
+    Args:
+        call: what is asked for.
+        tile: one of :func:`candidates`.
+        processors: multiprocessors of the device.
+        overlap: whether a launch may overlap the zeroing of its counter.
+
+    Returns:
+        What :func:`forward` launches the kernel with.
     """
-    settings = (rows, columns, r, c, dtype.itemsize, exact, has_order, has_bias, activation)
-    overlap = tile.dynamic and can_overlap(index)
-    return Kernel(kernels.bsr_linear_strips, constants(tile, *settings), **options(tile, overlap))
-
-
-@lru_cache(maxsize=4096)  # one for each number of tokens
-def _launcher(
-    index: int,
-    dtype: torch.dtype,
-    M: int,
-    K: int,
-    stride: int,
-    rows: int,
-    r: int,
-    c: int,
-    nnz: int,
-    has_bias: bool,
-    activation: str,
-    has_plan: bool,
-    mixed: bool,
-    exact: bool,
-    tile: Strips,
-) -> Callable[..., Tensor]:
-    """What :func:`launcher` returns, from all that it depends on."""
-    columns, N = K // c, rows * r
-    # Drawn, the longest rows of tall blocks come first; dealt out, sorted ones would come to the same programs.
-    has_order = (tile.dynamic if r > STRIP else tile.grouped) and has_plan
-    bytes_ = dtype.itemsize
-    mixed = has_order and mixed
+    M, K, rows, r, c = call.M, call.K, call.rows, call.r, call.c
+    N, columns, bytes_ = rows * r, K // c, call.dtype.itemsize
+    order = None
+    # With a dynamic schedule, the longest rows of tall blocks come first; a static one would bring sorted ones to the
+    # same programs.
+    if call.has_plan and (tile.dynamic if r > STRIP else tile.grouped):
+        order = "row_groups" if r <= STRIP else "row_order"
+    mixed = order is not None and call.mixed
     x_box, w_box, y_box = boxes(tile, r, c, bytes_, mixed)
+    x_layout, w_layout, y_layout = layouts(tile, r, c, bytes_, mixed)
     w_width = w_box[1] if tile.packed else c
-    w_shape = [nnz * r * c // w_width, w_width]
-    layout, w_layout, y_layout = layouts(tile, r, c, bytes_, mixed)
-    processors = _processors(index)
     tiles, halves = _split_last(_tiles(M, N, tile), tile, processors)
     groups = -(-N // (STRIP * tile.group))
-    # Or pairs of them, which Triton takes for one.
     programs = min(tiles, max(1, tile.programs * processors // _partners(tile)))
-    # Each pair keeps what it drew where both find it.
-    counters = kernels.PAIR_NUMBERS.value * (1 + programs) if tile.pair else 1
+    counters = 1 if tile.dynamic else 0
+    if tile.dynamic and tile.pair:
+        # Each cluster keeps what it took where both of its programs find it.
+        counters = kernels.CLUSTER_NUMBERS.value * (1 + programs)
     turn = _turn(tile, programs, groups, K * bytes_)
-    settings = (rows, columns, r, c, exact, has_order, has_bias, activation)
-    kernel = _kernel(index, dtype, tile, *settings, mixed, turn > 1)
-    numbers = (tiles, halves if tile.halves else 1, groups, turn, rows, columns, nnz)
+    return Launch(
+        programs=programs,
+        counters=counters,
+        order=order,
+        descriptors=(
+            ([M, K], [call.stride, 1], x_box, x_layout),
+            ([call.nnz * r * c // w_width, w_width], [w_width, 1], w_box, w_layout),
+            ([M, N], [N, 1], y_box, y_layout),
+        ),
+        numbers=(tiles, halves if tile.halves else 1, groups, turn, rows, columns, call.nnz),
+        constants=constants(call, tile, order is not None),
+        options=options(tile, overlap),
+    )
+
+
+def runner(
+    call: Call, launch: Launch, kernel: Callable[..., None], index: int | None
+) -> Callable[..., Tensor]:
+    """A function that launches `kernel`, as :func:`launcher` returns it.
+
+    Args:
+        call: what is asked for.
+        launch: how it is launched.
+        kernel: called with the grid, the index of the device, tensors, numbers and TMA descriptors.
+        index: of the CUDA device.
+
+    Returns:
+        A function of x, crow, col, values, bias, plan and the shape of y, which returns y.
+    """
+    dtype = call.dtype
+    grid, numbers, counters, order = (
+        (launch.programs, 1, 1),
+        launch.numbers,
+        launch.counters,
+        launch.order,
+    )
+    of_x, of_values, of_y = launch.descriptors
+    columns = call.K // call.c
 
     def run(
         x: Tensor,
@@ -672,27 +737,41 @@ def _launcher(
         shape: tuple[int, ...],
     ) -> Tensor:
         y = torch.empty(shape, dtype=dtype, device=x.device)
-        order = counter = crow
-        if has_order:
-            parts = split_plan(plan, rows, columns, nnz)
-            order = parts.row_groups if r <= STRIP else parts.row_order
-        if tile.dynamic:
+        place = counter = crow
+        if order is not None:
+            place = getattr(split_plan(plan, call.rows, columns, call.nnz), order)
+        if counters:
             # An ordinary launch, which all earlier work precedes: the kernel has nothing else to wait for.
             counter = torch.zeros(counters, dtype=torch.int32, device=x.device)
         kernel(
-            (programs, 1, 1),
+            grid,
             index,
-            (values, y if bias is None else bias, crow, col, order, counter),
+            (values, y if bias is None else bias, crow, col, place, counter),
             *numbers,
             descriptors=(
-                TensorDescriptor(x, [M, K], [stride, 1], x_box, layout),
-                TensorDescriptor(values, w_shape, [w_width, 1], w_box, w_layout),
-                TensorDescriptor(y, [M, N], [N, 1], y_box, y_layout),
+                TensorDescriptor(x, *of_x),
+                TensorDescriptor(values, *of_values),
+                TensorDescriptor(y, *of_y),
             ),
         )
         return y
 
     return run
+
+
+@lru_cache(maxsize=4096)
+def _kernel(index: int, dtype: torch.dtype, compiled_for: tuple[Any, ...]) -> "Kernel":
+    """The kernel for launches that Triton compiles alike."""
+    *_, constants, options = compiled_for
+    return Kernel(kernels.bsr_linear_strips, dict(constants), **dict(options))
+
+
+@lru_cache(maxsize=4096)  # one for each number of tokens
+def _launcher(index: int, call: Call, tile: Strips) -> Callable[..., Tensor]:
+    """What :func:`launcher` returns, from all that it depends on."""
+    overlap = tile.dynamic and can_overlap(index)
+    how = launch(call, tile, processors=_processors(index), overlap=overlap)
+    return runner(call, how, _kernel(index, call.dtype, how.compiled_for), index)
 
 
 def launcher(
@@ -712,25 +791,27 @@ def launcher(
         dimensions, where x lies in memory as the one here does.
     """
     nnz, r, c = values.shape
+    rows = crow.shape[0] - 1
+    M, K = x.shape
     if tile is None:
         tile = _choose(x, crow, values, activation)
         assert tile is not None
-    return _launcher(
-        x.device.index,
-        x.dtype,
-        *x.shape,
-        x.stride(0),
-        crow.shape[0] - 1,
-        r,
-        c,
-        nnz,
-        bias is not None,
-        activation,
-        plan is not None,
-        plan is not None and is_mixed(plan, crow.shape[0] - 1, x.shape[1] // c, nnz),
-        _exact(x.dtype),
-        tile,
+    call = Call(
+        M=M,
+        K=K,
+        stride=x.stride(0),
+        rows=rows,
+        r=r,
+        c=c,
+        nnz=nnz,
+        dtype=x.dtype,
+        tf32x3=_exact(x.dtype),
+        has_bias=bias is not None,
+        activation=activation,
+        has_plan=plan is not None,
+        mixed=plan is not None and is_mixed(plan, rows, K // c, nnz),
     )
+    return _launcher(x.device.index, call, tile)
 
 
 def forward(
