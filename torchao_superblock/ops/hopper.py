@@ -717,14 +717,8 @@ def runner(
     Returns:
         A function of x, crow, col, values, bias, plan and the shape of y, which returns y.
     """
-    dtype = call.dtype
-    grid, numbers, counters, order = (
-        (launch.programs, 1, 1),
-        launch.numbers,
-        launch.counters,
-        launch.order,
-    )
-    of_x, of_values, of_y = launch.descriptors
+    programs, counters, order, (of_x, of_values, of_y), numbers, *_ = launch
+    dtype, grid = call.dtype, (programs, 1, 1)
     columns = call.K // call.c
 
     def run(
