@@ -1,38 +1,36 @@
 """Gluon kernels for Hopper: y = act(x @ W.T + b) with W in BSR.
 
-Dimension legend: M tokens, N out, K in; r x c block size, R x C block grid.
+Dimension legend: M tokens, N out, K in; r x c block size, R x C block grid; BM tokens of a tile, BN of an accumulator;
+BK columns of a block in a slice of x. A row is a block row and a column a block column where nothing else is said.
 
-One persistent, warp-specialised kernel. What limits a block-sparse linear on this chip is, in this
-order, memory traffic for x and y, L2-to-SM traffic (every stored block needs its slice of x again),
-and shared-memory bandwidth for the operands of wgmma. The kernel deals with them like this:
+One persistent, warp-specialised kernel. What limits a block-sparse linear on this chip is, in this order, memory
+traffic for x and y, L2-to-SM traffic (every stored block needs its slice of x again), and shared-memory bandwidth for
+the operands of wgmma. The kernel deals with them like this:
 
-* A program owns a tile of BM tokens x GROUP "strips" of 64 outputs. A slice of x is copied once for
-  all strips of the tile that have a block in that column, so x crosses the L2-SM link less often.
-  Which strips those are the plan may choose: block rows that share columns share slices.
-* The product is computed transposed, y.T = W @ x.T: 64 outputs are the M side of wgmma and up to
-  256 tokens its N side. Such an instruction reads far less shared memory for the same arithmetic
-  than 64 tokens x 64 outputs would.
-* Each strip has its own consumer warpgroup. One warp streams x and one warp for each strip streams
-  the strip's blocks, by TMA, through rings of shared memory that run ahead across tile borders: the
-  loads of the next tile overlap with the output of this one.
-* Blocks with fewer than 64 rows are stacked: a strip then holds several block rows, and its column
-  set is their union. An absent block is an out-of-bounds TMA box, which the hardware fills with zeros
-  without touching memory (or, where blocks travel packed, zeros in registers).
-* TMA copies rows of up to 128 bytes at a rate that hardly depends on their width, so slices of x are
-  always 128 bytes wide, whatever the block. Narrow blocks would be many short rows: they travel as
-  contiguous memory ("packed", through registers), or the strip's warp copies them itself, 16 bytes a
-  thread, with cp.async ("copied").
-* Where x is more than the L2 cache holds, two programs form a cluster: each has tokens of its own,
-  and the first copies every block into the shared memory of both (multicast). To Triton a pair is one
-  program, whose x, accumulators and y both halves of the cluster share out.
-* float32 is three TF32 products: x as the tensor cores read it (they ignore the lower bits), what
-  they ignore of it, which one more warpgroup writes beside it, and a block split in registers.
+* A program owns a tile of BM tokens x a group of "strips" of 64 outputs. A slice of x is copied once for all strips of
+  the tile that have a block in that column, so x crosses the L2-SM link less often. Which strips those are the plan may
+  choose: block rows that share columns share slices.
+* The product is computed transposed, y.T = W @ x.T: 64 outputs are the M side of wgmma and up to 256 tokens its N side.
+  Such an instruction reads far less shared memory for the same arithmetic than 64 tokens x 64 outputs would.
+* Each strip has its own consumer warpgroup. One warp streams x and one warp for each strip streams the strip's blocks,
+  by TMA, through rings of shared memory that run ahead across tile borders: the loads of the next tile overlap with the
+  output of this one.
+* Blocks with fewer than 64 rows are stacked: a strip then holds several block rows, and its column set is their union.
+  An absent block is an out-of-bounds TMA box, which the hardware fills with zeros without touching memory (or, where
+  blocks travel flat, zeros in registers).
+* TMA copies rows of up to 128 bytes at a rate that hardly depends on their width, so slices of x are always 128 bytes
+  wide, whatever the block. Narrow blocks would be many short rows: they travel as contiguous memory (LOAD "flat_tma",
+  through registers), or the strip's warp copies them itself, 16 bytes a thread ("cp_async").
+* Where x is more than the L2 cache holds, two programs form a cluster: each has tokens of its own, and the first copies
+  every block into the shared memory of both (multicast). To Triton a cluster is one program, whose x, accumulators and
+  y its two halves share out.
+* float32 accuracy takes three TF32 products: of x as the tensor cores read it (they ignore the lower bits), of what
+  they ignore of it, which one more warpgroup writes beside it, and of a block in two parts, made in registers.
 
-All warps derive the same sequence of columns from one table of bit masks (64 columns each) in shared
-memory, so nothing but the rings' barriers passes between them (and the tiles, where those are drawn
-from a counter because they differ too much to be dealt out). Indices are never trusted with an
-address: row pointers are clamped to the stored blocks, columns outside the grid are dropped, and
-TMA clips whatever is left.
+All warps derive the same sequence of columns from one table of bit masks (64 columns each) in shared memory, so nothing
+but the rings' barriers passes between them (and, with a dynamic schedule, the tiles: where these differ too much for a
+static one, they come from a counter). Indices are never trusted with an address: row pointers are clamped to the stored
+blocks, columns outside the grid are dropped, and TMA clips whatever is left.
 """
 
 import inspect
@@ -48,8 +46,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language import core
 
-__all__ = ["CLUSTERS", "bsr_linear_strips"]
+__all__ = ["CLUSTERS", "CLUSTER_NUMBERS", "activate", "bsr_linear_strips", "tile_at"]
 
 # Names that changed on the way from Triton 3.6 to 3.9.
 _tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -66,21 +65,41 @@ CLUSTERS = _cluster_barrier is not None and "multicast" in inspect.signature(_tm
 _REINTERPRET_IS_PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
-# Drawn tiles that warps may be apart.
-T_SLOTS = gl.constexpr(4)
-# Where a pair's numbers are in the counter's memory: eight for each pair, after the counter and what shares its sector.
-PAIR_NUMBERS = gl.constexpr(8)
+def _aggregate(cls):
+    """A type of values that are handed on together, made of all its fields, in order or by name."""
+    if hasattr(gluon, "aggregate"):
+        return gluon.aggregate(cls)
+    names = tuple(cls.__annotations__)
+
+    # Before Triton 3.8 aggregates have no such constructor.
+    def init(self, *values, **named):
+        for name, value in (*zip(names, values, strict=False), *named.items()):
+            constant = not isinstance(value, core.base_value)
+            setattr(self, name, gl.constexpr(value) if constant else value)
+
+    init.__triton_builtin__ = True
+    cls.__init__ = init
+    return core._aggregate(cls)
+
+
+# How many tiles warps may be apart in a dynamic schedule.
+_TILE_STAGES = gl.constexpr(4)
+# Where a cluster's numbers are in the counter's memory: eight for each, after the counter and what shares its sector.
+CLUSTER_NUMBERS = gl.constexpr(8)
+
+_Memory = gl.shared_memory_descriptor
+_Number = gl.tensor | gl.constexpr  # Triton makes a constant of a parameter that is 1
 
 
 @gluon.constexpr_function
 def _line_layout(warps, programs):
-    """Of a vector, one element a thread. Each program of a pair has all of it."""
+    """Of a vector, one element a thread. Each program of a cluster has all of it."""
     return gl.BlockedLayout([1], [32], [warps], [0], cga_layout=[[0]] * (programs - 1))
 
 
 @gluon.constexpr_function
 def _product_layout(tokens, step, programs):
-    """Of an accumulator: 64 outputs of `tokens` tokens, of which each program of a pair has half."""
+    """Of an accumulator: 64 outputs of `tokens` tokens, of which each program of a cluster has half."""
     shares = [[0, 1]] * (programs - 1)
     shape = [16, tokens // programs, step]
     return gl.NVMMADistributedLayout([3, 0], [4, 1], shape, cga_layout=shares)
@@ -88,11 +107,131 @@ def _product_layout(tokens, step, programs):
 
 @gluon.constexpr_function
 def _barrier_layout(programs, own):
-    """Of barriers: each program of a pair has its own, or one is for both, who arrive at it, and the first waits.
+    """Of barriers: each program of a cluster has its own, or one is for both, who arrive at it, and the first waits.
 
     Of other memory the latter is a copy for each program.
     """
     return mbarrier.MBarrierLayout([[int(own)]] * (programs - 1))
+
+
+@_aggregate
+class _Stage:
+    """Where a warp is in a ring: a stage, and the phase of its barriers, which turns with every round."""
+
+    number: gl.tensor
+    phase: gl.tensor
+    FIRST: gl.constexpr  # the ring's first stage in memory, which holds the rings of all strips
+    STAGES: gl.constexpr
+
+    @gluon.jit
+    def index(self):
+        return self.FIRST + self.number
+
+    @gluon.jit
+    def next(self):
+        number = self.number + 1
+        around = number == self.STAGES
+        number = gl.where(around, 0, number)
+        phase = gl.where(around, self.phase ^ 1, self.phase)
+        return _Stage(number, phase, self.FIRST, self.STAGES)
+
+
+@gluon.jit
+def _first_stage(ring, g: gl.constexpr, RINGS: gl.constexpr):
+    """The start of ring number g of those that lie in a memory together."""
+    STAGES: gl.constexpr = ring.memory.shape[0] // RINGS
+    return _Stage(gl.to_tensor(0), gl.to_tensor(0), g * STAGES, STAGES)
+
+
+@_aggregate
+class _Ring:
+    """Stages of shared memory, with barriers between the warp that fills them and those that read them."""
+
+    memory: _Memory
+    full: _Memory
+    empty: _Memory
+    empty_in_both: _Memory  # where one program of a cluster fills them for both
+    FOR_BOTH: gl.constexpr
+
+    @gluon.jit
+    def wait_empty(self, stage):
+        mbarrier.wait(self.empty.index(stage.index()), stage.phase ^ 1)
+        if self.FOR_BOTH:
+            mbarrier.wait(self.empty_in_both.index(stage.index()), stage.phase ^ 1)
+
+    @gluon.jit
+    def wait_full(self, stage):
+        mbarrier.wait(self.full.index(stage.index()), stage.phase)
+
+    @gluon.jit
+    def give_back(self, stage):
+        mbarrier.arrive(self.empty.index(stage.index()), count=1)
+        if self.FOR_BOTH:
+            mbarrier.arrive(self.empty_in_both.index(stage.index()), count=1)
+
+
+@gluon.jit
+def _make_ring(memory, WRITERS: gl.constexpr, READERS: gl.constexpr, FOR_BOTH: gl.constexpr):
+    """A ring of a memory's stages: so many arrivals fill one, so many give it back.
+
+    No READERS: the stages are given back with those of another ring.
+    """
+    STAGES: gl.constexpr = memory.shape[0]
+    PROGRAMS: gl.constexpr = gl.num_ctas()
+    own: gl.constexpr = _barrier_layout(PROGRAMS, True)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, PROGRAMS], own)
+    empty = full
+    if READERS:
+        empty = gl.allocate_shared_memory(gl.int64, [STAGES, PROGRAMS], own)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=WRITERS)
+        if READERS:
+            mbarrier.init(empty.index(i), count=READERS)
+    empty_in_both = empty
+    if FOR_BOTH:
+        both: gl.constexpr = _barrier_layout(PROGRAMS, False)
+        empty_in_both = gl.allocate_shared_memory(gl.int64, [STAGES, 1], both)
+        for i in gl.static_range(STAGES):
+            mbarrier.init(empty_in_both.index(i), count=READERS)
+    return _Ring(memory, full, empty, empty_in_both, FOR_BOTH)
+
+
+@_aggregate
+class _Program:
+    """What all warps of a program know: operands, shared memory, sizes, and how the work is cut."""
+
+    x_desc: tma.tensor_descriptor
+    w_desc: tma.tensor_descriptor
+    y_desc: tma.tensor_descriptor
+    w_ptr: gl.tensor
+    bias_ptr: gl.tensor
+    crow_ptr: gl.tensor
+    order_ptr: gl.tensor
+    counter_ptr: gl.tensor
+    table: _Memory  # the column masks of the block rows
+    x: _Ring  # slices, (BM, 128 bytes)
+    x_low: _Ring  # with TF32X3, what TF32 leaves out of each slice
+    w: _Ring  # blocks, a ring for each strip
+    y: _Memory  # output buffers, some for each strip
+    schedule: _Ring  # with DYNAMIC, tiles
+    tiles: _Number
+    halves: _Number
+    groups: _Number
+    turn: _Number
+    rows: _Number
+    windows: _Number
+    nnz: _Number
+    STRIPS_PER_TILE: gl.constexpr
+    ROWS_PER_STRIP: gl.constexpr
+    STRIPS_PER_ROW: gl.constexpr
+    SLICES_PER_COLUMN: gl.constexpr
+    COLUMNS_PER_SLICE: gl.constexpr
+    LOAD: gl.constexpr
+    HAS_ORDER: gl.constexpr
+    HAS_BIAS: gl.constexpr
+    ACTIVATION: gl.constexpr
+    DYNAMIC: gl.constexpr
+    HALVES: gl.constexpr
 
 
 @gluon.jit
@@ -103,12 +242,12 @@ def _popcount(bits):
 
 
 @gluon.jit
-def _block_row(strip, s: gl.constexpr, STACK: gl.constexpr, SPLIT: gl.constexpr):
-    """The place of block row number s of a strip: STACK block rows a strip, or SPLIT strips a block row."""
-    if STACK > 1:
-        row = strip * STACK + s
+def _row_of(p, strip, s: gl.constexpr):
+    """The place of block row number s of a strip, which holds several or is a part of one."""
+    if p.ROWS_PER_STRIP > 1:
+        row = strip * p.ROWS_PER_STRIP + s
     else:
-        row = strip // SPLIT
+        row = strip // p.STRIPS_PER_ROW
     return row
 
 
@@ -172,113 +311,94 @@ def _number(entry):
 
 
 @gluon.jit
-def _row_bits(table, row, rows, window, windows):
+def _row_bits(p, row, window):
     """The mask of one block row; 0 for a row past the end."""
-    bits = _number(table.index(gl.minimum(row, rows - 1) * windows + window))
-    return gl.where(row < rows, bits, 0)
+    bits = _number(p.table.index(gl.minimum(row, p.rows - 1) * p.windows + window))
+    return gl.where(row < p.rows, bits, 0)
 
 
 @gluon.jit
-def _strip_bits(table, strip, rows, window, windows, STACK: gl.constexpr, SPLIT: gl.constexpr):
+def _strip_bits(p, strip, window):
     """The columns of a window in which any block row of the strip has a block."""
-    bits = _row_bits(table, _block_row(strip, 0, STACK, SPLIT), rows, window, windows)
-    for s in gl.static_range(1, STACK):
-        bits |= _row_bits(table, _block_row(strip, s, STACK, SPLIT), rows, window, windows)
+    bits = _row_bits(p, _row_of(p, strip, 0), window)
+    for s in gl.static_range(1, p.ROWS_PER_STRIP):
+        bits |= _row_bits(p, _row_of(p, strip, s), window)
     return bits
 
 
 @gluon.jit
-def _group_slices(
-    table,
-    group,
-    rows,
-    window,
-    windows,
-    GROUP: gl.constexpr,
-    STACK: gl.constexpr,
-    SPLIT: gl.constexpr,
-    WIDE: gl.constexpr,
-):
-    """The slices of x that a group needs; a slice spans WIDE columns, its bit is the lowest's."""
-    bits = _strip_bits(table, group * GROUP, rows, window, windows, STACK, SPLIT)
-    for g in gl.static_range(1, GROUP):
-        bits |= _strip_bits(table, group * GROUP + g, rows, window, windows, STACK, SPLIT)
-    if WIDE == 2:
+def _group_slices(p, group, window):
+    """The slices of x that a group of strips needs; one of several columns has the bit of the lowest."""
+    bits = _strip_bits(p, group * p.STRIPS_PER_TILE, window)
+    for g in gl.static_range(1, p.STRIPS_PER_TILE):
+        bits |= _strip_bits(p, group * p.STRIPS_PER_TILE + g, window)
+    if p.COLUMNS_PER_SLICE == 2:
         bits = (bits | (bits >> 1)) & 0x5555555555555555
-    if WIDE == 4:
+    if p.COLUMNS_PER_SLICE == 4:
         bits = bits | (bits >> 1)
         bits = (bits | (bits >> 2)) & 0x1111111111111111
     return bits
 
 
 @gluon.jit
-def _first_block(
-    crow_ptr, order_ptr, table, place, rows, nnz, window, windows, HAS_ORDER: gl.constexpr
-):
+def _first_block(p, place, window):
     """Where the row's first block of a window is stored: row start + blocks of earlier windows."""
-    row = _row_at(order_ptr, gl.minimum(place, rows - 1), rows, HAS_ORDER)
-    position = gl.load(crow_ptr + row)
-    position = gl.minimum(gl.maximum(position, 0), nnz)
+    row = _row_at(p.order_ptr, gl.minimum(place, p.rows - 1), p.rows, p.HAS_ORDER)
+    position = gl.load(p.crow_ptr + row)
+    position = gl.minimum(gl.maximum(position, 0), p.nnz)
     for earlier in range(window):
-        position += _popcount(_row_bits(table, place, rows, earlier, windows))
+        position += _popcount(_row_bits(p, place, earlier))
     return position
 
 
 @gluon.jit
-def _next(slot, phase, SLOTS: gl.constexpr):
-    """The slot of a ring after this one and the phase of its barriers, which turns with every round."""
-    slot += 1
-    around = slot == SLOTS
-    return gl.where(around, 0, slot), gl.where(around, phase ^ 1, phase)
-
-
-@gluon.jit
-def _tile(
-    t, tiles, halves, groups, turn, BM: gl.constexpr, DYNAMIC: gl.constexpr, HALVES: gl.constexpr
-):
+def tile_at(p, t, BM: gl.constexpr):
     """Tile t: its first token, its group, and whether it is half a tile.
 
     Groups fastest, so that programs find x in the L2 cache. The last `halves` are halves of tiles.
     """
+    tiles = p.tiles
     half = False
     second = 0
-    if HALVES:
-        v = t - (tiles - halves)
+    if p.HALVES:
+        v = t - (tiles - p.halves)
         half = v >= 0
-        t = gl.where(half, tiles - halves + v // 2, t)
+        t = gl.where(half, tiles - p.halves + v // 2, t)
         second = gl.where(half, v % 2, 0)
-        tiles -= halves // 2
-    m = t // groups
-    if DYNAMIC:
-        # The last `turn` token tiles group by group: in the plan's order, what is drawn last takes least.
-        m_tiles = tiles // groups
-        tail = gl.minimum(m_tiles, turn)
-        u = t - (m_tiles - tail) * groups
+        tiles -= p.halves // 2
+    m = t // p.groups
+    if p.DYNAMIC:
+        # The last `turn` token tiles group by group: in the plan's order, what comes last takes least.
+        m_tiles = tiles // p.groups
+        tail = gl.minimum(m_tiles, p.turn)
+        u = t - (m_tiles - tail) * p.groups
         last = u >= 0
         m = gl.where(last, m_tiles - tail + u % tail, m)
-        group = gl.where(last, u // tail, t % groups)
+        group = gl.where(last, u // tail, t % p.groups)
     else:
         # Shifted after every `turn` token tiles, so that each program meets all.
-        group = (t + m // turn) % groups
-        if HALVES:
+        group = (t + m // p.turn) % p.groups
+        if p.HALVES:
             # Few tiles a program. Where groups divide the programs these are of groups that follow each other: a long
             # one, then a short one.
-            group = gl.where(group % 2 == 0, group // 2, groups - 1 - group // 2)
+            group = gl.where(group % 2 == 0, group // 2, p.groups - 1 - group // 2)
     return m * BM + second * (BM // 2), group, half
 
 
 @gluon.jit
-def _draw(schedule, n, DYNAMIC: gl.constexpr):
-    """Draw the number of this program's next tile. For a warp alone: lane 0 gets it, and nobody waits for it yet.
+def _request_tile(p, n):
+    """Take the number of this program's next tile from the counter, in a dynamic schedule.
+
+    For a warp alone: lane 0 gets it, and nobody waits for it yet.
 
     The launch may overlap the zeroing of the counter (hopper.py). Every program waits for that here, before it reads x;
     later waits take no time.
 
-    For a pair the first program draws its `n`-th number and leaves it where both find it, plus 1 because 0 was there.
-    It waits for the number, while the slices of x on their way keep the tensor cores busy.
+    For a cluster the first program takes its `n`-th number and leaves it where both find it, plus 1 because 0 was
+    there. It waits for the number, while the slices of x on their way keep the tensor cores busy.
     """
     number = 0
-    if DYNAMIC and gl.num_ctas() == 1:
+    if p.DYNAMIC and gl.num_ctas() == 1:
         number = gl.inline_asm_elementwise(
             """{
                 .reg .pred first;
@@ -290,12 +410,12 @@ def _draw(schedule, n, DYNAMIC: gl.constexpr):
                 @first atom.global.add.u32 $0, [$1], 1;
             }""",
             "=r,l",
-            [schedule[0]],
+            [p.counter_ptr],
             dtype=gl.int32,
             is_pure=False,
             pack=1,
         )
-    elif DYNAMIC:
+    elif p.DYNAMIC:
         number = gl.inline_asm_elementwise(
             """{
                 .reg .pred first;
@@ -311,7 +431,7 @@ def _draw(schedule, n, DYNAMIC: gl.constexpr):
                 @first st.relaxed.gpu.global.u32 [$2], $0;
             }""",
             "=&r,l,l",
-            [schedule[0], _numbers_of_pair(schedule, n)],
+            [p.counter_ptr, _number_of_cluster(p, n)],
             dtype=gl.int32,
             is_pure=False,
             pack=1,
@@ -320,25 +440,24 @@ def _draw(schedule, n, DYNAMIC: gl.constexpr):
 
 
 @gluon.jit
-def _numbers_of_pair(schedule, n):
-    """Where the first program of a pair leaves its n-th number.
+def _number_of_cluster(p, n):
+    """Where the first program of a cluster leaves its n-th number.
 
-    Before it draws one it has handed out the one before, for which both programs must have taken the one T_SLOTS
-    earlier. So the other program may still have to read T_SLOTS numbers, and the next one goes elsewhere.
+    Before it takes one it has published the one before, for which both programs must have read the one _TILE_STAGES
+    earlier. So the other program may still have to read _TILE_STAGES numbers, and the next one goes elsewhere.
     """
-    gl.static_assert(PAIR_NUMBERS > T_SLOTS)
-    return schedule[0] + PAIR_NUMBERS * (1 + gl.program_id(0)) + n % PAIR_NUMBERS
+    gl.static_assert(CLUSTER_NUMBERS > _TILE_STAGES)
+    return p.counter_ptr + CLUSTER_NUMBERS * (1 + gl.program_id(0)) + n % CLUSTER_NUMBERS
 
 
 @gluon.jit
-def _hand_out(schedule, t, number, last, n, slot, phase, DYNAMIC: gl.constexpr):
-    """The program's tile after t: the one that was drawn, told to the other warps, or a fixed one.
+def _publish_tile(p, t, number, last, n, stage):
+    """The program's tile after t: by a static schedule, or the requested one, told to the other warps.
 
-    Returns it and, for a pair, what `last` is next time: the number it left, higher than all before.
+    Returns it and, for a cluster, what `last` is next time: the number it left, higher than all before.
     """
     following = t + gl.num_programs(0)
-    if DYNAMIC:
-        _counter_ptr, t_s, t_full, t_empty, t_pair = schedule
+    if p.DYNAMIC:
         layout: gl.constexpr = _line_layout(gl.num_warps(), gl.num_ctas())
         if gl.num_ctas() == 1:
             number = gl.inline_asm_elementwise(
@@ -359,295 +478,150 @@ def _hand_out(schedule, t, number, last, n, slot, phase, DYNAMIC: gl.constexpr):
                     @more bra again;
                 }""",
                 "=&r,l,r",
-                [_numbers_of_pair(schedule, n), last],
+                [_number_of_cluster(p, n), last],
                 dtype=gl.int32,
                 is_pure=False,
                 pack=1,
             )
             number = last - 1
-            mbarrier.wait(t_pair.index(slot), phase ^ 1)
         following = gl.num_programs(0) + number
-        mbarrier.wait(t_empty.index(slot), phase ^ 1)
-        t_s.index(slot).store(gl.full([1], 0, gl.int64, layout) + following)
-        mbarrier.arrive(t_full.index(slot), count=1)
+        p.schedule.wait_empty(stage)
+        entry = p.schedule.memory.index(stage.index())
+        entry.store(gl.full([1], 0, gl.int64, layout) + following)
+        mbarrier.arrive(p.schedule.full.index(stage.index()), count=1)
     return following, last
 
 
 @gluon.jit
-def _take(schedule, t, slot, phase, DYNAMIC: gl.constexpr):
-    """The tile after t, as _hand_out told."""
+def _next_tile(p, t, stage):
+    """The tile after t, as _publish_tile told."""
     following = t + gl.num_programs(0)
-    if DYNAMIC:
-        _counter_ptr, t_s, t_full, t_empty, t_pair = schedule
-        mbarrier.wait(t_full.index(slot), phase)
-        following = _number(t_s.index(slot)).to(gl.int32)
-        mbarrier.arrive(t_empty.index(slot), count=1)
-        if gl.num_ctas() == 2:
-            mbarrier.arrive(t_pair.index(slot), count=1)
+    if p.DYNAMIC:
+        p.schedule.wait_full(stage)
+        following = _number(p.schedule.memory.index(stage.index())).to(gl.int32)
+        p.schedule.give_back(stage)
     return following
 
 
 @gluon.jit
-def _stream_x(
-    x_desc,
-    table,
-    x_ring,
-    sizes,
-    schedule,
-    GROUP: gl.constexpr,
-    STACK: gl.constexpr,
-    SPLIT: gl.constexpr,
-    CHUNKS: gl.constexpr,
-    WIDE: gl.constexpr,
-    DYNAMIC: gl.constexpr,
-    HALVES: gl.constexpr,
-):
-    x_s, x_full, x_empty, _low_s, _low_full = x_ring
-    tiles, halves, groups, turn, rows, windows, _nnz = sizes
-    SLOTS: gl.constexpr = x_s.shape[0]
-    BM: gl.constexpr = x_s.shape[1]
-    BK: gl.constexpr = x_s.shape[2]
-    slot = 0
-    phase = 0
+def _stream_x(p):
+    """Copy the slices of x that the program's tiles need, and say which tiles these are."""
+    BM: gl.constexpr = p.x.memory.shape[1]
+    BK: gl.constexpr = p.x.memory.shape[2]
+    stage = _first_stage(p.x, 0, 1)
     t = gl.program_id(0)
-    t_slot = 0
-    t_phase = 0
+    t_stage = _first_stage(p.schedule, 0, 1)
     n = 0
     last = 0
-    while t < tiles:
-        m, group, half = _tile(t, tiles, halves, groups, turn, BM, DYNAMIC, HALVES)
-        number = _draw(schedule, n, DYNAMIC)
-        for window in range(windows):
-            slices = _group_slices(table, group, rows, window, windows, GROUP, STACK, SPLIT, WIDE)
-            for h in range(CHUNKS):
+    while t < p.tiles:
+        m, group, half = tile_at(p, t, BM)
+        number = _request_tile(p, n)
+        for window in range(p.windows):
+            slices = _group_slices(p, group, window)
+            for h in range(p.SLICES_PER_COLUMN):
                 todo = slices
                 for _ in range(_popcount(slices)):
                     low = todo & (0 - todo)
                     todo = todo ^ low
                     column = window * 64 + _popcount(low - 1)
-                    mbarrier.wait(x_empty.index(slot), phase ^ 1)
-                    full = x_full.index(slot)
-                    k = (column // WIDE * CHUNKS + h) * BK
-                    if HALVES:
+                    p.x.wait_empty(stage)
+                    full = p.x.full.index(stage.index())
+                    x = p.x.memory.index(stage.index())
+                    k = (column // p.COLUMNS_PER_SLICE * p.SLICES_PER_COLUMN + h) * BK
+                    if p.HALVES:
                         if half:
-                            mbarrier.expect(full, x_desc.block_type.nbytes)
+                            mbarrier.expect(full, p.x_desc.block_type.nbytes)
                         else:
-                            mbarrier.expect(full, 2 * x_desc.block_type.nbytes)
-                            x = x_s.index(slot).slice(BM // 2, BM // 2, dim=0)
-                            _tma_load(x_desc, [m + BM // 2, k], full, x)
-                        x = x_s.index(slot).slice(0, BM // 2, dim=0)
-                        _tma_load(x_desc, [m, k], full, x)
+                            mbarrier.expect(full, 2 * p.x_desc.block_type.nbytes)
+                            second = x.slice(BM // 2, BM // 2, dim=0)
+                            _tma_load(p.x_desc, [m + BM // 2, k], full, second)
+                        _tma_load(p.x_desc, [m, k], full, x.slice(0, BM // 2, dim=0))
                     else:
-                        mbarrier.expect(full, x_desc.block_type.nbytes // gl.num_ctas())
-                        _tma_load(x_desc, [m, k], full, x_s.index(slot))
-                    slot, phase = _next(slot, phase, SLOTS)
-        t, last = _hand_out(schedule, t, number, last, n, t_slot, t_phase, DYNAMIC)
-        t_slot, t_phase = _next(t_slot, t_phase, T_SLOTS)
+                        mbarrier.expect(full, p.x_desc.block_type.nbytes // gl.num_ctas())
+                        _tma_load(p.x_desc, [m, k], full, x)
+                    stage = stage.next()
+        t, last = _publish_tile(p, t, number, last, n, t_stage)
+        t_stage = t_stage.next()
         n += 1
 
 
 @gluon.jit
-def _copy_block(
-    w_desc,
-    w_ptr,
-    inner,
-    bits,
-    low,
-    first,
-    nnz,
-    part,
-    h,
-    full,
-    dst,
-    SPLIT: gl.constexpr,
-    CHUNKS: gl.constexpr,
-    PACKED: gl.constexpr,
-    COPIED: gl.constexpr,
-):
+def _copy_block(p, inner, bits, low, first, part, h, full, w):
     """Copy the part of a block row's block in column `low` that lies in the strip."""
-    BOX: gl.constexpr = w_desc.block_type.shape[0]
-    BK: gl.constexpr = w_desc.block_type.shape[1]
+    BOX: gl.constexpr = p.w_desc.block_type.shape[0]
+    BK: gl.constexpr = p.w_desc.block_type.shape[1]
     position = first + _popcount(bits & (low - 1))
     present = (bits & low) != 0
-    if COPIED:
+    if p.LOAD == "cp_async":
         # Zeros for an absent block, which is not read. The caller arrives at the barrier.
-        start = (position.to(gl.int64) * SPLIT + part) * (BOX * BK * CHUNKS) + h * BK
-        _async_load(dst, w_ptr + start + inner, mask=present)
-    elif PACKED:
+        box = position.to(gl.int64) * p.STRIPS_PER_ROW + part
+        start = box * (BOX * BK * p.SLICES_PER_COLUMN) + h * BK
+        _async_load(w, p.w_ptr + start + inner, mask=present)
+    elif p.LOAD == "flat_tma":
         # One arrival for each block row of the strip, with or without data.
         if present:
-            mbarrier.expect(full, w_desc.block_type.nbytes)
-            _tma_load(w_desc, [(position * SPLIT + part) * BOX, 0], full, dst)
+            mbarrier.expect(full, p.w_desc.block_type.nbytes)
+            _tma_load(p.w_desc, [(position * p.STRIPS_PER_ROW + part) * BOX, 0], full, w)
         else:
             mbarrier.arrive(full, count=1)
     else:
         # An absent block is a box past the end of the values: TMA writes zeros.
-        position = gl.where(present, position, nnz)
-        mbarrier.expect(full, w_desc.block_type.nbytes)
+        position = gl.where(present, position, p.nnz)
+        mbarrier.expect(full, p.w_desc.block_type.nbytes)
+        start = (position * p.STRIPS_PER_ROW + part) * BOX
         if gl.num_ctas() == 2:
             # The first program copies for both; each has said what it expects.
-            _tma_load(w_desc, [(position * SPLIT + part) * BOX, h * BK], full, dst, multicast=True)
+            _tma_load(p.w_desc, [start, h * BK], full, w, multicast=True)
         else:
-            _tma_load(w_desc, [(position * SPLIT + part) * BOX, h * BK], full, dst)
+            _tma_load(p.w_desc, [start, h * BK], full, w)
 
 
 @gluon.jit
-def _stream_blocks(
-    g: gl.constexpr,
-    w_desc,
-    w_ptr,
-    crow_ptr,
-    order_ptr,
-    table,
-    w_ring,
-    sizes,
-    schedule,
-    GROUP: gl.constexpr,
-    STACK: gl.constexpr,
-    SPLIT: gl.constexpr,
-    CHUNKS: gl.constexpr,
-    PACKED: gl.constexpr,
-    COPIED: gl.constexpr,
-    HAS_ORDER: gl.constexpr,
-    DYNAMIC: gl.constexpr,
-    HALVES: gl.constexpr,
-):
-    w_s, w_full, w_empty, w_pair = w_ring
-    tiles, halves, groups, turn, rows, windows, nnz = sizes
-    SLOTS: gl.constexpr = w_s.shape[0] // GROUP
-    BOX: gl.constexpr = w_desc.block_type.shape[0]
-    BK: gl.constexpr = w_desc.block_type.shape[1]
+def _stream_blocks(p, g: gl.constexpr):
+    """Copy the blocks of strip g of the program's tiles."""
+    BOX: gl.constexpr = p.w_desc.block_type.shape[0]
+    BK: gl.constexpr = p.w_desc.block_type.shape[1]
     inner = 0
-    if COPIED:
+    if p.LOAD == "cp_async":
         # Where each thread's 16 bytes lie in a block.
         layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BK, BK // 8], [1, 1], [1, 0])
         i = gl.arange(0, BOX, layout=gl.SliceLayout(1, layout))
         k = gl.arange(0, BK, layout=gl.SliceLayout(0, layout))
-        inner = i[:, None] * (BK * CHUNKS) + k[None, :]
-    slot = 0
-    phase = 0
+        inner = i[:, None] * (BK * p.SLICES_PER_COLUMN) + k[None, :]
+    stage = _first_stage(p.w, g, p.STRIPS_PER_TILE)
     t = gl.program_id(0)
-    t_slot = 0
-    t_phase = 0
-    while t < tiles:
+    t_stage = _first_stage(p.schedule, 0, 1)
+    while t < p.tiles:
         # Blocks are the same for all tokens, whatever their number.
-        _m, group, _half = _tile(t, tiles, halves, groups, turn, 0, DYNAMIC, HALVES)
-        strip = group * GROUP + g
-        part = strip % SPLIT
-        for window in range(windows):
-            row = _block_row(strip, 0, STACK, SPLIT)
-            bits0 = _row_bits(table, row, rows, window, windows)
-            next0 = _first_block(
-                crow_ptr, order_ptr, table, row, rows, nnz, window, windows, HAS_ORDER
-            )
-            bits1 = bits0
-            next1 = next0
-            bits2 = bits0
-            next2 = next0
-            bits3 = bits0
-            next3 = next0
-            mine = bits0
-            if STACK > 1:
-                bits1 = _row_bits(table, row + 1, rows, window, windows)
-                next1 = _first_block(
-                    crow_ptr, order_ptr, table, row + 1, rows, nnz, window, windows, HAS_ORDER
-                )
-                mine = mine | bits1
-            if STACK > 2:
-                bits2 = _row_bits(table, row + 2, rows, window, windows)
-                next2 = _first_block(
-                    crow_ptr, order_ptr, table, row + 2, rows, nnz, window, windows, HAS_ORDER
-                )
-                bits3 = _row_bits(table, row + 3, rows, window, windows)
-                next3 = _first_block(
-                    crow_ptr, order_ptr, table, row + 3, rows, nnz, window, windows, HAS_ORDER
-                )
-                mine = mine | bits2 | bits3
-            for h in range(CHUNKS):
+        _m, group, _half = tile_at(p, t, 0)
+        strip = group * p.STRIPS_PER_TILE + g
+        part = strip % p.STRIPS_PER_ROW
+        for window in range(p.windows):
+            row = _row_of(p, strip, 0)
+            mine = _row_bits(p, row, window)
+            bits = (mine,)
+            firsts = (_first_block(p, row, window),)
+            for s in gl.static_range(1, p.ROWS_PER_STRIP):
+                more = _row_bits(p, row + s, window)
+                bits += (more,)
+                firsts += (_first_block(p, row + s, window),)
+                mine = mine | more
+            for h in range(p.SLICES_PER_COLUMN):
                 todo = mine
                 for _ in range(_popcount(mine)):
                     low = todo & (0 - todo)
                     todo = todo ^ low
-                    mbarrier.wait(w_empty.index(g * SLOTS + slot), phase ^ 1)
-                    if gl.num_ctas() == 2:
-                        mbarrier.wait(w_pair.index(g * SLOTS + slot), phase ^ 1)
-                    full = w_full.index(g * SLOTS + slot)
-                    w = w_s.index(g * SLOTS + slot)
-                    _copy_block(
-                        w_desc,
-                        w_ptr,
-                        inner,
-                        bits0,
-                        low,
-                        next0,
-                        nnz,
-                        part,
-                        h,
-                        full,
-                        w.slice(0 * BOX, BOX, dim=0),
-                        SPLIT,
-                        CHUNKS,
-                        PACKED,
-                        COPIED,
-                    )
-                    if STACK > 1:
-                        _copy_block(
-                            w_desc,
-                            w_ptr,
-                            inner,
-                            bits1,
-                            low,
-                            next1,
-                            nnz,
-                            part,
-                            h,
-                            full,
-                            w.slice(1 * BOX, BOX, dim=0),
-                            SPLIT,
-                            CHUNKS,
-                            PACKED,
-                            COPIED,
-                        )
-                    if STACK > 2:
-                        _copy_block(
-                            w_desc,
-                            w_ptr,
-                            inner,
-                            bits2,
-                            low,
-                            next2,
-                            nnz,
-                            part,
-                            h,
-                            full,
-                            w.slice(2 * BOX, BOX, dim=0),
-                            SPLIT,
-                            CHUNKS,
-                            PACKED,
-                            COPIED,
-                        )
-                        _copy_block(
-                            w_desc,
-                            w_ptr,
-                            inner,
-                            bits3,
-                            low,
-                            next3,
-                            nnz,
-                            part,
-                            h,
-                            full,
-                            w.slice(3 * BOX, BOX, dim=0),
-                            SPLIT,
-                            CHUNKS,
-                            PACKED,
-                            COPIED,
-                        )
-                    if COPIED:
+                    p.w.wait_empty(stage)
+                    full = p.w.full.index(stage.index())
+                    w = p.w.memory.index(stage.index())
+                    for s in gl.static_range(p.ROWS_PER_STRIP):
+                        box = w.slice(s * BOX, BOX, dim=0)
+                        _copy_block(p, inner, bits[s], low, firsts[s], part, h, full, box)
+                    if p.LOAD == "cp_async":
                         async_copy.mbarrier_arrive(full, increment_count=False)
-                    slot, phase = _next(slot, phase, SLOTS)
-        t = _take(schedule, t, t_slot, t_phase, DYNAMIC)
-        t_slot, t_phase = _next(t_slot, t_phase, T_SLOTS)
+                    stage = stage.next()
+        t = _next_tile(p, t, t_stage)
+        t_stage = t_stage.next()
 
 
 @gluon.jit
@@ -673,7 +647,7 @@ def _positive(z):
 
 
 @gluon.jit
-def _activate(z, FLOAT32: gl.constexpr, ACTIVATION: gl.constexpr):
+def activate(z, FLOAT32: gl.constexpr, ACTIVATION: gl.constexpr):
     if ACTIVATION == "relu":
         z = _positive(z)
     elif ACTIVATION == "gelu":
@@ -725,40 +699,41 @@ def _activate_in_place(y_s, ACTIVATION: gl.constexpr):
     _barrier()
     for i in range(PARTS):
         part = parts.index(i)
-        part.store(_activate(part.load(layout), True, ACTIVATION))
+        part.store(activate(part.load(layout), True, ACTIVATION))
     fence_async_shared()
     _barrier()
 
 
 @gluon.jit
-def _store(acc, bias, y_desc, y_s, row, features, BUFFERS: gl.constexpr, ACTIVATION: gl.constexpr):
-    """Send act(acc + bias) to y by way of y_s, once BUFFERS - 1 others at most are being read.
+def _store(p, acc, bias, buffer, row, features, BUFFERS: gl.constexpr):
+    """Send act(acc + bias) to y by way of a buffer, once BUFFERS - 1 others at most are being read.
 
     They go to y as one piece of 64 outputs, or as two of 32 that lie apart.
     """
-    FLOAT32: gl.constexpr = y_desc.dtype.primitive_bitwidth == 32
+    FLOAT32: gl.constexpr = p.y_desc.dtype.primitive_bitwidth == 32
     BN: gl.constexpr = acc.shape[1]
-    WIDTH: gl.constexpr = y_s.shape[1]
+    WIDTH: gl.constexpr = buffer.shape[1]
     PIECES: gl.constexpr = 64 // WIDTH
     gl.static_assert(PIECES <= 2)
-    LATER: gl.constexpr = FLOAT32 and ACTIVATION != "none" and ACTIVATION != "relu"
+    LATER: gl.constexpr = FLOAT32 and p.ACTIVATION != "none" and p.ACTIVATION != "relu"
     out = acc + bias[:, None]
     if not LATER:
-        out = _activate(out, FLOAT32, ACTIVATION).to(y_desc.dtype)
+        out = activate(out, FLOAT32, p.ACTIVATION).to(p.y_desc.dtype)
     tma.store_wait((BUFFERS - 1) * PIECES)
     if PIECES == 1:
-        y_s.permute((1, 0)).store(out)
+        buffer.permute((1, 0)).store(out)
     else:
-        y_s.store(out.reshape([PIECES, WIDTH, BN]).permute((0, 2, 1)).reshape([PIECES * BN, WIDTH]))
+        pieces = out.reshape([PIECES, WIDTH, BN]).permute((0, 2, 1))
+        buffer.store(pieces.reshape([PIECES * BN, WIDTH]))
     if LATER:
-        _activate_in_place(y_s, ACTIVATION)
+        _activate_in_place(buffer, p.ACTIVATION)
     else:
         fence_async_shared()
     if PIECES == 1:
-        _tma_store(y_desc, [row, features[0]], y_s)
+        _tma_store(p.y_desc, [row, features[0]], buffer)
     else:
-        _tma_store(y_desc, [row, features[0]], y_s.slice(0, BN, dim=0))
-        _tma_store(y_desc, [row, features[1]], y_s.slice(BN, BN, dim=0))
+        _tma_store(p.y_desc, [row, features[0]], buffer.slice(0, BN, dim=0))
+        _tma_store(p.y_desc, [row, features[1]], buffer.slice(BN, BN, dim=0))
 
 
 @gluon.jit
@@ -810,144 +785,93 @@ def _tf32_rest(z):
 
 
 @gluon.jit
-def _split_x(
-    table,
-    x_ring,
-    sizes,
-    schedule,
-    GROUP: gl.constexpr,
-    STACK: gl.constexpr,
-    SPLIT: gl.constexpr,
-    CHUNKS: gl.constexpr,
-    WIDE: gl.constexpr,
-    DYNAMIC: gl.constexpr,
-):
+def _write_low_parts(p):
     """Write the low part of every slice of x beside it; as it is, it serves as the high part."""
-    x_s, x_full, _x_empty, low_s, low_full = x_ring
-    tiles, halves, groups, turn, rows, windows, _nnz = sizes
-    SLOTS: gl.constexpr = x_s.shape[0]
+    BM: gl.constexpr = p.x.memory.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
-    slot = 0
-    phase = 0
+    stage = _first_stage(p.x, 0, 1)
     t = gl.program_id(0)
-    t_slot = 0
-    t_phase = 0
-    while t < tiles:
-        _m, group, _half = _tile(t, tiles, halves, groups, turn, x_s.shape[1], DYNAMIC, False)
-        for window in range(windows):
-            todo = _group_slices(table, group, rows, window, windows, GROUP, STACK, SPLIT, WIDE)
-            for _ in range(_popcount(todo) * CHUNKS):
-                # A full slot has a free low part: the consumer gives both back together.
-                mbarrier.wait(x_full.index(slot), phase)
-                for part in gl.static_range(x_s.shape[1] // 64):
-                    x = x_s.index(slot).slice(part * 64, 64, dim=0)
-                    low_s.index(slot).slice(part * 64, 64, dim=0).store(_tf32_rest(x.load(layout)))
+    t_stage = _first_stage(p.schedule, 0, 1)
+    while t < p.tiles:
+        _m, group, _half = tile_at(p, t, BM)
+        for window in range(p.windows):
+            slices = _group_slices(p, group, window)
+            for _ in range(_popcount(slices) * p.SLICES_PER_COLUMN):
+                # A full stage has a free low part: the consumer gives both back together.
+                p.x.wait_full(stage)
+                for part in gl.static_range(BM // 64):
+                    x = p.x.memory.index(stage.index()).slice(part * 64, 64, dim=0)
+                    low = p.x_low.memory.index(stage.index()).slice(part * 64, 64, dim=0)
+                    low.store(_tf32_rest(x.load(layout)))
                 fence_async_shared()
-                mbarrier.arrive(low_full.index(slot), count=1)
-                slot, phase = _next(slot, phase, SLOTS)
-        t = _take(schedule, t, t_slot, t_phase, DYNAMIC)
-        t_slot, t_phase = _next(t_slot, t_phase, T_SLOTS)
+                mbarrier.arrive(p.x_low.full.index(stage.index()), count=1)
+                stage = stage.next()
+        t = _next_tile(p, t, t_stage)
+        t_stage = t_stage.next()
 
 
 @gluon.jit
-def _features(
-    strip,
-    bias_ptr,
-    order_ptr,
-    rows,
-    lanes: gl.constexpr,
-    STACK: gl.constexpr,
-    SPLIT: gl.constexpr,
-    PIECES: gl.constexpr,
-    HAS_ORDER: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-):
+def _features(p, strip, lanes: gl.constexpr):
     """Where the one or two pieces of a strip start among the outputs, and the bias of its 64 outputs."""
-    place = _block_row(strip, 0, STACK, SPLIT)
-    HEIGHT: gl.constexpr = 64 * SPLIT // STACK  # of a block
-    first = _row_at(order_ptr, place, rows, HAS_ORDER) * HEIGHT + strip % SPLIT * 64
+    PIECES: gl.constexpr = 64 // p.y.shape[2]
+    HEIGHT: gl.constexpr = 64 * p.STRIPS_PER_ROW // p.ROWS_PER_STRIP  # of a block
+    place = _row_of(p, strip, 0)
+    first = _row_at(p.order_ptr, place, p.rows, p.HAS_ORDER) * HEIGHT
+    first += strip % p.STRIPS_PER_ROW * 64
     second = first
     if PIECES == 2:
-        second = _row_at(order_ptr, place + 1, rows, HAS_ORDER) * HEIGHT
+        second = _row_at(p.order_ptr, place + 1, p.rows, p.HAS_ORDER) * HEIGHT
     bias = gl.zeros([64], gl.float32, lanes)
-    if HAS_BIAS:
+    if p.HAS_BIAS:
         i = gl.arange(0, 64, layout=lanes)
         feature = first + i
         if PIECES == 2:
             feature = gl.where(i < 32, feature, second - 32 + i)
-        bias = gl.load(bias_ptr + feature, mask=feature < rows * HEIGHT, other=0)
+        bias = gl.load(p.bias_ptr + feature, mask=feature < p.rows * HEIGHT, other=0)
         bias = bias.to(gl.float32)
     return (first, second), bias
 
 
 @gluon.jit
-def _consume_exact(
-    y_desc,
-    bias_ptr,
-    order_ptr,
-    table,
-    x_ring,
-    w_ring,
-    y_s,
-    sizes,
-    schedule,
-    STACK: gl.constexpr,
-    SPLIT: gl.constexpr,
-    CHUNKS: gl.constexpr,
-    HAS_ORDER: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-    ACTIVATION: gl.constexpr,
-    DYNAMIC: gl.constexpr,
-):
+def _consume_tf32x3(p):
     """The products of one strip in float32 accuracy: three TF32 products a slice, the smallest first.
 
     The tensor cores truncate when they accumulate, so they sum one slice only; the slices are added
     in registers, with rounding.
     """
-    x_s, x_full, x_empty, low_s, low_full = x_ring
-    w_s, w_full, w_empty, _w_pair = w_ring
-    tiles, halves, strips, turn, rows, windows, _nnz = sizes
-    X_SLOTS: gl.constexpr = x_s.shape[0]
-    W_SLOTS: gl.constexpr = w_s.shape[0]
-    BM: gl.constexpr = x_s.shape[1]
-    BN: gl.constexpr = BM // 2  # tokens of one accumulator
-    PIECES: gl.constexpr = 64 // y_s.shape[2]
-    BUFFERS: gl.constexpr = y_s.shape[0]
-    gl.static_assert(BN * 64 == y_s.shape[1] * y_s.shape[2])
+    BM: gl.constexpr = p.x.memory.shape[1]
+    BN: gl.constexpr = BM // 2
+    BUFFERS: gl.constexpr = p.y.shape[0]
+    gl.static_assert(BN * 64 == p.y.shape[1] * p.y.shape[2])
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 8])
     lanes: gl.constexpr = gl.SliceLayout(1, layout)
     w_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 1)
-    x_slot = 0
-    x_phase = 0
-    w_slot = 0
-    w_phase = 0
+    x_stage = _first_stage(p.x, 0, 1)
+    w_stage = _first_stage(p.w, 0, 1)
     t = gl.program_id(0)
-    t_slot = 0
-    t_phase = 0
-    while t < tiles:
-        m, strip, _half = _tile(t, tiles, halves, strips, turn, BM, DYNAMIC, False)
-        features, bias = _features(
-            strip, bias_ptr, order_ptr, rows, lanes, STACK, SPLIT, PIECES, HAS_ORDER, HAS_BIAS
-        )
+    t_stage = _first_stage(p.schedule, 0, 1)
+    while t < p.tiles:
+        m, strip, _half = tile_at(p, t, BM)
+        features, bias = _features(p, strip, lanes)
         count = 0
-        for window in range(windows):
-            count += _popcount(_strip_bits(table, strip, rows, window, windows, STACK, SPLIT))
+        for window in range(p.windows):
+            count += _popcount(_strip_bits(p, strip, window))
         acc0 = gl.zeros([64, BN], gl.float32, layout)
         acc1 = acc0
         zeros = acc0
-        for _ in range(count * CHUNKS):
-            mbarrier.wait(w_full.index(w_slot), w_phase)
-            w_high, w_low = _tf32_parts(w_s.index(w_slot).load(w_layout))
+        for _ in range(count * p.SLICES_PER_COLUMN):
+            p.w.wait_full(w_stage)
+            w_high, w_low = _tf32_parts(p.w.memory.index(w_stage.index()).load(w_layout))
             fence_async_shared()
-            mbarrier.arrive(w_empty.index(w_slot), count=1)
-            w_slot, w_phase = _next(w_slot, w_phase, W_SLOTS)
-            x = x_s.index(x_slot)
+            p.w.give_back(w_stage)
+            w_stage = w_stage.next()
+            x = p.x.memory.index(x_stage.index())
             x0 = x.slice(0, BN, dim=0).permute((1, 0))
             x1 = x.slice(BN, BN, dim=0).permute((1, 0))
-            mbarrier.wait(x_full.index(x_slot), x_phase)
+            p.x.wait_full(x_stage)
             part0 = warpgroup_mma(w_low, x0, zeros, use_acc=False, is_async=True)
-            mbarrier.wait(low_full.index(x_slot), x_phase)
-            x_low = low_s.index(x_slot)
+            p.x_low.wait_full(x_stage)
+            x_low = p.x_low.memory.index(x_stage.index())
             l0 = x_low.slice(0, BN, dim=0).permute((1, 0))
             l1 = x_low.slice(BN, BN, dim=0).permute((1, 0))
             part0 = warpgroup_mma(w_high, l0, part0, is_async=True)
@@ -958,157 +882,111 @@ def _consume_exact(
             part0 = warpgroup_mma_wait(3, deps=(part0,))
             acc0 += part0
             part1 = warpgroup_mma_wait(0, deps=(part1,))
-            mbarrier.arrive(x_empty.index(x_slot), count=1)
+            p.x.give_back(x_stage)
             acc1 += part1
-            x_slot, x_phase = _next(x_slot, x_phase, X_SLOTS)
+            x_stage = x_stage.next()
         # One copy of the code for both halves: unrolled, instructions arrive slower than they run.
         for half in range(2):
             acc = gl.where(half == 0, acc0, acc1)
-            y = y_s.index(half % BUFFERS)
-            _store(acc, bias, y_desc, y, m + half * BN, features, BUFFERS, ACTIVATION)
-        t = _take(schedule, t, t_slot, t_phase, DYNAMIC)
-        t_slot, t_phase = _next(t_slot, t_phase, T_SLOTS)
+            y = p.y.index(half % BUFFERS)
+            _store(p, acc, bias, y, m + half * BN, features, BUFFERS)
+        t = _next_tile(p, t, t_stage)
+        t_stage = t_stage.next()
     tma.store_wait(0)
 
 
 @gluon.jit
-def _consume(
-    g: gl.constexpr,
-    y_desc,
-    bias_ptr,
-    order_ptr,
-    table,
-    x_ring,
-    w_ring,
-    y_s,
-    sizes,
-    schedule,
-    GROUP: gl.constexpr,
-    STACK: gl.constexpr,
-    SPLIT: gl.constexpr,
-    CHUNKS: gl.constexpr,
-    WIDE: gl.constexpr,
-    PACKED: gl.constexpr,
-    COPIED: gl.constexpr,
-    HAS_ORDER: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-    ACTIVATION: gl.constexpr,
-    DYNAMIC: gl.constexpr,
-    HALVES: gl.constexpr,
-):
-    x_s, x_full, x_empty, _low_s, _low_full = x_ring
-    w_s, w_full, w_empty, w_pair = w_ring
-    tiles, halves, groups, turn, rows, windows, _nnz = sizes
-    X_SLOTS: gl.constexpr = x_s.shape[0]
-    BM: gl.constexpr = x_s.shape[1]
-    W_SLOTS: gl.constexpr = w_s.shape[0] // GROUP
-    BK: gl.constexpr = x_s.shape[2] // WIDE
-    BN: gl.constexpr = y_s.shape[1] * y_s.shape[2] // 64  # tokens of one accumulator
+def _consume(p, g: gl.constexpr):
+    """The products of strip g of the program's tiles, and their output."""
+    BM: gl.constexpr = p.x.memory.shape[1]
+    BK: gl.constexpr = p.x.memory.shape[2] // p.COLUMNS_PER_SLICE
+    BN: gl.constexpr = p.y.shape[1] * p.y.shape[2] // 64
     PARTS: gl.constexpr = BM // BN
-    PIECES: gl.constexpr = 64 // y_s.shape[2]
-    BUFFERS: gl.constexpr = y_s.shape[0] // GROUP
+    BUFFERS: gl.constexpr = p.y.shape[0] // p.STRIPS_PER_TILE
     # A half tile fills one buffer alone: two would get out of turn.
-    gl.static_assert(not HALVES or BUFFERS == 1)
-    # A pair's tokens are half the first program's and half the second's, and its blocks are both's.
+    gl.static_assert(not p.HALVES or BUFFERS == 1)
+    # A cluster's tokens are half the first program's and half the second's, and its blocks are both's.
     PROGRAMS: gl.constexpr = gl.num_ctas()
-    gl.static_assert(PROGRAMS == 1 or (PARTS == 1 and STACK == 1 and not PACKED and not COPIED))
-    STEP: gl.constexpr = 256 // x_s.dtype.primitive_bitwidth
-    layout: gl.constexpr = _product_layout(BN, STEP, PROGRAMS)
+    gl.static_assert(PROGRAMS == 1 or (PARTS == 1 and p.ROWS_PER_STRIP == 1 and p.LOAD == "tma"))
+    BITS: gl.constexpr = p.x.memory.dtype.primitive_bitwidth
+    layout: gl.constexpr = _product_layout(BN, 256 // BITS, PROGRAMS)
     lanes: gl.constexpr = gl.SliceLayout(1, layout)
-    w_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 32 // x_s.dtype.primitive_bitwidth)
-    member = gl.arange(0, 64, layout=gl.SliceLayout(1, w_layout)) // (64 // STACK)
-    x_slot = 0
-    x_phase = 0
-    w_slot = 0
-    w_phase = 0
-    strips = (rows * SPLIT + STACK - 1) // STACK
+    w_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 32 // BITS)
+    member = gl.arange(0, 64, layout=gl.SliceLayout(1, w_layout)) // (64 // p.ROWS_PER_STRIP)
+    x_stage = _first_stage(p.x, 0, 1)
+    w_stage = _first_stage(p.w, g, p.STRIPS_PER_TILE)
+    strips = (p.rows * p.STRIPS_PER_ROW + p.ROWS_PER_STRIP - 1) // p.ROWS_PER_STRIP
     t = gl.program_id(0)
-    t_slot = 0
-    t_phase = 0
-    while t < tiles:
-        m, group, half = _tile(t, tiles, halves, groups, turn, BM, DYNAMIC, HALVES)
-        strip = group * GROUP + g
+    t_stage = _first_stage(p.schedule, 0, 1)
+    while t < p.tiles:
+        m, group, half = tile_at(p, t, BM)
+        strip = group * p.STRIPS_PER_TILE + g
         active = strip < strips
-        features, bias = _features(
-            strip, bias_ptr, order_ptr, rows, lanes, STACK, SPLIT, PIECES, HAS_ORDER, HAS_BIAS
-        )
+        features, bias = _features(p, strip, lanes)
         acc0 = gl.zeros([64, BN], gl.float32, layout)
         acc1 = acc0
-        for window in range(windows):
-            row = _block_row(strip, 0, STACK, SPLIT)
-            bits0 = _row_bits(table, row, rows, window, windows)
-            bits1 = bits0
-            bits2 = bits0
-            bits3 = bits0
-            mine = bits0
-            if STACK > 1:
-                bits1 = _row_bits(table, row + 1, rows, window, windows)
-                mine = mine | bits1
-            if STACK > 2:
-                bits2 = _row_bits(table, row + 2, rows, window, windows)
-                bits3 = _row_bits(table, row + 3, rows, window, windows)
-                mine = mine | bits2 | bits3
-            slices = _group_slices(table, group, rows, window, windows, GROUP, STACK, SPLIT, WIDE)
-            for _h in range(CHUNKS):
+        for window in range(p.windows):
+            row = _row_of(p, strip, 0)
+            mine = _row_bits(p, row, window)
+            bits = (mine,)
+            for s in gl.static_range(1, p.ROWS_PER_STRIP):
+                more = _row_bits(p, row + s, window)
+                bits += (more,)
+                mine = mine | more
+            slices = _group_slices(p, group, window)
+            for _h in range(p.SLICES_PER_COLUMN):
                 todo = slices
                 for _ in range(_popcount(slices)):
                     low = todo & (0 - todo)
                     todo = todo ^ low
-                    mbarrier.wait(x_full.index(x_slot), x_phase)
-                    for q in gl.static_range(WIDE):
+                    p.x.wait_full(x_stage)
+                    for q in gl.static_range(p.COLUMNS_PER_SLICE):
                         column = _popcount(low - 1) + q
                         if ((mine >> column) & 1) != 0:
-                            full = w_full.index(g * W_SLOTS + w_slot)
-                            empty = w_empty.index(g * W_SLOTS + w_slot)
-                            mbarrier.wait(full, w_phase)
-                            w = w_s.index(g * W_SLOTS + w_slot)
-                            x = x_s.index(x_slot)
-                            if WIDE > 1:
+                            p.w.wait_full(w_stage)
+                            w = p.w.memory.index(w_stage.index())
+                            x = p.x.memory.index(x_stage.index())
+                            if p.COLUMNS_PER_SLICE > 1:
                                 x = x.slice(q * BK, BK, dim=1)
-                            if PACKED:
+                            if p.LOAD == "flat_tma":
                                 # The block as it is stored, and zeros for the absent ones.
                                 w = w.reshape([64, BK]).load(w_layout)
-                                if STACK > 1:
-                                    stored = ((bits0 >> column) & 1) | (
-                                        ((bits1 >> column) & 1) << 1
-                                    )
-                                    if STACK > 2:
-                                        stored |= ((bits2 >> column) & 1) << 2
-                                        stored |= ((bits3 >> column) & 1) << 3
+                                if p.ROWS_PER_STRIP > 1:
+                                    stored = (bits[0] >> column) & 1
+                                    for s in gl.static_range(1, p.ROWS_PER_STRIP):
+                                        stored |= ((bits[s] >> column) & 1) << s
                                     keep = ((stored.to(gl.int32) >> member) & 1) != 0
                                     w = gl.where(keep[:, None], w, gl.zeros_like(w))
                                 fence_async_shared()
-                                mbarrier.arrive(empty, count=1)
+                                p.w.give_back(w_stage)
                                 acc0, acc1 = _product(w, x, acc0, acc1, half, BN, PARTS)
                             else:
-                                # Copied blocks get no proxy fence, as in what Triton makes of a
-                                # pipelined tl.dot: cp.async, its completion, wgmma. A fence for
-                                # each product costs 16 x 16 blocks 6 %.
+                                # After cp.async there is no proxy fence, as in what Triton makes of a pipelined
+                                # tl.dot: cp.async, its completion, wgmma. A fence for each product costs 16 x 16
+                                # blocks 6 %.
                                 acc0, acc1 = _product(w, x, acc0, acc1, half, BN, PARTS)
-                                mbarrier.arrive(empty, count=1)
-                                if PROGRAMS == 2:
-                                    mbarrier.arrive(w_pair.index(g * W_SLOTS + w_slot), count=1)
-                            w_slot, w_phase = _next(w_slot, w_phase, W_SLOTS)
-                    mbarrier.arrive(x_empty.index(x_slot), count=1)
-                    x_slot, x_phase = _next(x_slot, x_phase, X_SLOTS)
+                                p.w.give_back(w_stage)
+                            w_stage = w_stage.next()
+                    p.x.give_back(x_stage)
+                    x_stage = x_stage.next()
         # A strip past the end leaves the buffers alone: it sends nothing that the next wait could count.
         if active:
-            if COPIED and STACK == 4 and PARTS == 2 and not HALVES:
+            if p.LOAD == "cp_async" and p.ROWS_PER_STRIP == 4 and PARTS == 2 and not p.HALVES:
                 # One copy of the code for both parts: there is so much of it that unrolled, instructions arrive slower
                 # than they run. For other blocks, choosing the part takes longer.
                 for part in range(2):
                     acc = gl.where(part == 0, acc0, acc1)
-                    y = y_s.index(g * BUFFERS + part % BUFFERS)
-                    _store(acc, bias, y_desc, y, m + part * BN, features, BUFFERS, ACTIVATION)
+                    y = p.y.index(g * BUFFERS + part % BUFFERS)
+                    _store(p, acc, bias, y, m + part * BN, features, BUFFERS)
             else:
-                y0 = y_s.index(g * BUFFERS)
-                _store(acc0, bias, y_desc, y0, m, features, BUFFERS, ACTIVATION)
+                y = p.y.index(g * BUFFERS)
+                _store(p, acc0, bias, y, m, features, BUFFERS)
                 if PARTS == 2:
                     if not half:
-                        y1 = y_s.index(g * BUFFERS + BUFFERS - 1)
-                        _store(acc1, bias, y_desc, y1, m + BN, features, BUFFERS, ACTIVATION)
-        t = _take(schedule, t, t_slot, t_phase, DYNAMIC)
-        t_slot, t_phase = _next(t_slot, t_phase, T_SLOTS)
+                        y = p.y.index(g * BUFFERS + BUFFERS - 1)
+                        _store(p, acc1, bias, y, m + BN, features, BUFFERS)
+        t = _next_tile(p, t, t_stage)
+        t_stage = t_stage.next()
     tma.store_wait(0)
 
 
@@ -1138,18 +1016,17 @@ def bsr_linear_strips(
     rows,
     columns,
     nnz,
-    GROUP: gl.constexpr,
-    STACK: gl.constexpr,
-    SPLIT: gl.constexpr,
-    CHUNKS: gl.constexpr,
-    WIDE: gl.constexpr,
-    PACKED: gl.constexpr,
-    COPIED: gl.constexpr,
-    EXACT: gl.constexpr,
+    STRIPS_PER_TILE: gl.constexpr,
+    ROWS_PER_STRIP: gl.constexpr,
+    STRIPS_PER_ROW: gl.constexpr,
+    SLICES_PER_COLUMN: gl.constexpr,
+    COLUMNS_PER_SLICE: gl.constexpr,
+    LOAD: gl.constexpr,
+    TF32X3: gl.constexpr,
     TABLE: gl.constexpr,
-    X_SLOTS: gl.constexpr,
-    W_SLOTS: gl.constexpr,
-    Y_SLOTS: gl.constexpr,
+    X_STAGES: gl.constexpr,
+    W_STAGES: gl.constexpr,
+    Y_STAGES: gl.constexpr,
     HAS_ORDER: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
@@ -1159,133 +1036,114 @@ def bsr_linear_strips(
 ):
     """y = act(x @ W.T + bias) for strips of 64 outputs; see the module's docstring.
 
-    x_desc [BM, WIDE * BK] boxes of x (M, K); w_desc [64 / STACK, BK] boxes of the values as an
-    (nnz * r, c) matrix; y_desc [tokens of one accumulator, 64] boxes of y (M, N), or 32 outputs
-    wide where the block rows of a strip lie apart; w_ptr the values.
+    x_desc [BM, COLUMNS_PER_SLICE * BK] boxes of x (M, K); w_desc [64 / ROWS_PER_STRIP, BK] boxes of the values as an
+    (nnz * r, c) matrix; y_desc [BN, 64] boxes of y (M, N), or 32 outputs wide where the block rows of a strip lie
+    apart; w_ptr the values.
     """
     BM: gl.constexpr = x_desc.block_type.shape[0] * (2 if HALVES else 1)
     XK: gl.constexpr = x_desc.block_type.shape[1]
     BN: gl.constexpr = y_desc.block_type.shape[0]
-    x_s = gl.allocate_shared_memory(x_desc.dtype, [X_SLOTS, BM, XK], x_desc.layout)
-    w_s = gl.allocate_shared_memory(
-        w_desc.dtype,
-        [GROUP * W_SLOTS, STACK * w_desc.block_type.shape[0], w_desc.block_type.shape[1]],
-        w_desc.layout,
-    )
+    x_s = gl.allocate_shared_memory(x_desc.dtype, [X_STAGES, BM, XK], x_desc.layout)
+    BOX: gl.constexpr = w_desc.block_type.shape
+    w_shape: gl.constexpr = [STRIPS_PER_TILE * W_STAGES, ROWS_PER_STRIP * BOX[0], BOX[1]]
+    w_s = gl.allocate_shared_memory(w_desc.dtype, w_shape, w_desc.layout)
     WIDTH: gl.constexpr = y_desc.block_type.shape[1]
-    y_s = gl.allocate_shared_memory(
-        y_desc.dtype, [GROUP * Y_SLOTS, 64 // WIDTH * BN, WIDTH], y_desc.layout
-    )
-    PROGRAMS: gl.constexpr = gl.num_ctas()
-    own: gl.constexpr = _barrier_layout(PROGRAMS, True)
-    both: gl.constexpr = _barrier_layout(PROGRAMS, False)
+    y_shape: gl.constexpr = [STRIPS_PER_TILE * Y_STAGES, 64 // WIDTH * BN, WIDTH]
+    y_s = gl.allocate_shared_memory(y_desc.dtype, y_shape, y_desc.layout)
+    CLUSTER: gl.constexpr = gl.num_ctas() == 2
+    both: gl.constexpr = _barrier_layout(gl.num_ctas(), False)
     table = gl.allocate_shared_memory(gl.int64, [TABLE, 1], both)
-    x_full = gl.allocate_shared_memory(gl.int64, [X_SLOTS, PROGRAMS], own)
-    x_empty = gl.allocate_shared_memory(gl.int64, [X_SLOTS, PROGRAMS], own)
-    w_full = gl.allocate_shared_memory(gl.int64, [GROUP * W_SLOTS, PROGRAMS], own)
-    w_empty = gl.allocate_shared_memory(gl.int64, [GROUP * W_SLOTS, PROGRAMS], own)
-    for i in gl.static_range(X_SLOTS):
-        mbarrier.init(x_full.index(i), count=1)
-        mbarrier.init(x_empty.index(i), count=GROUP)
-    for i in gl.static_range(GROUP * W_SLOTS):
-        # Every thread of the copying warp arrives, or every box.
-        mbarrier.init(w_full.index(i), count=32 if COPIED else STACK)
-        mbarrier.init(w_empty.index(i), count=1)
-    w_pair = w_empty  # only a pair's is used
-    if PROGRAMS == 2:
-        w_pair = gl.allocate_shared_memory(gl.int64, [GROUP * W_SLOTS, 1], both)
-        for i in gl.static_range(GROUP * W_SLOTS):
-            mbarrier.init(w_pair.index(i), count=1)
+    x = _make_ring(x_s, 1, STRIPS_PER_TILE, False)
+    # Every thread of a copying warp arrives, or every box.
+    w = _make_ring(w_s, 32 if LOAD == "cp_async" else ROWS_PER_STRIP, 1, CLUSTER)
     fence_async_shared()
     windows = (columns + 63) // 64
     _fill_table(table, order_ptr, crow_ptr, col_ptr, rows, columns, nnz, windows, HAS_ORDER)
-
-    low_s = x_s
-    low_full = x_full
-    if EXACT:
-        low_s = gl.allocate_shared_memory(x_desc.dtype, [X_SLOTS, BM, XK], x_desc.layout)
-        low_full = gl.allocate_shared_memory(gl.int64, [X_SLOTS, PROGRAMS], own)
-        for i in gl.static_range(X_SLOTS):
-            mbarrier.init(low_full.index(i), count=1)
+    x_low = x
+    if TF32X3:
+        low_s = gl.allocate_shared_memory(x_desc.dtype, [X_STAGES, BM, XK], x_desc.layout)
+        x_low = _make_ring(low_s, 1, 0, False)
         fence_async_shared()
-    x_ring = (x_s, x_full, x_empty, low_s, low_full)
-    w_ring = (w_s, w_full, w_empty, w_pair)
-    sizes = (tiles, halves, groups, turn, rows, windows, nnz)
-    t_s = x_full
-    t_full = x_full
-    t_empty = x_full
-    t_pair = x_full  # only a pair's is used
+    schedule = x
     if DYNAMIC:
-        t_s = gl.allocate_shared_memory(gl.int64, [T_SLOTS, 1], both)
-        t_full = gl.allocate_shared_memory(gl.int64, [T_SLOTS, PROGRAMS], own)
-        t_empty = gl.allocate_shared_memory(gl.int64, [T_SLOTS, PROGRAMS], own)
-        for i in gl.static_range(T_SLOTS):
-            mbarrier.init(t_full.index(i), count=1)
-            mbarrier.init(t_empty.index(i), count=3 if EXACT else 2 * GROUP)
-        if PROGRAMS == 2:
-            t_pair = gl.allocate_shared_memory(gl.int64, [T_SLOTS, 1], both)
-            for i in gl.static_range(T_SLOTS):
-                mbarrier.init(t_pair.index(i), count=2 * GROUP)
+        t_s = gl.allocate_shared_memory(gl.int64, [_TILE_STAGES, 1], both)
+        schedule = _make_ring(t_s, 1, 3 if TF32X3 else 2 * STRIPS_PER_TILE, CLUSTER)
         fence_async_shared()
-    schedule = (counter_ptr, t_s, t_full, t_empty, t_pair)
-    # Before either program of a pair arrives at the other's barriers, both must have made theirs: Triton sees to that.
-    # The lists of arguments are written out: a tuple that a variable holds makes tensors of its constexprs.
-    # fmt: off
-    if EXACT:
-        gl.static_assert(GROUP == 1 and not HALVES and PROGRAMS == 1)
+    p = _Program(
+        x_desc=x_desc,
+        w_desc=w_desc,
+        y_desc=y_desc,
+        w_ptr=w_ptr,
+        bias_ptr=bias_ptr,
+        crow_ptr=crow_ptr,
+        order_ptr=order_ptr,
+        counter_ptr=counter_ptr,
+        table=table,
+        x=x,
+        x_low=x_low,
+        w=w,
+        y=y_s,
+        schedule=schedule,
+        tiles=tiles,
+        halves=halves,
+        groups=groups,
+        turn=turn,
+        rows=rows,
+        windows=windows,
+        nnz=nnz,
+        STRIPS_PER_TILE=STRIPS_PER_TILE,
+        ROWS_PER_STRIP=ROWS_PER_STRIP,
+        STRIPS_PER_ROW=STRIPS_PER_ROW,
+        SLICES_PER_COLUMN=SLICES_PER_COLUMN,
+        COLUMNS_PER_SLICE=COLUMNS_PER_SLICE,
+        LOAD=LOAD,
+        HAS_ORDER=HAS_ORDER,
+        HAS_BIAS=HAS_BIAS,
+        ACTIVATION=ACTIVATION,
+        DYNAMIC=DYNAMIC,
+        HALVES=HALVES,
+    )
+    # Before either program of a cluster arrives at the other's barriers, both must have made theirs: Triton sees to
+    # that. One warpgroup consumes each strip, one warp streams x and one the blocks of each strip.
+    if TF32X3:
+        gl.static_assert(STRIPS_PER_TILE == 1 and not HALVES and not CLUSTER)
         gl.warp_specialize(
             [
-                (_consume_exact, (y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, STACK,
-                                  SPLIT, CHUNKS, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC)),
-                (_split_x, (table, x_ring, sizes, schedule, GROUP, STACK, SPLIT, CHUNKS, WIDE, DYNAMIC)),
-                (_stream_x, (x_desc, table, x_ring, sizes, schedule, GROUP, STACK, SPLIT, CHUNKS, WIDE, DYNAMIC,
-                             HALVES)),
-                (_stream_blocks, (0, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, schedule, GROUP, STACK,
-                                  SPLIT, CHUNKS, PACKED, COPIED, HAS_ORDER, DYNAMIC, HALVES)),
+                (_consume_tf32x3, (p,)),
+                (_write_low_parts, (p,)),
+                (_stream_x, (p,)),
+                (_stream_blocks, (p, 0)),
             ],
             [4, 1, 1],
             [REGISTERS, 24, 24],
         )
-    elif GROUP == 2:
+    elif STRIPS_PER_TILE == 2:
         gl.warp_specialize(
             [
-                (_consume, (0, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, GROUP, STACK,
-                            SPLIT, CHUNKS, WIDE, PACKED, COPIED, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC, HALVES)),
-                (_consume, (1, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, GROUP, STACK,
-                            SPLIT, CHUNKS, WIDE, PACKED, COPIED, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC, HALVES)),
-                (_stream_x, (x_desc, table, x_ring, sizes, schedule, GROUP, STACK, SPLIT, CHUNKS, WIDE, DYNAMIC,
-                             HALVES)),
-                (_stream_blocks, (0, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, schedule, GROUP, STACK,
-                                  SPLIT, CHUNKS, PACKED, COPIED, HAS_ORDER, DYNAMIC, HALVES)),
-                (_stream_blocks, (1, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, schedule, GROUP, STACK,
-                                  SPLIT, CHUNKS, PACKED, COPIED, HAS_ORDER, DYNAMIC, HALVES)),
+                (_consume, (p, 0)),
+                (_consume, (p, 1)),
+                (_stream_x, (p,)),
+                (_stream_blocks, (p, 0)),
+                (_stream_blocks, (p, 1)),
             ],
             [4, 1, 1, 1],
             [REGISTERS, 32, 32, 32],
         )
     else:
-        gl.static_assert(GROUP == 3)
+        gl.static_assert(STRIPS_PER_TILE == 3)
         gl.warp_specialize(
             [
-                (_consume, (0, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, GROUP, STACK,
-                            SPLIT, CHUNKS, WIDE, PACKED, COPIED, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC, HALVES)),
-                (_consume, (1, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, GROUP, STACK,
-                            SPLIT, CHUNKS, WIDE, PACKED, COPIED, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC, HALVES)),
-                (_consume, (2, y_desc, bias_ptr, order_ptr, table, x_ring, w_ring, y_s, sizes, schedule, GROUP, STACK,
-                            SPLIT, CHUNKS, WIDE, PACKED, COPIED, HAS_ORDER, HAS_BIAS, ACTIVATION, DYNAMIC, HALVES)),
-                (_stream_x, (x_desc, table, x_ring, sizes, schedule, GROUP, STACK, SPLIT, CHUNKS, WIDE, DYNAMIC,
-                             HALVES)),
-                (_stream_blocks, (0, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, schedule, GROUP, STACK,
-                                  SPLIT, CHUNKS, PACKED, COPIED, HAS_ORDER, DYNAMIC, HALVES)),
-                (_stream_blocks, (1, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, schedule, GROUP, STACK,
-                                  SPLIT, CHUNKS, PACKED, COPIED, HAS_ORDER, DYNAMIC, HALVES)),
-                (_stream_blocks, (2, w_desc, w_ptr, crow_ptr, order_ptr, table, w_ring, sizes, schedule, GROUP, STACK,
-                                  SPLIT, CHUNKS, PACKED, COPIED, HAS_ORDER, DYNAMIC, HALVES)),
+                (_consume, (p, 0)),
+                (_consume, (p, 1)),
+                (_consume, (p, 2)),
+                (_stream_x, (p,)),
+                (_stream_blocks, (p, 0)),
+                (_stream_blocks, (p, 1)),
+                (_stream_blocks, (p, 2)),
             ],
             [4, 4, 1, 1, 1, 1],
             [REGISTERS, REGISTERS, 32, 32, 32, 32],
         )
-    # fmt: on
-    if PROGRAMS == 2:
+    if CLUSTER:
         # Neither leaves while the other may still arrive at its barriers. (Triton 3.9 sees to that too, 3.8 does not.)
         _cluster_barrier()

@@ -502,9 +502,8 @@ def hopper_candidates(problem: Problem) -> list[HopperTile]:
             tiles += [CLUSTER_THREE, CLUSTER_TWO]
     else:
         flat_grouped = FLAT_TWO._replace(grouped=True).dynamic()
-        tiles = [FLAT_THREE, FLAT_TWO, flat_grouped, FLAT_SHORT]
-        if r < STRIP:
-            tiles.append(THREE)
+        tiles = [THREE] if r < STRIP else []
+        tiles += [FLAT_THREE, FLAT_TWO, flat_grouped, FLAT_SHORT]
         if r == c:
             tiles.append(COPIED)
         if r == c == 32:
