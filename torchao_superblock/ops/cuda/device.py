@@ -72,7 +72,8 @@ def gluon_problem() -> str | None:
     if INTERPRET:
         return "kernels run in Triton's interpreter"
     try:
-        import_module("torchao_superblock.ops.cuda.hopper")
-    except Exception as error:  # an experimental module may fail in any way
+        import_module("torchao_superblock.ops.hopper_kernels")
+        import_module("triton.experimental.gluon.nvidia.hopper")
+    except Exception as error:  # experimental modules may fail in any way
         return f"not usable with triton {triton.__version__}: {error}"
     return None
