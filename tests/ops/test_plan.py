@@ -188,7 +188,11 @@ def test_no_three_rows_change_places_for_better_groups():
     mask = block_mask(18, 24, 0.85)
     order = _row_groups(mask, (64, 64))
     least = _unevenness(mask, order)
-    apart = [t for t in itertools.permutations(range(18), 3) if len({i // STRIPS_PER_GROUP for i in t}) == 3]
+    apart = [
+        t
+        for t in itertools.permutations(range(18), 3)
+        if len({i // STRIPS_PER_GROUP for i in t}) == 3
+    ]
     for i, j, k in apart:
         exchanged = order.clone()
         exchanged[[i, j, k]] = order[[j, k, i]]

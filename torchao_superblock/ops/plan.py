@@ -24,9 +24,9 @@ class Plan(NamedTuple):
         crow_t: `(C + 1,)` for each block column, where its blocks start in `row_t` and `perm_t`.
         row_t: `(nnz,)` block row of each stored block, block column after block column.
         perm_t: `(nnz,)` position in `values` of each stored block, block column after block column.
-        row_groups: `(R,)` block rows, strip after strip of STRIP outputs, each STRIPS_PER_GROUP consecutive strips chosen to
-            share slices of x, groups that need most first; in the natural order if the plan was built without groups.
-            The block rows of a strip are neighbours, or (:func:`is_mixed`) chosen to share columns.
+        row_groups: `(R,)` block rows, strip after strip of STRIP outputs, each STRIPS_PER_GROUP consecutive strips
+            chosen to share slices of x, groups that need most first; in the natural order if the plan was built without
+            groups. The block rows of a strip are neighbours, or (:func:`is_mixed`) chosen to share columns.
     """
 
     row_order: Tensor
@@ -38,8 +38,8 @@ class Plan(NamedTuple):
     row_groups: Tensor
 
 
-# What shares a slice of x where a kernel can make use of that (cuda/hopper.py): so many strips of so many outputs. A slice
-# is as wide as a strip is high.
+# What shares a slice of x where a kernel can make use of that (cuda/hopper.py): so many strips of so many outputs. A
+# slice is as wide as a strip is high.
 STRIPS_PER_GROUP = 3
 STRIP = 64
 # So many inputs a block row of 32 outputs needs on average before any two of them make a strip.

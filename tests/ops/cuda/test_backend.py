@@ -24,8 +24,10 @@ from tests.ops.cuda import triton_cases
 from tests.ops.cuda.common import H200
 from tests.reference import TOLERANCE, assert_replays, random_bsr, relative_error
 from torchao_superblock.ops import build_plan, cuda
-from torchao_superblock.ops.cuda import matmul
+from torchao_superblock.ops.cuda import backend, choose, matmul
+from torchao_superblock.ops.cuda.choose import Choice
 from torchao_superblock.ops.cuda.device import device_at, devices
+from torchao_superblock.ops.cuda.tiles import BlocksTile, MatmulTile
 
 ROOT = Path(__file__).parents[3]
 bsr_linear = torch.ops.torchao_superblock.bsr_linear
@@ -259,6 +261,22 @@ def test_a_repeated_call_of_the_function(dtype: torch.dtype, mode: type) -> None
             with triton_cases.tf32_allowed():
                 check(x, tolerance=max(2e-3, TOLERANCE[dtype]))
             check(x)
+
+
+@pytest.mark.gpu
+def test_a_tile_that_does_not_fit_makes_way_for_a_smaller_one() -> None:
+    dense, crow, col, values = random_bsr(1024, 1024, 128, 0.5, torch.float32, "cuda")
+    x = torch.randn(512, 1024, device="cuda")
+    problem = backend.forward_problem(x, crow, values, None, "none", None)
+    too_much = choose.plain(problem, MatmulTile(128, 128, 128, 1, 8, 3))
+    for _ in range(2):
+        y = backend.forward(x, crow, col, values, None, "none", None, choice=too_much)
+        assert relative_error(y, x.double() @ dense.double().T) < 1e-6
+    grad = torch.randn(512, 1024, device="cuda")
+    too_much = Choice("blocks", BlocksTile(128, 128, 128, 8, 3))
+    y = backend.grad_values(grad, x, crow, col, None, 128, 128, choice=too_much)
+    reference = triton_cases.stored_blocks(grad.double().T @ x.double(), crow, col, (128, 128))
+    assert relative_error(y, reference) < 1e-6
 
 
 @pytest.mark.gpu

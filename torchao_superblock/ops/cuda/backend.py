@@ -153,8 +153,10 @@ def run(problem: Problem, choice: Choice | None, *arguments: Any) -> Tensor:
     try:
         return known[1](*arguments)
     except OutOfResources:
-        general, less = problem.bucketed(), choose.smaller(known[0])
-        _runs[problem, choice] = (less, _prepare(general, less))
+        if known[0].kernel == "hopper":  # its tiles fit, or were not chosen
+            raise
+        less = choose.smaller(known[0])
+        _runs[problem, choice] = (less, _prepare(problem.bucketed(), less))
         return run(problem, choice, *arguments)
 
 
