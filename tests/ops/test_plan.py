@@ -6,7 +6,7 @@ import torch
 import torchao_superblock.ops.plan as plan_module
 from tests.reference import block_mask, random_bsr
 from torchao_superblock.ops import build_plan, split_plan
-from torchao_superblock.ops.plan import GROUP, is_mixed, plan_fits, plan_length
+from torchao_superblock.ops.plan import STRIPS_PER_GROUP, is_mixed, plan_fits, plan_length
 
 
 @pytest.mark.parametrize(
@@ -68,13 +68,13 @@ def test_row_groups_are_whole_strips_that_share_more_slices_than_neighbours_do(R
     def slices(rows):
         padded = torch.nn.functional.pad(rows, (0, -C % width))
         needs = padded.view(R // stack, stack, -1, width).any(3).any(1)
-        return [int(group.any(0).sum()) for group in needs.split(GROUP)]
+        return [int(group.any(0).sum()) for group in needs.split(STRIPS_PER_GROUP)]
 
     needed = slices(mask[order])
     assert sum(needed) <= sum(slices(mask))
     if (R, C) == (24, 12) and blocksize == (64, 64):
         assert sum(needed) < 0.8 * sum(slices(mask))
-    full = needed[: R // stack // GROUP]
+    full = needed[: R // stack // STRIPS_PER_GROUP]
     assert full == sorted(full, reverse=True), "groups that need most first"
 
 
@@ -84,7 +84,7 @@ def _needs(mask, order, blocksize):
     blocks = mask[order]
     slices = torch.nn.functional.pad(blocks, (0, -mask.shape[1] % width))
     slices = slices.unflatten(1, (-1, width)).any(2)
-    of_groups = [int(group.any(0).sum()) for group in slices.split(GROUP * stack)]
+    of_groups = [int(group.any(0).sum()) for group in slices.split(STRIPS_PER_GROUP * stack)]
     return of_groups, [int(strip.any(0).sum()) for strip in blocks.split(stack)]
 
 
@@ -97,7 +97,7 @@ def test_two_block_rows_of_32_make_a_strip_where_they_need_the_same(c, R, C):
     slices, columns = _needs(mask, order, (32, c))
     natural_slices, natural_columns = _needs(mask, torch.arange(R), (32, c))
     assert sum(slices) <= sum(natural_slices) and sum(columns) < sum(natural_columns)
-    full = slices[: R // (2 * GROUP)]
+    full = slices[: R // (2 * STRIPS_PER_GROUP)]
     assert full == sorted(full, reverse=True), "groups that need most first"
 
 
@@ -170,7 +170,7 @@ def test_no_exchange_of_two_block_rows_lowers_what_groups_and_strips_need():
 
 def _unevenness(mask, order):
     """What exchanges lower: the sum of squares of the slices that groups need (blocks of 64 x 64)."""
-    return sum(int(group.any(0).sum()) ** 2 for group in mask[order].split(GROUP))
+    return sum(int(group.any(0).sum()) ** 2 for group in mask[order].split(STRIPS_PER_GROUP))
 
 
 @pytest.mark.parametrize(("R", "C", "sparsity"), [(24, 12, 0.9), (24, 12, 0.7), (13, 40, 0.9)])
@@ -188,7 +188,11 @@ def test_no_three_rows_change_places_for_better_groups():
     mask = block_mask(18, 24, 0.85)
     order = _row_groups(mask, (64, 64))
     least = _unevenness(mask, order)
-    apart = [t for t in itertools.permutations(range(18), 3) if len({i // GROUP for i in t}) == 3]
+    apart = [
+        t
+        for t in itertools.permutations(range(18), 3)
+        if len({i // STRIPS_PER_GROUP for i in t}) == 3
+    ]
     for i, j, k in apart:
         exchanged = order.clone()
         exchanged[[i, j, k]] = order[[j, k, i]]

@@ -12,7 +12,7 @@ from torchao_superblock.ops.op import bsr_linear
 from torchao_superblock.ops.plan import Plan, build_plan, split_plan
 
 if TYPE_CHECKING:
-    from torchao_superblock.ops.tuning import TuneReport
+    from torchao_superblock.ops.cuda.tune import TuneReport
 
 # Under the names that a released version documented. (No files: a submodule `bsr_linear`, imported, would take the
 # function's place.)
@@ -23,7 +23,7 @@ __all__ = ["ACTIVATIONS", "Plan", "backends", "bsr_linear", "build_plan", "split
 
 
 def tune(model: nn.Module, example_input: Any) -> "TuneReport":
-    """Find faster tile sizes for a swapped model on this GPU; see :func:`torchao_superblock.ops.tuning.tune`.
+    """Find faster tile sizes for a swapped model on this GPU; see :func:`torchao_superblock.ops.cuda.tune.tune`.
 
     Args:
         model: a model with :class:`BSRLinear` layers on a CUDA device.
@@ -37,7 +37,7 @@ def tune(model: nn.Module, example_input: Any) -> "TuneReport":
         ValueError: the model computes no block-sparse product on a CUDA device.
     """
     try:
-        from torchao_superblock.ops import tuning
+        from torchao_superblock.ops.cuda import tune as tuning
     except ImportError as error:
         raise RuntimeError(
             f"tune: it searches tile sizes of the Triton kernels, which cannot be used here ({error}); install Triton"

@@ -173,6 +173,23 @@ def remember_above(differentiate: Callable[..., Tensor], x: Tensor, *others: Any
         remember(run, differentiate, x, *others)
 
 
+def seen(x: Tensor, values: Tensor) -> bool:
+    """Whether :func:`remember` would make an entry for calls of such shapes, which are noted at first.
+
+    Args:
+        x: as the op has it.
+        values: as the op has it.
+    """
+    if not USABLE:
+        return False
+    if (x.shape, values.shape) in _entries:
+        return True
+    if len(_entries) >= _MOST_KEYS:
+        _entries.clear()
+    _entries[x.shape, values.shape] = ()
+    return False
+
+
 def remember(run: Run, differentiate: Callable[..., Tensor] | None, *args: Any) -> None:
     """Serve calls like this one, in the same mode of dispatch, by a closure; if nobody but a backend serves it now.
 
@@ -186,15 +203,10 @@ def remember(run: Run, differentiate: Callable[..., Tensor] | None, *args: Any) 
         *args: the op's eight arguments.
     """
     x, crow_indices, col_indices, values, bias, out_features, activation, plan = args
-    if not USABLE:
+    if not seen(x, values):
         return
     key = (x.shape, values.shape)
-    known = _entries.get(key)
-    if known is None:
-        if len(_entries) >= _MOST_KEYS:
-            _entries.clear()
-        _entries[key] = ()
-        return
+    known = _entries[key]
     tensors = [t for t in (x, crow_indices, col_indices, values, bias, plan) if t is not None]
     if any(type(tensor) not in _TYPES for tensor in tensors):
         return

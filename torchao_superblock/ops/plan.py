@@ -24,9 +24,9 @@ class Plan(NamedTuple):
         crow_t: `(C + 1,)` for each block column, where its blocks start in `row_t` and `perm_t`.
         row_t: `(nnz,)` block row of each stored block, block column after block column.
         perm_t: `(nnz,)` position in `values` of each stored block, block column after block column.
-        row_groups: `(R,)` block rows, strip after strip of STRIP outputs, each GROUP consecutive strips chosen to
-            share slices of x, groups that need most first; in the natural order if the plan was built without groups.
-            The block rows of a strip are neighbours, or (:func:`is_mixed`) chosen to share columns.
+        row_groups: `(R,)` block rows, strip after strip of STRIP outputs, each STRIPS_PER_GROUP consecutive strips
+            chosen to share slices of x, groups that need most first; in the natural order if the plan was built without
+            groups. The block rows of a strip are neighbours, or (:func:`is_mixed`) chosen to share columns.
     """
 
     row_order: Tensor
@@ -38,9 +38,9 @@ class Plan(NamedTuple):
     row_groups: Tensor
 
 
-# What shares a slice of x where a kernel can make use of that (hopper.py): so many strips of so many outputs. A slice
-# is as wide as a strip is high.
-GROUP = 3
+# What shares a slice of x where a kernel can make use of that (cuda/hopper.py): so many strips of so many outputs. A
+# slice is as wide as a strip is high.
+STRIPS_PER_GROUP = 3
 STRIP = 64
 # So many inputs a block row of 32 outputs needs on average before any two of them make a strip.
 _MIXED_INPUTS = 128
@@ -139,10 +139,10 @@ def _group_rows(
     # Clamped: a bad index may give a bad order, but no assertion on the device.
     blocks[row_indices.clamp(0, n_rows - 1), col_indices.clamp(0, n_cols - 1)] = 1
     slices = blocks.view(n_rows, n_slices, width).amax(2)
-    of_strips = [_Level(slices.view(-1, stack, n_slices).amax(1), GROUP, 1)]
+    of_strips = [_Level(slices.view(-1, stack, n_slices).amax(1), STRIPS_PER_GROUP, 1)]
     inside = torch.arange(stack, device=device)
     if mixed:
-        levels = [_Level(slices, GROUP * stack, 1), _Level(blocks, stack, _COLUMN_COST)]
+        levels = [_Level(slices, STRIPS_PER_GROUP * stack, 1), _Level(blocks, stack, _COLUMN_COST)]
         of_rows = (_greedy(of_strips)[:, None] * stack + inside).flatten()
         starts = [torch.arange(n_rows, device=device), of_rows, _greedy(levels)]
         height = 1  # block rows that stay together

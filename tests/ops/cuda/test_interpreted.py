@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed here")
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize(
@@ -18,13 +18,13 @@ ROOT = Path(__file__).parents[2]
         ("dtypes", "activations", "token_counts"),
         ("indices", "strides"),
         ("tiles", "precision", "determinism"),
-        ("gradients_of_small_blocks", "stale_plans"),
+        ("gradients_of_small_blocks", "stale_plans", "repeated_calls"),
     ],
     ids=" and ".join,
 )
 def test_kernels_match_dense_float64(groups: tuple[str, ...]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.ops.triton_cases", *groups],
+        [sys.executable, "-m", "tests.ops.cuda.triton_cases", *groups],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,

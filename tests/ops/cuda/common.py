@@ -1,0 +1,38 @@
+"""Devices and problems for tests of what is decided before anything is launched."""
+
+from typing import Any
+
+import torch
+
+from torchao_superblock.ops.cuda.problem import NATIVE, TF32, Device, Problem
+
+H200 = Device(0, "NVIDIA H200", 90, 132, 4917.0, overlaps=True, gluon=True, clusters=True)
+H100 = H200._replace(name="NVIDIA H100 80GB HBM3", memory_rate=3352.0)
+OLD_TRITON = H200._replace(gluon=False, clusters=False)
+A100 = Device(0, "NVIDIA A100-SXM4-80GB", 80, 108, 2039.0)
+T4 = Device(0, "Tesla T4", 75, 40, 320.0)
+DEVICES = [H200, H100, H100._replace(clusters=False), OLD_TRITON, A100, T4]
+
+
+def problem(
+    M: int,
+    N: int,
+    K: int,
+    blocksize: int | tuple[int, int],
+    share: float,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    kind: str = "forward",
+    precision: int | None = None,
+    device: Device = H200,
+    **others: Any,
+) -> Problem:
+    """A problem whose operands are contiguous; `share` of its blocks are stored."""
+    r, c = (blocksize, blocksize) if isinstance(blocksize, int) else blocksize
+    R, C = max(1, N // r), max(1, K // c)
+    nnz = max(1, round(R * C * share))
+    if precision is None:
+        precision = TF32 if dtype == torch.float32 else NATIVE
+    strides = (C * c, 1) if kind != "grad_values" else (R * r, 1, C * c, 1)
+    fields = {"strides": strides, "aligned": (True, True), "device": device} | others
+    return Problem(kind, M, R, C, r, c, nnz, dtype, precision, **fields)
