@@ -1,5 +1,6 @@
 """The API reference: every public name is in it, and the examples of its docstrings run."""
 
+import argparse
 import doctest
 import functools
 import importlib
@@ -127,6 +128,14 @@ def names_of(path: str) -> dict[str, Any]:
     elif name == "export":
         names |= {"model": half_zero(), "x": x, "onnxruntime": pytest.importorskip("onnxruntime")}
         swap_to_bsr(names["model"], min_sparsity=0.4)
+    elif name == "load_superblock_checkpoint":
+        names |= {"build_model": lambda: nn.Sequential(nn.Linear(128, 128))}
+        state = {
+            f"module.{key}": value for key, value in names["build_model"]().state_dict().items()
+        }
+        state |= {"module.0.scores": torch.rand(4, 4), "n_averaged": torch.tensor(9)}
+        args = argparse.Namespace(sparsity_linear=0.9, sp_linear_tile_size=32)
+        torch.save({"model_ema": state, "args": args}, "checkpoint.pth")
     elif name == "BSRWeight":
         names |= {"linear": half_zero()[0], "x": x}
     return names
