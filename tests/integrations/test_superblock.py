@@ -275,24 +275,29 @@ def bsr_state(model: nn.Module) -> dict:
     state = make_state(model, MASKED, 8)
     dense = dense_reference(state, MASKED, 0.8, 8)
     weight = dense["encoder.mlp.0.weight"].float()
+    projection = dense["encoder.self_attention.in_proj_weight"].float()
+    projection[:48] = 0
     # After sparsify_offline the scores stay beside a weight that is folded already.
-    return {**state, "encoder.mlp.0.weight": weight.to_sparse_bsr((8, 8))}
+    state["encoder.mlp.0.weight"] = weight.to_sparse_bsr((8, 8))
+    state["encoder.self_attention.in_proj_weight"] = projection.to_sparse_bsr((16, 8))
+    return state
 
 
 @pytest.mark.parametrize("as_masks", [False, True])
 def test_stored_blocks_are_the_mask(tmp_path, as_masks):
     model = Model().eval()
+    dense = dense_reference(make_state(model, MASKED, 8), MASKED, 0.8, 8)
+    dense["encoder.self_attention.in_proj_weight"][:48] = 0
     path = save(tmp_path / "c.pth", bsr_state(model), ARGS)
     load_superblock_checkpoint(model, path, as_masks=as_masks)
-    dense = dense_reference(
-        make_state(model if not as_masks else Model(), MASKED, 8), MASKED, 0.8, 8
-    )
     assert output_error(model, dense, X) <= 1e-6
+    assert nn.utils.parametrize.is_parametrized(model.encoder.self_attention) == as_masks
 
 
 def test_stored_blocks_contradict_arguments(tmp_path):
     model = Model()
     state = {k: v for k, v in bsr_state(model).items() if not k.startswith("encoder.mlp.0.s")}
+    state["encoder.self_attention.in_proj_weight"] = torch.zeros(96, 32)
     for name in MASKED[1:]:
         for key in ("scores", "shift", "scale"):
             del state[f"{name}.{key}"]

@@ -120,9 +120,9 @@ def load_superblock_checkpoint(
     state, recorded = _read(file, ema)
     masked: list[_Masked] = []
     dense: dict[str, Tensor] = {}
-    modules = dict(model.named_modules())
+    modules, own = dict(model.named_modules()), model.state_dict()
     for name in [key.removesuffix(".scores") for key in state if key.endswith(".scores")]:
-        if f"{name}.scores" in model.state_dict() or f"{name}.weight" not in state:
+        if f"{name}.scores" in own or f"{name}.weight" not in state:
             continue  # a parameter of the model's own
         layer = {key: state.pop(f"{name}.{key}", None) for key in ("scores", "shift", "scale")}
         weight = state[f"{name}.weight"]
@@ -139,7 +139,9 @@ def load_superblock_checkpoint(
         for factor, apply in (("scale", torch.mul), ("shift", torch.add)):
             if layer[factor] is not None:
                 weight = apply(weight, layer[factor])
-        found = _Masked(name, mask, (tile,) * mask.ndim, layer["scores"].clamp(max=_SCORES_MAX))
+        found = _Masked(
+            f"{name}.weight", mask, (tile,) * mask.ndim, layer["scores"].clamp(max=_SCORES_MAX)
+        )
         dense[f"{name}.weight"] = weight.masked_fill(~found.of_elements(weight.shape), 0)
         masked.append(found)
     for key, tensor in state.items():
@@ -149,7 +151,7 @@ def load_superblock_checkpoint(
             masked.append(stored)
             tensor = tensor.to_dense()
         dense.setdefault(key, tensor)
-    _refuse_other_architecture(model, dense, file)
+    _refuse_other_architecture(model, own, dense, file)
     with all_or_nothing(model, [*model.parameters(), *model.buffers()]):
         model.load_state_dict(dense)
         if as_masks:
@@ -199,8 +201,9 @@ def _read(file: str, ema: bool) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     return state, recorded if isinstance(recorded, Mapping) else {}
 
 
-def _refuse_other_architecture(model: nn.Module, dense: dict[str, Tensor], file: str) -> None:
-    own = model.state_dict()
+def _refuse_other_architecture(
+    model: nn.Module, own: Mapping[str, Tensor], dense: Mapping[str, Tensor], file: str
+) -> None:
     missing = [name for name in own if name not in dense]
     extra = [name for name in dense if name not in own]
     shapes = [name for name in own if name in dense and own[name].shape != dense[name].shape]
@@ -289,9 +292,9 @@ class _Kind:
 
 @dataclass(frozen=True)
 class _Masked:
-    """A layer and its mask: bool over the grid of blocks of these extents, in two dimensions or four."""
+    """A weight and its mask: bool over the grid of blocks of these extents, in two dimensions or four."""
 
-    name: str
+    fqn: str
     mask: Tensor
     blocks: tuple[int, ...]
     scores: Tensor | None = None
@@ -305,7 +308,7 @@ class _Masked:
 
     def entry(self, weight: Tensor) -> dict[str, Any]:
         """For the config of a sparsifier."""
-        entry: dict[str, Any] = {"tensor_fqn": f"{self.name}.weight"}
+        entry: dict[str, Any] = {"tensor_fqn": self.fqn}
         in_kernel = weight[0, 0].numel()
         columns = weight[0].numel()
         whole_kernels = self.mask[0, 0].numel() == 1
@@ -327,7 +330,7 @@ class _Masked:
         """Arguments must not contradict blocks that are stored."""
         if blocksize is not None and self.blocks != (blocksize, blocksize):
             raise ValueError(
-                f"{where}blocksize={blocksize}, and '{self.name}.weight' stores blocks of {self.blocks}; leave the "
+                f"{where}blocksize={blocksize}, and {self.fqn!r} stores blocks of {self.blocks}; leave the "
                 "argument out"
             )
         if sparsity_level is None:
@@ -335,7 +338,7 @@ class _Masked:
         kept = int(superblock_mask(torch.arange(self.mask.numel()).double(), sparsity_level).sum())
         if kept != int(self.mask.sum()):
             raise ValueError(
-                f"{where}sparsity_level={sparsity_level} keeps {kept} blocks, and '{self.name}.weight' stores "
+                f"{where}sparsity_level={sparsity_level} keeps {kept} blocks, and {self.fqn!r} stores "
                 f"{int(self.mask.sum())} of {self.mask.numel()}; leave the argument out"
             )
 
@@ -345,7 +348,7 @@ def _stored_blocks(key: str, weight: Tensor) -> _Masked:
     crow, col, blocks = weight.crow_indices(), weight.col_indices(), weight.values().shape[1:]
     mask = torch.zeros(crow.numel() - 1, weight.shape[1] // blocks[1], dtype=torch.bool)
     mask[torch.arange(len(mask)).repeat_interleave(crow.diff()), col.long()] = True
-    return _Masked(key.removesuffix(".weight"), mask, tuple(blocks))
+    return _Masked(key, mask, tuple(blocks))
 
 
 def _acted_not(modules: Mapping[str, nn.Module], name: str) -> bool:
@@ -359,17 +362,18 @@ def _acted_not(modules: Mapping[str, nn.Module], name: str) -> bool:
 
 
 def _prepare(model: nn.Module, masked: list[_Masked], file: str) -> None:
-    modules = dict(model.named_modules())
-    layers = [layer for layer in masked if layer.mask.numel() > 1]  # a single block is kept anyway
-    if not layers:
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    masked = [one for one in masked if one.mask.numel() > 1]  # a single block is kept anyway
+    if not masked:
         raise ValueError(f"{file}: no layer has scores or stored blocks: nothing can be a mask")
     sparsifier = SupermaskSparsifier(scores_init="weight_norm")
     try:
-        sparsifier.prepare(model, [layer.entry(modules[layer.name].weight) for layer in layers])
+        sparsifier.prepare(model, [one.entry(weights[one.fqn]) for one in masked])
     except ValueError as error:
         raise RuntimeError(f"{file}: as_masks=True: {error}") from error
-    for layer in layers:
-        mask = modules[layer.name].parametrizations["weight"][0]
+    for one in masked:
+        owner, _, name = one.fqn.rpartition(".")
+        mask = model.get_submodule(owner).parametrizations[name][0]
         if isinstance(mask.scores, nn.Parameter):
             with torch.no_grad():
-                mask.scores.copy_(layer.scores.view_as(mask.scores))
+                mask.scores.copy_(one.scores.view_as(mask.scores))
