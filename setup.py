@@ -92,6 +92,7 @@ setup(
         "cli": CLI,
         "docs": DOCS,
         "examples": EXAMPLES,
+        "imagenet": [*EXAMPLES, *INTEGRATIONS["timm"]],
         "quality": QUALITY,
         "test": [
             "pytest>=8",
@@ -101,6 +102,7 @@ setup(
             "safetensors>=0.4",
             "setuptools>=77",
             *EXAMPLES,
+            *INTEGRATIONS["timm"],
             *INTEGRATIONS["onnx"],
             *DOCS,
         ],

@@ -32,8 +32,8 @@ try:
     import tqdm  # noqa: F401
 except ImportError as error:
     raise SystemExit(
-        f"this example needs {error.name}: pip install 'torchao_superblock[examples,timm]' "
-        "(in a clone: pip install -e '.[examples,timm]')"
+        f"this example needs {error.name}: pip install 'torchao_superblock[imagenet]' "
+        "(in a clone: pip install -e '.[imagenet]')"
     ) from error
 
 from recipe import checkpoint, data, models, optim, parallel, sparsity
@@ -201,6 +201,8 @@ def train_epoch(
     micro = args.accumulation_steps
     lr = optimizer.param_groups[0]["lr"]
     warming_up = training.epoch < args.lr_warmup_epochs
+    # An average over changing levels is a model of none of them: it begins where the ramp ends.
+    ramp_steps = 0 if training.sparsifier is None else training.sparsifier.ramp.ramp_steps or 0
     recent = torch.zeros((), device=world.device)  # losses since the last row, summed
     total, rows_from, started = 0.0, 0, time.perf_counter()
     model.train()
@@ -229,8 +231,8 @@ def train_epoch(
                 training.sparsifier.step()
             if training.average is not None and training.step % args.model_ema_steps == 0:
                 training.average.update_parameters(model)
-                if warming_up:
-                    training.average.n_averaged.fill_(0)
+                if warming_up or training.step <= ramp_steps:
+                    training.average.n_averaged.fill_(0)  # it still copies
         optimizer.zero_grad()
         done = i // micro
         if done % args.print_freq and done != steps:

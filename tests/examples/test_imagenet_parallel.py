@@ -18,17 +18,20 @@ pytest.importorskip("torchvision")
 
 from tests.examples.imagenet_common import SPARSE, losses, program, rows, train
 
-RUN = f"{SPARSE} --model-ema --model-ema-steps 1 --model-ema-decay 0.9"
+# Not Adam, which makes steps out of the rounding of gradients that are zero, such as those of a key's bias.
+PLAIN = f"{SPARSE} --opt rmsprop --lr 2e-3"
+ACCUMULATED = f"{PLAIN} -b 4 --accumulation-steps 2 --clip-grad-norm 0.5 --epochs 1"
+RUN = f"{PLAIN} --model-ema --model-ema-steps 1 --model-ema-decay 0.9"
 
 
 def check_follows(layout: str, folder: Path) -> None:
-    train(folder / layout, RUN, *(["--fsdp"] if layout == "fsdp" else []), "--accumulation-steps 1")
+    train(folder / layout, RUN, *(["--fsdp"] if layout == "fsdp" else []))
 
 
 def check_accumulated(layout: str, folder: Path) -> None:
     output = folder / f"{layout}_accumulated"
     options = ["--fsdp"] if layout == "fsdp" else []
-    train(output, "-b 4 --accumulation-steps 2 --clip-grad-norm 0.5 --epochs 1", SPARSE, *options)
+    train(output, ACCUMULATED, *options)
 
 
 def check_resumes(layout: str, source: str, folder: Path) -> None:
@@ -80,9 +83,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process first, then every check above in one pair of processes."""
     folder = tmp_path_factory.mktemp("layouts")
     train(folder / "one", RUN, "--keep-every 1")
-    train(
-        folder / "one_accumulated", "-b 4 --accumulation-steps 2 --clip-grad-norm 0.5 --epochs 1", SPARSE
-    )
+    train(folder / "one_accumulated", ACCUMULATED)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -108,7 +109,7 @@ def assert_same_run(runs: Path, name: str, reference: str = "one") -> None:
     assert list(ours["model"]) == list(theirs["model"])
     for part in ("model", "model_ema"):
         for key, value in theirs.get(part, {}).items():
-            torch.testing.assert_close(ours[part][key], value, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(ours[part][key], value, rtol=1e-3, atol=1e-4)
     for fqn, entry in theirs["sparsifier"]["state"].items():
         assert torch.equal(ours["sparsifier"]["state"][fqn]["mask"], entry["mask"])
     assert ours["step"] == theirs["step"]
@@ -119,6 +120,7 @@ def test_two_ranks_follow_one_process(runs, layout):
     passed(runs, layout)
     assert_same_run(runs, layout)
     expected, got = (rows(runs / one / "epochs.csv")[-1] for one in ("one", layout))
+    assert float(got["sparsity"]) == 0.75
     for key in ("loss", "acc1", "ema_loss", "ema_acc1", "sparsity"):
         assert float(got[key]) == pytest.approx(float(expected[key]), rel=1e-3), key
     assert (runs / layout / "curve.png").stat().st_size > 1000
@@ -126,7 +128,7 @@ def test_two_ranks_follow_one_process(runs, layout):
         torch.load(runs / one / "squashed.pth", weights_only=True) for one in (layout, "one")
     )
     for key, value in theirs["model"].items():
-        torch.testing.assert_close(ours["model"][key], value, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(ours["model"][key], value, rtol=1e-3, atol=1e-4)
         assert torch.equal(ours["model"][key] == 0, value == 0)
 
 
