@@ -73,10 +73,10 @@ class Training:
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Trains, and returns the last test's loss and accuracy."""
     args = parse(argv, description=__doc__)
+    torch.backends.cudnn.benchmark = not args.deterministic
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
     with parallel.world_of(args) as world:
         return run(args, world)
 
@@ -323,7 +323,7 @@ def _checked_checkpoint(
         path = last if args.resume == "last" else args.resume
         saved = checkpoint.read(path)
         sparsity.check_plan(plan, saved["plan"], path)
-        checkpoint.check_model(model, saved["model"], path)
+        checkpoint.check_model(model, saved["model"], f"--resume {path}")
         if not args.test_only and "optimizer" not in saved:
             raise SystemExit(
                 f"--resume {path}: holds weights only; start from them with --weights-path"

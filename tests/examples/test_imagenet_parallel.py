@@ -21,7 +21,7 @@ from tests.examples.imagenet_common import SPARSE, losses, program, rows, train
 # Not Adam, which makes steps out of the rounding of gradients that are zero, such as those of a key's bias.
 PLAIN = f"{SPARSE} --opt rmsprop --lr 2e-3"
 ACCUMULATED = f"{PLAIN} -b 4 --accumulation-steps 2 --clip-grad-norm 0.5 --epochs 1"
-RUN = f"{PLAIN} --model-ema --model-ema-steps 1 --model-ema-decay 0.9"
+RUN = f"{PLAIN} --model-ema --model-ema-steps 1 --model-ema-decay 0.9 --keep-every 1"
 
 
 def check_follows(layout: str, folder: Path) -> None:
@@ -44,6 +44,11 @@ def check_scaler(folder: Path) -> None:
     train(folder / "fsdp_fp16", "--amp fp16 --fsdp --epochs 1", SPARSE)
 
 
+def check_compiled(folder: Path) -> None:
+    train(folder / "ddp_compiled", f"{PLAIN} --compile eager --epochs 1")
+    train(folder / "fsdp_compiled", f"{PLAIN} --compile eager --epochs 1 --fsdp")
+
+
 def check_batch(folder: Path) -> None:
     with pytest.raises(SystemExit, match=r"--batch-size 9 .*2 does not divide it"):
         train(folder / "odd", "-b 9")
@@ -58,6 +63,7 @@ CHECKS: dict[str, Callable[[Path], None]] = {
     "one_in_ddp": functools.partial(check_resumes, "ddp", "one"),
     "one_in_fsdp": functools.partial(check_resumes, "fsdp", "one"),
     "fsdp_fp16": check_scaler,
+    "compiled": check_compiled,
     "odd": check_batch,
 }
 
@@ -82,7 +88,7 @@ def _on_rank(rank: int, port: int, folder: str) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process first, then every check above in one pair of processes."""
     folder = tmp_path_factory.mktemp("layouts")
-    train(folder / "one", RUN, "--keep-every 1")
+    train(folder / "one", RUN)
     train(folder / "one_accumulated", ACCUMULATED)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -147,21 +153,24 @@ def test_what_one_process_saved_resumes_on_two(runs, name):
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
 def test_what_two_saved_resumes_on_one_process(runs, layout, tmp_path):
     passed(runs, layout)
-    evaluate = program("evaluate").main
-    options = ["-j", "0", "--swap", "all", "--seconds", "0", "--device", "cpu"]
-    results = evaluate([str(runs / layout / "last.pth"), *options])
-    reference = evaluate([str(runs / "one" / "last.pth"), *options])
-    for name in ("trained", "squashed", "swapped"):
-        assert results[name]["loss"] == pytest.approx(reference[name]["loss"], rel=1e-3)
-    # All of its training goes on, too: model, optimizer, average, schedule, masks.
-    output = tmp_path / "more"
-    train(output, RUN, f"--resume {runs / layout / 'last.pth'} --test-only")
-    assert not output.exists()
+    train(tmp_path, RUN, f"--resume {runs / layout / 'epoch_1.pth'}")
+    (runs / f"{layout}_in_one").symlink_to(tmp_path)
+    assert_same_run(runs, f"{layout}_in_one")
+    results = program("evaluate").main(
+        [str(runs / layout), *"-j 0 --swap all --seconds 0 --device cpu".split()]
+    )
+    assert results["swapped"]["loss"] == pytest.approx(results["trained"]["loss"], rel=1e-5)
 
 
 def test_fp16_with_a_scaler_is_sharded(runs):
     passed(runs, "fsdp_fp16")
     assert len(losses(runs / "fsdp_fp16")) == 3
+
+
+def test_ddp_and_fsdp2_compile(runs):
+    passed(runs, "compiled")
+    expected = [float(loss) for loss in losses(runs / "ddp_compiled")]
+    assert [float(x) for x in losses(runs / "fsdp_compiled")] == pytest.approx(expected, rel=1e-4)
 
 
 def test_ranks_that_cannot_share_a_batch_are_told(runs):

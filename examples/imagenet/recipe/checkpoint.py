@@ -107,7 +107,7 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_model(model: nn.Module, state: dict[str, Any], path: Path) -> None:
+def check_model(model: nn.Module, state: dict[str, Any], where: object) -> None:
     """Refuses a checkpoint of another architecture before anything is loaded.
 
     Raises:
@@ -118,7 +118,7 @@ def check_model(model: nn.Module, state: dict[str, Any], path: Path) -> None:
     differing += [key for key in own if key in state and own[key].shape != state[key].shape]
     if differing:
         raise SystemExit(
-            f"--resume {path}: saved from another model: {differing[0]!r} is not the same there "
+            f"{where}: saved from another model: {differing[0]!r} is not the same there "
             f"({len(differing)} such tensors). Give the --model, sizes and classes that it was saved with. "
             "Nothing was changed"
         )

@@ -80,11 +80,6 @@ class Bar:
         if not self.bar.disable:
             tqdm.write(text, file=sys.stdout)
 
-    @property
-    def seconds(self) -> float:
-        """Since the start, 0 where nothing is shown."""
-        return self.bar.format_dict["elapsed"]
-
     def close(self) -> None:
         """Leaves the line as it is."""
         self.bar.close()

@@ -95,7 +95,7 @@ def config(model: nn.Module, plan: dict[str, Any]) -> list[dict[str, Any]]:
     excluded = list(plan["exclude"])
     for pattern in excluded:
         if not fnmatch.filter(weights, pattern):
-            raise SystemExit(f"--exclude {pattern}: no weight of {plan_names(weights)}")
+            raise SystemExit(f"--exclude {pattern}: no weight of {_names(weights)}")
     if plan["skip_last_layer"]:
         excluded.append(_head(model))
     if plan["skip_first_block"]:
@@ -137,7 +137,7 @@ def check_plan(plan: dict[str, Any], saved: dict[str, Any], path: object) -> Non
         )
 
 
-def plan_names(weights: list[str]) -> str:
+def _names(weights: list[str]) -> str:
     """The model's weights, shortened, for messages."""
     return f"the model is called so; there are {', '.join(weights[:4])}, ... ({len(weights)})"
 
@@ -166,7 +166,7 @@ def _reach(model: nn.Module, layer: str, weights: list[str]) -> list[dict[str, A
     found = [glob for glob in LAYERS.get(layer, (layer,)) if fnmatch.filter(weights, glob)]
     if not found:
         known = "" if layer in LAYERS else f"; names are {', '.join(LAYERS)}"
-        raise SystemExit(f"--layers {layer}: no weight of {plan_names(weights)}{known}")
+        raise SystemExit(f"--layers {layer}: no weight of {_names(weights)}{known}")
     return [{"tensor_fqn": glob} for glob in found]
 
 
@@ -188,6 +188,4 @@ def _first_block(entries: list[dict[str, Any]], weights: list[str]) -> str:
             block = re.match(r"(?:.*?[._])?0(?=\.)", name)
             if block:
                 return f"{block[0]}.*"
-    raise SystemExit(
-        f"--skip-first-block: no numbered block in {plan_names(weights)}; use --exclude"
-    )
+    raise SystemExit(f"--skip-first-block: no numbered block in {_names(weights)}; use --exclude")
