@@ -1,6 +1,6 @@
 """Train a torchvision classifier with block masks, on one process, with DDP, or sharded with FSDP2.
 
-    python train.py --data digits --model vit_micro --train-crop-size 32 --opt adamw --lr 1e-3 \\
+    python train.py --data digits --model vit_micro --train-crop-size 16 --crop-scale 0.6 --hflip-prob 0 --opt adamw --lr 2e-3 -b 64 \\
         --sparsifier supermask --sparsity 0.8 --blocksize 16 --ramp 0.4 --freeze 0.7 --epochs 15
     torchrun --nproc-per-node 8 train.py --data-path imagenet --model vit_b_16 ...     # DDP
     torchrun --nproc-per-node 8 train.py --fsdp ...                                    # FSDP2

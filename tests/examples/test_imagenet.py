@@ -339,6 +339,12 @@ def test_repeated_augmentation_shows_an_image_in_several_ways():
     assert len({tuple(image.flatten().tolist()) for image in images}) == 24
 
 
+def test_a_gain_is_for_optimizers_with_steps_of_a_size_of_their_own():
+    for opt, gain in (("adamw", 0.5), ("sgd", 0.0), ("sgd_nesterov", 0.0)):
+        args = options(*f"{SPARSE} --opt {opt}".split())
+        assert sparsity.build(sparsity.plan(args, 10)).defaults["gain"] == gain
+
+
 def targets(*argv: str) -> set[str]:
     """What the options mask, without the common beginning."""
     plan = sparsity.plan(options("--sparsifier", "magnitude", "--blocksize", "4", *argv), 10)
@@ -523,3 +529,36 @@ def test_the_commands_of_the_guide_have_options_that_exist():
         assert "--nproc-per-node" not in words or args.batch_size % 8 == 0
     assert sorted(set(programs)) == ["examples/imagenet/evaluate.py", "examples/imagenet/train.py"]
     assert len(commands) == 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("more", ["--amp bf16 --compile", "--amp fp16", "--deterministic"])
+def test_it_trains_and_is_evaluated_on_a_gpu(tmp_path, more):
+    train(tmp_path, FULL, "--device cuda", more)
+    assert float(rows(tmp_path / "epochs.csv")[-1]["memory_gib"]) > 0
+    options = [*"-j 0 --swap measured --seconds 0.1 --device cuda".split()]
+    results = evaluate([str(tmp_path), *options])
+    assert results["swapped"]["loss"] == pytest.approx(results["trained"]["loss"], rel=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_follow_one(tmp_path):
+    """Over NCCL, and started as a user starts them."""
+    more = f"{SPARSE} --opt rmsprop --lr 2e-3 --device cuda".split()
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parents[1])}
+    for name, launcher, last in (
+        ("one", [], []),
+        ("ddp", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], []),
+        (
+            "fsdp",
+            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+            ["--fsdp"],
+        ),
+    ):
+        words = [str(FOLDER / "train.py"), *TINY.split(), *more, *last]
+        words += ["--output-dir", str(tmp_path / name)]
+        subprocess.run([sys.executable, *launcher, *words], env=environment, check=True)
+    expected = [float(loss) for loss in losses(tmp_path / "one")]
+    for name in ("ddp", "fsdp"):
+        assert [float(x) for x in losses(tmp_path / name)] == pytest.approx(expected, rel=1e-3)

@@ -13,7 +13,7 @@ from torch import nn
 
 from torchao_superblock import squash
 from torchao_superblock.integrations.superblock import load_superblock_checkpoint, superblock_mask
-from torchao_superblock.pruning import SupermaskSparsifier
+from torchao_superblock.pruning import Supermask, SupermaskSparsifier
 
 LEVELS = (0.70, 0.80, 0.81, 0.82, 0.83, 0.84, 0.85, 0.86, 0.87, 0.88, 0.89, 0.90)
 VIT_B = {"mlp.0": (3072, 768), "mlp.3": (768, 3072), "heads.head": (1000, 768)}
@@ -183,6 +183,25 @@ def test_scores_above_the_clamp_tie_and_ties_are_kept(tmp_path):
     load_superblock_checkpoint(model, path, as_masks=True)
     x = torch.randn(4, 40)
     assert output_error(model, dense_reference(state, ("0",), 0.9, 8), x) <= 1e-6
+
+
+def test_vit_b_s_mlp_at_070_in_blocks_of_64_keeps_173(tmp_path):
+    model = nn.Sequential(nn.Linear(768, 3072))
+    state = {**model.state_dict(), "0.scores": torch.randn(48, 12)}
+    args = {"sparsity_linear": 0.70, "sp_linear_tile_size": 64}
+    load_superblock_checkpoint(model, save(tmp_path / "c.pth", state, args))
+    blocks = model[0].weight.unflatten(0, (-1, 64)).unflatten(2, (-1, 64)).abs().amax((1, 3))
+    assert int((blocks > 0).sum()) == 173
+
+
+def test_layers_that_are_smaller_than_a_block_have_masks_too(tmp_path):
+    model = nn.Sequential(nn.Linear(40, 6), nn.Linear(6, 5))
+    state = make_state(model, ("0", "1"), 8)
+    load_superblock_checkpoint(model, save(tmp_path / "c.pth", state, ARGS), as_masks=True)
+    x = torch.randn(4, 40)
+    assert output_error(model, dense_reference(state, ("0", "1"), 0.8, 8), x) <= 1e-6
+    assert isinstance(model[0].parametrizations.weight[0], Supermask)
+    assert type(model[1]) is nn.Linear  # a single block, which always stays
 
 
 def conv_model() -> nn.Module:

@@ -29,6 +29,7 @@ def parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--val-resize-size", type=int, help="pixels; default: val-crop-size * 8 / 7, as 256 to 224")
 
     add = parser.add_argument_group("augmentation").add_argument
+    add("--crop-scale", type=float, default=0.08, help="least part of an image that is cropped")
     add("--hflip-prob", type=float, default=0.5, help="%(default)s")
     add("--auto-augment", choices=AUGMENTATIONS, help="ra: RandAugment, ta_wide: TrivialAugment")
     add("--ra-magnitude", type=int, default=9, help="of RandAugment (%(default)s)")
@@ -118,6 +119,8 @@ def parse(
             error(f"--{name.replace('_', '-')} must be at least 1")
     if not 0 <= args.sparsity < 1:
         error(f"--sparsity {args.sparsity} must be in [0, 1)")
+    if not 0 < args.crop_scale <= 1:
+        error(f"--crop-scale {args.crop_scale} must be in (0, 1]: it is a part of an image")
     for name in ("ramp", "freeze"):
         fraction = getattr(args, name)
         if fraction is not None and not 0 < fraction <= 1:

@@ -32,7 +32,12 @@ def train_transform(args: argparse.Namespace) -> v2.Transform:
     """Crop, flip, one of the automatic augmentations, normalise, erase."""
     interpolation = InterpolationMode(args.interpolation)
     steps: list[Any] = [
-        v2.RandomResizedCrop(args.train_crop_size, interpolation=interpolation, antialias=True),
+        v2.RandomResizedCrop(
+            args.train_crop_size,
+            scale=(args.crop_scale, 1.0),
+            interpolation=interpolation,
+            antialias=True,
+        ),
         v2.RandomHorizontalFlip(args.hflip_prob),
     ]
     if args.auto_augment == "ra":

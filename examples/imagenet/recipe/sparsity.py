@@ -54,7 +54,9 @@ def plan(args: argparse.Namespace, total_steps: int) -> dict[str, Any]:
         f"{name}_steps": None if fraction is None else max(1, round(fraction * total_steps))
         for name, fraction in (("ramp", args.ramp), ("freeze", args.freeze))
     }
-    return {name: getattr(args, name) for name in PLAN} | steps
+    # What a gain is for, Adam's steps, is a learning rate multiplied under SGD.
+    gain = {"gain": 0.0 if args.opt.startswith("sgd") else None}
+    return {name: getattr(args, name) for name in PLAN} | steps | gain
 
 
 def build(plan: dict[str, Any]) -> BlockSparsifier | None:
@@ -70,6 +72,8 @@ def build(plan: dict[str, Any]) -> BlockSparsifier | None:
         if "update_every" not in inspect.signature(kind).parameters:
             raise SystemExit(f"--update-every: {plan['sparsifier']} updates its masks at each step")
         settings = {**settings, "update_every": plan["update_every"]}
+    if plan["gain"] is not None:
+        settings = {**settings, "gain": plan["gain"]}
     try:
         return kind(
             plan["sparsity"],
