@@ -1,7 +1,8 @@
 """Train a torchvision classifier with block masks, on one process, with DDP, or sharded with FSDP2.
 
-    python train.py --data digits --model vit_micro --train-crop-size 16 --crop-scale 0.6 --hflip-prob 0 --opt adamw --lr 2e-3 -b 64 \\
-        --sparsifier supermask --sparsity 0.8 --blocksize 16 --ramp 0.4 --freeze 0.7 --epochs 15
+    python train.py --data digits --model vit_micro --train-crop-size 16 --crop-scale 0.6 --hflip-prob 0 \\
+        --opt adamw --lr 2e-3 -b 64 --epochs 15 \\
+        --sparsifier supermask --sparsity 0.75 --blocksize 16 --ramp 0.4 --freeze 0.7
     torchrun --nproc-per-node 8 train.py --data-path imagenet --model vit_b_16 ...     # DDP
     torchrun --nproc-per-node 8 train.py --fsdp ...                                    # FSDP2
 
@@ -163,9 +164,10 @@ def run(args: argparse.Namespace, world: parallel.World) -> dict[str, float]:
             f"epoch {training.epoch}: loss {row['train_loss']:.4f}, test {tested['acc1']:.2f} %"
             + (f", {row['sparsity']:.1%} of the blocks pruned" if "sparsity" in row else "")
         )
+        if logs is not None:
+            logs[1].add(**row)  # before the checkpoint: a row too many is dropped at a resume
         save(training, tested["acc1"], plan, args, world)
         if logs is not None:
-            logs[1].add(**row)
             save_curve(logs[1].rows(), args.output_dir / "curve.png")
     bar.close()
 

@@ -31,10 +31,12 @@ class Log:
         if epochs and path.exists():
             with open(path, newline="") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["epoch"]) <= epochs]
-        with open(path, "w", newline="") as file:
+        draft = path.with_name(f".{path.name}.draft")
+        with open(draft, "w", newline="") as file:
             writer = csv.DictWriter(file, fields)
             writer.writeheader()
             writer.writerows(rows)
+        draft.replace(path)
 
     def add(self, **row: Any) -> None:
         """Appends a row; floats keep all their digits."""
