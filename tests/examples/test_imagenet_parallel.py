@@ -21,6 +21,8 @@ from tests.examples.imagenet_common import SPARSE, losses, program, rows, train
 # Not Adam, which makes steps out of the rounding of gradients that are zero, such as those of a key's bias.
 PLAIN = f"{SPARSE} --opt rmsprop --lr 2e-3"
 ACCUMULATED = f"{PLAIN} -b 4 --accumulation-steps 2 --clip-grad-norm 0.5 --epochs 1"
+LEARNED = "--opt rmsprop --lr 2e-3 --sparsifier supermask --sparsity 0.75 --blocksize 16 --ramp 1.0"
+LEARNED += " --freeze 1.0 --epochs 1"
 RUN = f"{PLAIN} --model-ema --model-ema-steps 1 --model-ema-decay 0.9 --keep-every 1"
 
 
@@ -32,6 +34,11 @@ def check_accumulated(layout: str, folder: Path) -> None:
     output = folder / f"{layout}_accumulated"
     options = ["--fsdp"] if layout == "fsdp" else []
     train(output, ACCUMULATED, *options)
+
+
+def check_learned(layout: str, folder: Path) -> None:
+    options = ["--fsdp"] if layout == "fsdp" else []
+    train(folder / f"{layout}_learned", LEARNED, *options)
 
 
 def check_resumes(layout: str, source: str, folder: Path) -> None:
@@ -60,6 +67,8 @@ CHECKS: dict[str, Callable[[Path], None]] = {
     "fsdp": functools.partial(check_follows, "fsdp"),
     "ddp_accumulated": functools.partial(check_accumulated, "ddp"),
     "fsdp_accumulated": functools.partial(check_accumulated, "fsdp"),
+    "ddp_learned": functools.partial(check_learned, "ddp"),
+    "fsdp_learned": functools.partial(check_learned, "fsdp"),
     "one_in_ddp": functools.partial(check_resumes, "ddp", "one"),
     "one_in_fsdp": functools.partial(check_resumes, "fsdp", "one"),
     "fsdp_fp16": check_scaler,
@@ -90,6 +99,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("layouts")
     train(folder / "one", RUN)
     train(folder / "one_accumulated", ACCUMULATED)
+    train(folder / "one_learned", LEARNED)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -142,6 +152,12 @@ def test_two_ranks_follow_one_process(runs, layout):
 def test_gradients_accumulate_over_ranks_and_batches(runs, layout):
     passed(runs, f"{layout}_accumulated")
     assert_same_run(runs, f"{layout}_accumulated", "one_accumulated")
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_scores_that_sum_gradients_are_those_of_one_process(runs, layout):
+    passed(runs, f"{layout}_learned")
+    assert_same_run(runs, f"{layout}_learned", "one_learned")
 
 
 @pytest.mark.parametrize("name", ["one_in_ddp", "one_in_fsdp"])
