@@ -136,6 +136,16 @@ def test_evaluation_as_trained_squashed_and_swapped(whole, tmp_path, capsys):
     assert own["trained"]["loss"] == pytest.approx(float(last["loss"]), rel=1e-5)
 
 
+def test_what_cannot_be_evaluated_is_named(whole, tmp_path):
+    with pytest.raises(SystemExit, match=r"best\.pth: no readable checkpoint"):
+        evaluate([str(tmp_path), *EVALUATE])
+    with pytest.raises(SystemExit, match=r"last\.pth: saved from another model: 'heads\.head"):
+        evaluate([str(whole / "last.pth"), *EVALUATE, "--fake-classes", "5"])
+    with pytest.raises(SystemExit, match="there is no folder"):
+        evaluate([str(whole), *EVALUATE, "--data", "folder", "--data-path", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_published_checkpoint_is_evaluated(tmp_path):
     model = models.vit_micro(8, 3)
     state = model.state_dict()

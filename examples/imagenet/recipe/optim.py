@@ -21,7 +21,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchao_superblock.pruning import BlockSparsifier
 
 EMBEDDINGS = ("*class_token", "*pos_embedding", "*relative_position_bias_table", "*layer_scale")
-NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+NORMS += (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d)
 
 
 def parameter_groups(
@@ -38,7 +39,7 @@ def parameter_groups(
     norms = {
         f"{path}.{name}".lstrip(".")
         for path, module in model.named_modules()
-        if isinstance(module, NORMS) or type(module).__name__ == "LayerNorm2d"
+        if isinstance(module, NORMS)
         for name, _ in module.named_parameters(recurse=False)
     }
     own = {
