@@ -33,6 +33,7 @@ from torchao_superblock.pruning import SupermaskSparsifier
 __all__ = ["load_superblock_checkpoint", "superblock_mask"]
 
 _SCORES_MAX = 9e9
+_EXTRAS = ("scores", "shift", "scale")
 
 
 def superblock_mask(scores: Tensor, sparsity_level: float) -> Tensor:
@@ -124,26 +125,22 @@ def load_superblock_checkpoint(
     for name in [key.removesuffix(".scores") for key in state if key.endswith(".scores")]:
         if f"{name}.scores" in own or f"{name}.weight" not in state:
             continue  # a parameter of the model's own
-        layer = {key: state.pop(f"{name}.{key}", None) for key in ("scores", "shift", "scale")}
+        scores, shift, scale = (state.pop(f"{name}.{key}", None) for key in _EXTRAS)
         weight = state[f"{name}.weight"]
         if weight.layout is torch.sparse_bsr or name not in modules or _acted_not(modules, name):
             continue  # folded already; refused below; dense
-        where = f"{file}: {name!r}: "
-        kind = _Kind.of(modules[name], recorded)
-        level = kind.level(sparsity_level, where)
-        tile = kind.tile(blocksize, weight, layer["scores"], where)
+        kind = _Kind.of(modules[name], recorded, f"{file}: {name!r}: ")
+        level = kind.level(sparsity_level)
+        tile = kind.tile(blocksize, weight, scores)
         try:
-            mask = superblock_mask(layer["scores"], level)
+            mask = superblock_mask(scores, level)
         except ValueError as error:
-            raise ValueError(where + str(error)) from error
-        for factor, apply in (("scale", torch.mul), ("shift", torch.add)):
-            if layer[factor] is not None:
-                weight = apply(weight, layer[factor])
-        found = _Masked(
-            f"{name}.weight", mask, (tile,) * mask.ndim, layer["scores"].clamp(max=_SCORES_MAX)
-        )
-        dense[f"{name}.weight"] = weight.masked_fill(~found.of_elements(weight.shape), 0)
-        masked.append(found)
+            raise ValueError(kind.where + str(error)) from error
+        clamped = scores.clamp(max=_SCORES_MAX)
+        masked.append(_Masked(f"{name}.weight", mask, (tile,) * mask.ndim, clamped))
+        weight = weight if scale is None else weight * scale
+        weight = weight if shift is None else weight + shift
+        dense[f"{name}.weight"] = weight.masked_fill(~masked[-1].of_elements(weight.shape), 0)
     for key, tensor in state.items():
         if tensor.layout is torch.sparse_bsr:
             stored = _stored_blocks(key, tensor)
@@ -250,16 +247,17 @@ class _Kind:
     level_name: str
     tile_name: str
     recorded: Mapping[str, Any]
+    where: str
 
     @staticmethod
-    def of(module: nn.Module, recorded: Mapping[str, Any]) -> _Kind:
+    def of(module: nn.Module, recorded: Mapping[str, Any], where: str) -> _Kind:
         kind = "linear"
         if isinstance(module, nn.Conv2d):
             pointwise = tuple(module.kernel_size) == (1, 1)
             kind = "conv1x1" if pointwise and recorded.get("sparsity_conv1x1", 1) else "conv"
-        return _Kind(f"sparsity_{kind}", f"sp_{kind}_tile_size", recorded)
+        return _Kind(f"sparsity_{kind}", f"sp_{kind}_tile_size", recorded, where)
 
-    def level(self, given: float | None, where: str) -> float:
+    def level(self, given: float | None) -> float:
         level = self.recorded.get(self.level_name) if given is None else given
         if (
             isinstance(level, bool)
@@ -267,16 +265,16 @@ class _Kind:
             or (level == 0 and given is None)
         ):
             raise ValueError(
-                f"{where}has scores, and the file's args.{self.level_name} is {level!r}: say "
+                f"{self.where}has scores, and the file's args.{self.level_name} is {level!r}: say "
                 "sparsity_level=..., the level that it was trained with"
             )
         return level
 
-    def tile(self, given: int | None, weight: Tensor, scores: Tensor, where: str) -> int:
+    def tile(self, given: int | None, weight: Tensor, scores: Tensor) -> int:
         tile = self.recorded.get(self.tile_name) if given is None else given
         if isinstance(tile, bool) or not isinstance(tile, int) or tile < 1:
             raise ValueError(
-                f"{where}has scores, and the file's args.{self.tile_name} is {tile!r}: say blocksize=..."
+                f"{self.where}has scores, and the file's args.{self.tile_name} is {tile!r}: say blocksize=..."
             )
         grid = tuple(-(-size // tile) for size in weight.shape)
         if grid != tuple(scores.shape):
@@ -284,8 +282,8 @@ class _Kind:
             recorded = self.recorded.get(self.tile_name)
             also = "" if given is None else f"; the file's args.{self.tile_name} is {recorded!r}"
             raise ValueError(
-                f"{where}{source}={tile} cuts its shape {tuple(weight.shape)} into {grid} blocks, and its scores are "
-                f"{tuple(scores.shape)}{also}"
+                f"{self.where}{source}={tile} cuts its shape {tuple(weight.shape)} into {grid} blocks, and its "
+                f"scores are {tuple(scores.shape)}{also}"
             )
         return tile
 
