@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
-import inspect
 import io
 import statistics
 import time
@@ -107,12 +106,7 @@ def swap(model: nn.Module, how: str, example: torch.Tensor) -> Any:
     if how == "all":
         return swap_to_bsr(model, min_sparsity=0.01, **options)
     if how == "measured":
-        if "measure" in inspect.signature(swap_to_bsr).parameters:
-            options["measure"] = example
-        else:
-            print(
-                "this version of the library does not time layers: its table of break-even points decides"
-            )
+        options["measure"] = example
     return swap_to_bsr(model, **options)
 
 
