@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent
 STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 EXAMPLES = ["torchvision>=0.26", "scikit-learn>=1.4", "tqdm>=4.66", "matplotlib>=3.8", "rich>=13"]
+IMAGENET = [*EXAMPLES, "timm>=1.0.22"]  # whose groups of weight decay take patterns
 INTEGRATIONS = {  # what `integrations/NAME.py`, or the example of that name, imports
     "transformers": ["transformers>=5.22,<6", "accelerate>=1.10", "safetensors>=0.4"],
     "timm": ["timm>=1.0"],
@@ -93,6 +94,7 @@ setup(
         "cli": CLI,
         "docs": DOCS,
         "examples": EXAMPLES,
+        "imagenet": IMAGENET,
         "quality": QUALITY,
         "test": [
             "pytest>=8",
@@ -101,7 +103,7 @@ setup(
             "ruff>=0.6",
             "safetensors>=0.4",
             "setuptools>=77",
-            *EXAMPLES,
+            *IMAGENET,
             *(library for libraries in INTEGRATIONS.values() for library in libraries),
             *DOCS,
         ],

@@ -3,6 +3,7 @@
 A page with code has an entry in `PAGES`: the names that it takes as given, and what has to hold at its end.
 """
 
+import argparse
 import os
 import re
 import runpy
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from torchao_superblock import BSRLinear, swap_to_bsr
+from torchao_superblock import BSRLinear, swap_to_bsr, swap_to_dense
 from torchao_superblock.cli import main as command_line
 
 ROOT = Path(__file__).parents[1]
@@ -159,6 +160,20 @@ def check_leaving(names: Names) -> None:
     assert torch.equal(names["model"][0].weight, names["dense"])
 
 
+def given_recipe() -> Names:
+    model = mlp(128, 256, 128)
+    state = {**model.state_dict(), "0.scores": torch.rand(8, 4), "2.scores": torch.rand(4, 8)}
+    args = argparse.Namespace(sparsity_linear=0.9, sp_linear_tile_size=32)
+    torch.save({"model": state, "args": args}, "published.pth")
+    return {"model": model, "path": "published.pth"}
+
+
+def check_recipe(names: Names) -> None:
+    assert swapped(names) == sum(isinstance(m, BSRLinear) for m in names["model"].modules())
+    swap_to_dense(names["model"])
+    assert [(names["model"][i].weight == 0).float().mean() for i in (0, 2)] == [0.875, 0.875]
+
+
 def given_transformers() -> Names:
     pytest.importorskip("transformers", reason="needs the `transformers` extra")
     from tests.integrations.transformer_models import build, inputs_of, train_and_squash
@@ -235,6 +250,7 @@ PAGES: dict[str, tuple[Callable[[], Names], Callable[[Names], None]]] = {
     "transformers.md": (given_transformers, check_transformers),
     "peft.md": (given_peft, check_peft),
     "leaving.md": (given_leaving, check_leaving),
+    "recipe.md": (given_recipe, check_recipe),
     "lightning.md": (given_lightning, check_lightning),
     "torchao.md": (
         lambda: {"model": nn.Sequential(*zeros(mlp(64, 2048, 64), 1984), nn.Linear(64, 64))},
@@ -312,7 +328,9 @@ def test_no_code_is_left_out():
         languages = re.findall(r"^```(\w*)[^\n]*\n.*?^```", text, re.DOTALL | re.MULTILINE)
         assert set(languages) <= {"python", "bash", "text"}, page
         assert text.count("```python") == len(blocks_of(page, "python")), page
-        if page in ("deploy.md", "distribute.md"):
+        if page in ("deploy.md", "distribute.md", "recipe.md"):
+            # The commands of the last one are for days and GPUs; tests/examples/test_imagenet.py looks at them.
+            assert page == "distribute.md" or page in PAGES
             continue
         assert page in PAGES or "python" not in languages, page
         assert all(code in commands for _, _, code in blocks_of(page, "bash")), page

@@ -77,7 +77,8 @@ def _dense_into_masked(path: str, name: str, has_scores: bool) -> str:
             f"It is one of torchao's SupermaskLinear: rename {path + name!r} to '{stored}.original' and "
             f"'{path}scores' to '{stored}.0.scores' (ranked alike, at the same block size), and so on "
             "for each layer, and load it with strict=False. The level stays that of this model; torchao "
-            "rounds it to blocks in another way"
+            "rounds it to blocks in another way, which load_superblock_checkpoint (torchao_superblock.integrations."
+            "superblock) follows where it loads the file into the plain model"
         )
     else:
         text += (
