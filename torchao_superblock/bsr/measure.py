@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.benchmark import Timer
 
 from torchao_superblock.common.calls import call_model, eval_mode, shown
 
@@ -191,6 +190,7 @@ def _kind_of(tree: object) -> Any:
 
 def _milliseconds(module: nn.Module, args: tuple, kwargs: dict[str, Any], train: bool) -> float:
     """Median time of a call in a row of calls: what the host or the device takes, whichever is more."""
+    from torch.utils.benchmark import Timer  # looks for a CUDA toolkit and talks about it on stderr
 
     def forward() -> None:
         with torch.no_grad():
