@@ -9,11 +9,13 @@ import importlib
 
 from torch import nn
 
+from torchao_superblock.bsr.attention import TENSORS, BSRMultiheadAttention
 from torchao_superblock.bsr.linear import LINEAR_TYPES, BSRLinear
 from torchao_superblock.common.swappable import TWINS, Twin, register_twin
 
 for _cls in LINEAR_TYPES:
     register_twin(_cls, BSRLinear, "weight")
+register_twin(nn.MultiheadAttention, BSRMultiheadAttention, *TENSORS)
 
 INTEGRATIONS: dict[str, str] = {}
 """Root package of an outside library -> the module that registers its types; imported when one is met."""

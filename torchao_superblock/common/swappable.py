@@ -20,7 +20,7 @@ class Twin:
     Attributes:
         cls: the module type, exactly.
         bsr: the type it becomes.
-        tensors: names of the tensors that are stored as blocks.
+        tensors: names of the tensors that are stored as blocks, those of children with the child's name in front.
     """
 
     cls: type[nn.Module]
@@ -35,6 +35,13 @@ TWINS: dict[type[nn.Module], Twin] = {}
 def register_twin(cls: type[nn.Module], bsr: type[nn.Module], *tensors: str) -> None:
     """Says that modules of exactly this type become `bsr`, which stores the named tensors as blocks."""
     TWINS[cls] = Twin(cls, bsr, tensors)
+
+
+def tensor_owners(module: nn.Module) -> set[str]:
+    """Names of the children whose tensors the twin of this module stores as blocks."""
+    twin = TWINS.get(type(module))
+    names = {tensor.rpartition(".")[0] for tensor in twin.tensors} if twin is not None else set()
+    return names - {""}
 
 
 def type_obstacle(cls: type[nn.Module], tensor_name: str) -> str | None:
