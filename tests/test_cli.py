@@ -408,6 +408,35 @@ class TestTransformersFolders:
         assert torch.equal(returned(tokens).logits, expected)
         assert (back / "vocab.txt").exists()
 
+    def test_projections_that_an_attention_holds_itself(self, tmp_path, capsys):
+        transformers = pytest.importorskip("transformers")
+        config = transformers.SiglipVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            image_size=16,
+            patch_size=8,
+        )
+        model = transformers.SiglipVisionModel(config)
+        attention = next(m for m in model.modules() if isinstance(m, nn.MultiheadAttention))
+        with torch.no_grad():
+            attention.in_proj_weight[:, :16] = 0
+        model.save_pretrained(tmp_path / "dense")
+        options = ("--blocksize", 16, "--min-sparsity", 0.5)
+        shown = run_json(capsys, "inspect", tmp_path / "dense", *options)
+        saved = {
+            layer["name"]: layer["bytes_saved"] for layer in shown["layers"] if layer["is_bsr"]
+        }
+        (name,) = saved
+        assert name.endswith("attention.in_proj_weight") and saved[name] > 0
+        assert run("convert", tmp_path / "dense", tmp_path / "bsr", *options) == 0
+        assert run("convert", tmp_path / "bsr", tmp_path / "back") == 0
+        for file in ("dense", "back"):
+            state = transformers.SiglipVisionModel.from_pretrained(tmp_path / file).state_dict()
+            for key, tensor in model.state_dict().items():
+                assert torch.equal(state[key], tensor), key
+
     def test_mistakes(self, folder, tmp_path, capsys):
         target = tmp_path / "out"
         target.mkdir()

@@ -18,7 +18,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from torchao_superblock import BSRLinear, swap_to_bsr, swap_to_dense
+from torchao_superblock import (
+    BSRLinear,
+    BSRMultiheadAttention,
+    SupermaskSparsifier,
+    swap_to_bsr,
+    swap_to_dense,
+)
 from torchao_superblock.cli import main as command_line
 
 ROOT = Path(__file__).parents[1]
@@ -131,6 +137,7 @@ def check_own_mask(names: Names) -> None:
 def check_deploy(names: Names) -> None:
     model, x = names["model"], names["x"]
     assert swapped(names) == 2
+    assert type(names["vit"].attention) is BSRMultiheadAttention
     torch.testing.assert_close(names["fresh"](x), model(x))
     torch.testing.assert_close(names["served"](x), model(x))
     commands = [
@@ -244,6 +251,8 @@ PAGES: dict[str, tuple[Callable[[], Names], Callable[[Names], None]]] = {
             "build_model": lambda: mlp(64, 2048, 64),
             "x": torch.randn(8, 64),
             "width": 64,
+            "sparsifier": SupermaskSparsifier(0.9, 32),
+            "vit": nn.ModuleDict({"attention": nn.MultiheadAttention(256, 4, batch_first=True)}),
         },
         check_deploy,
     ),

@@ -32,6 +32,7 @@ def run(code: str) -> str:
 def test_public_names():
     assert sorted(torchao_superblock.__all__) == [
         "BSRLinear",
+        "BSRMultiheadAttention",
         "BSRWeight",
         "MagnitudeSparsifier",
         "RigLSparsifier",

@@ -6,6 +6,7 @@ sparsifier.prepare(model, config)  ->  train as before  ->  sparsifier.squash_ma
 from torchao_superblock.allocation import allocate
 from torchao_superblock.bsr import (
     BSRLinear,
+    BSRMultiheadAttention,
     BSRWeight,
     SwapReport,
     load_bsr,
@@ -27,6 +28,7 @@ from torchao_superblock.pruning import (
 
 __all__ = [
     "BSRLinear",
+    "BSRMultiheadAttention",
     "BSRWeight",
     "MagnitudeSparsifier",
     "RigLSparsifier",

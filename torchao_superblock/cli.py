@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from torchao_superblock.bsr import BSRLinear, save_bsr, swap_to_bsr, swap_to_dense
+from torchao_superblock.bsr.attention import projections
 from torchao_superblock.bsr.swap import SwapEntry
 from torchao_superblock.model_file import ModelFile, read_model, write_dense, write_folder
 from torchao_superblock.ops import ACTIVATIONS
@@ -402,11 +403,17 @@ def _layers(
 ) -> list[Layer]:
     """Swap the model, or look at one that is; a row for each linear layer, in the order of the model."""
     model = read.model.to(arguments.device)
-    before = {
-        fqn: module
-        for fqn, module in model.named_modules()
-        if isinstance(module, nn.Linear | BSRLinear)
-    }
+    before: dict[str, nn.Module] = {}
+    places: dict[
+        str, str
+    ] = {}  # of projections that an attention holds itself: what they are once they are swapped
+    for fqn, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            for projection in projections(module, fqn):
+                before[projection.fqn] = projection.linear
+                places[projection.fqn] = projection.values_fqn.removesuffix(".values")
+        elif isinstance(module, nn.Linear | BSRLinear):
+            before.setdefault(fqn, module)
     stored = [
         _stored(fqn, module) for fqn, module in before.items() if isinstance(module, BSRLinear)
     ]
@@ -436,9 +443,9 @@ def _layers(
             model, arguments.blocksize, min_sparsity=min_sparsity, filter_fn=is_meant
         )
     entries = {entry.fqn: entry for entry in [*report.swapped, *report.skipped]}
-    return [
-        _judged(entries[fqn], module, model.get_submodule(fqn)) for fqn, module in before.items()
-    ]
+    swapped = {entry.fqn for entry in report.swapped}
+    now = {fqn: model.get_submodule(places.get(fqn, fqn)) for fqn in before.keys() & swapped}
+    return [_judged(entries[fqn], module, now.get(fqn, module)) for fqn, module in before.items()]
 
 
 def _sorted(layers: list[Layer], order: dict[str, nn.Module]) -> list[Layer]:

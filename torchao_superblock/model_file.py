@@ -24,7 +24,7 @@ from torchao_superblock.bsr import load_bsr, save_bsr, tensor_file
 from torchao_superblock.bsr.atomic_file import replacing
 from torchao_superblock.bsr.folded_activation import activation_module
 from torchao_superblock.bsr.load import load_saved, read_saved
-from torchao_superblock.bsr.serialization import FORMAT, Description
+from torchao_superblock.bsr.serialization import ATTENTION_SIZES, FORMAT, Description
 from torchao_superblock.common.names import without_wrapper_prefixes
 
 BSR_IN_FOLDER = "model.bsr.safetensors"
@@ -140,6 +140,7 @@ def build_model(tensors: Mapping[str, Tensor], description: Description | None =
     """
     layers = description.layers if description else {}
     folded = description.folded if description else {}
+    attention = description.attention if description else {}
     own: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         prefix, _, last = name.rpartition(".")
@@ -166,6 +167,8 @@ def build_model(tensors: Mapping[str, Tensor], description: Description | None =
         if fqn in layers:
             N, K = layers[fqn]["dense_shape"]
             return nn.Linear(K, N, bias=layers[fqn]["bias"], device="meta")
+        if fqn in attention:
+            return _attention(attention[fqn], own.get(fqn, {}), own.get(f"{fqn}.out_proj", {}))
         module = _holder(own.get(fqn, {}), children, is_root=not fqn)
         for part in sorted(children, key=_in_order):
             module.add_module(part, build(f"{fqn}.{part}" if fqn else part, children[part]))
@@ -175,6 +178,21 @@ def build_model(tensors: Mapping[str, Tensor], description: Description | None =
         return build("", tree)
     except KeyError as error:
         raise ValueError(f"its names are not those of a module: {error.args[0]}") from error
+
+
+def _attention(
+    spec: dict[str, Any], own: dict[str, Tensor], out_proj: dict[str, Tensor]
+) -> nn.MultiheadAttention:
+    """An attention of these sizes on the meta device, with the biases that it had."""
+    module = nn.MultiheadAttention(
+        **{name: spec[name] for name in ATTENTION_SIZES},
+        bias="in_proj_bias" in own,
+        add_bias_kv="bias_k" in own,
+        device="meta",
+    )
+    if "bias" in out_proj and module.out_proj.bias is None:
+        module.out_proj.bias = nn.Parameter(out_proj["bias"])
+    return module
 
 
 def _in_order(name: str) -> tuple[bool, int, str]:

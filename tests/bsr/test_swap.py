@@ -140,7 +140,7 @@ def test_report_accounts_for_weights_outside_of_linear_layers():
     assert {entry.fqn: (entry.code, entry.sparsity) for entry in report.skipped} == {
         "patches.weight": ("no_twin", 0.0),
         "masked_words.weight": ("no_twin", 0.25),
-        "attention.in_proj_weight": ("no_twin", 0.0),
+        "attention.in_proj_weight": ("too_few_zero_blocks", 0.0),
         "attention.out_proj": ("too_few_zero_blocks", 0.0),
         "fused.weight": ("no_twin", 0.5),
         "experts.up": ("no_twin", 0.25),

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from tests.pruning.text_model import Model, assert_unchanged, prepared, snapshot, tokens
-from torchao_superblock.bsr import BSRLinear
+from torchao_superblock.bsr import BSRLinear, BSRMultiheadAttention
 from torchao_superblock.pruning import SupermaskSparsifier, squash
 
 
@@ -34,7 +34,8 @@ def test_convert_takes_squashed_linears_and_their_hooks(inplace: bool) -> None:
     assert isinstance(converted.blocks[0].mlp[0], BSRLinear)
     assert converted.alias is converted.blocks[0].mlp[0]
     assert type(converted.head) is nn.Linear  # never masked
-    assert type(converted.blocks[0].attention.out_proj) is not BSRLinear  # not in the mapping
+    assert type(converted.blocks[0].attention) is BSRMultiheadAttention  # with both its projections
+    assert isinstance(converted.blocks[0].attention.out_proj, BSRLinear)
     torch.testing.assert_close(converted(tokens()), expected, rtol=1e-5, atol=1e-6)
     assert calls == ["pre", "post []"]
     assert not converted.blocks[0].mlp[0].training

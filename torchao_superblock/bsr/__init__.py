@@ -1,6 +1,7 @@
 """Use the mask: block-sparse weights in BSR format and the layers that multiply only their stored blocks."""
 
 from torchao_superblock.bsr import legacy
+from torchao_superblock.bsr.attention import BSRMultiheadAttention
 from torchao_superblock.bsr.linear import BSRLinear
 from torchao_superblock.bsr.load import load_bsr
 from torchao_superblock.bsr.save import save_bsr
@@ -10,6 +11,7 @@ from torchao_superblock.bsr.weight import BSRWeight
 
 __all__ = [
     "BSRLinear",
+    "BSRMultiheadAttention",
     "BSRWeight",
     "SwapEntry",
     "SwapReport",

@@ -5,6 +5,9 @@ the same is its twin's own rule. The table itself lies in `common/`, where the s
 can ask it without importing this half.
 """
 
+from torch import nn
+
+from torchao_superblock.bsr.attention import TENSORS, BSRMultiheadAttention
 from torchao_superblock.bsr.linear import LINEAR_TYPES, BSRLinear
 from torchao_superblock.common.swappable import INTEGRATIONS, register_twin, twin_of
 
@@ -12,3 +15,4 @@ __all__ = ["INTEGRATIONS", "register_twin", "twin_of"]
 
 for _cls in LINEAR_TYPES:
     register_twin(_cls, BSRLinear, "weight")
+register_twin(nn.MultiheadAttention, BSRMultiheadAttention, *TENSORS)

@@ -103,7 +103,7 @@ def customisation(linear: nn.Module) -> str | None:
         )
     own = {"weight", "bias"}
     if isinstance(linear, BSRLinear):
-        own = {"values", "bias", "crow_indices", "col_indices", "plan"}
+        own = {"values", "bias", "crow_indices", "col_indices", *linear.DERIVED}
     extra = [*linear._modules, *((linear._buffers | linear._parameters).keys() - own)]
     if not extra and not has_own_forward(linear):
         return None
@@ -182,6 +182,8 @@ class BSRLinear(nn.Module):
         True
     """
 
+    DERIVED: tuple[str, ...] = ("plan",)
+    """Names of the buffers that are worked out from the indices."""
     _dense_shape: tuple[int, int] | None = None
     _index_record: IndexRecord | None = None  # what `plan` was made from
 
@@ -353,12 +355,8 @@ class BSRLinear(nn.Module):
     @property
     def weight(self) -> BSRWeight | TracedBSRWeight:
         """A stand-in for the `(N, K)` weight: works in `F.linear`, knows its shape, dtype and device."""
-        shape = (self.out_features, self.in_features)
-        crow_indices, col_indices, values, _, plan = self._tensors()
-        if torch.compiler.is_compiling():
-            return TracedBSRWeight(shape, crow_indices, col_indices, values, plan)
-        plan = self._plan_for(crow_indices, col_indices, plan)
-        return BSRWeight(shape, crow_indices, col_indices, values, plan)
+        kind = TracedBSRWeight if torch.compiler.is_compiling() else BSRWeight
+        return kind((self.out_features, self.in_features), *self.blocks())
 
     @property
     def nnz(self) -> int:
@@ -414,6 +412,13 @@ class BSRLinear(nn.Module):
             self.activation,
             plan,
         )
+
+    def blocks(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """`(crow_indices, col_indices, values, plan)` for the op; no plan if it is not of these indices."""
+        crow_indices, col_indices, values, _, plan = self._tensors()
+        if not torch.compiler.is_compiling():
+            plan = self._plan_for(crow_indices, col_indices, plan)
+        return crow_indices, col_indices, values, plan
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
         return self.crow_indices, self.col_indices, self.values, self.bias, self.plan

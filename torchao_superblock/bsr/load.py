@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from torchao_superblock.bsr import tensor_file
+from torchao_superblock.bsr.attention import attention_obstacle, become_bsr, projections
 from torchao_superblock.bsr.casting import cast_like
 from torchao_superblock.bsr.folded_activation import FoldedActivation, activation_name
 from torchao_superblock.bsr.linear import LINEAR_TYPES, BSRLinear, customisation
-from torchao_superblock.bsr.serialization import FORMAT, VERSIONS, Description, from_metadata
+from torchao_superblock.bsr.packed_linear import PackedBSRLinear
+from torchao_superblock.bsr.serialization import (
+    ATTENTION_SIZES,
+    FORMAT,
+    VERSIONS,
+    Description,
+    from_metadata,
+)
 from torchao_superblock.bsr.swap import turn_off_nested_tensors
 from torchao_superblock.common.all_or_nothing import all_or_nothing, overwrite
 from torchao_superblock.common.modules import block_masks_of, replace_modules
@@ -73,6 +81,7 @@ class _Loading:
     """What is about to be done to a model, all of it checked."""
 
     new_modules: dict[nn.Module, nn.Module]
+    attentions: dict[nn.MultiheadAttention, dict[str, BSRLinear]]
     in_place: dict[str, Tensor]
     on_meta: dict[str, Tensor]
     ties: list[list[tuple[str, str]]]
@@ -121,7 +130,7 @@ def read_saved(path: str) -> Saved:
         if metadata.get("version") not in VERSIONS:
             raise ValueError(
                 f"load_bsr: {path!r} has format version {metadata.get('version')}, this release reads versions "
-                f"{' and '.join(VERSIONS)}; upgrade torchao_superblock"
+                f"{', '.join(VERSIONS)}; upgrade torchao_superblock"
             )
         try:
             description = from_metadata(metadata)
@@ -158,8 +167,8 @@ def _advice(entries: dict[str, Any]) -> str:
         return (
             ": it holds the state dict of a swapped model (as trainers of other libraries save it), which does not say "
             "how its layers are made. Swap the model first, in the same way or with swap_to_bsr(model, blocksize, "
-            "min_sparsity=0, filter_fn=lambda module, fqn: f'{fqn}.values' in state), where state = "
-            "safetensors.torch.load_file(path), and call model.load_state_dict(state)"
+            "min_sparsity=0, filter_fn=lambda module, fqn: fqn.removesuffix('_weight') + '.values' in state), where "
+            "state = safetensors.torch.load_file(path), and call model.load_state_dict(state)"
         )
     return "; load an ordinary checkpoint with model.load_state_dict and swap the model afterwards"
 
@@ -184,11 +193,20 @@ def _plan(model: nn.Module, saved: Saved) -> _Loading:
     modules = dict(model.named_modules(remove_duplicate=False))
     _check_names(modules, saved)
     new_modules: dict[nn.Module, nn.Module] = _fold(modules, saved)
+    attentions, parts = _attentions(modules, saved)
+    replaced = set()  # parameters of an attention itself
     for fqn, spec in layers.items():
-        old = modules[fqn]
-        if old not in new_modules:
-            new_modules[old] = _build_layer(fqn, old, spec, saved)
-    own = model.state_dict()
+        attention, name, cls = parts.get(fqn, (None, "", BSRLinear))
+        old = modules.get(fqn)
+        if old is None:  # it has no module of its own before the swap
+            dense = {projection.name: projection for projection in projections(attention)}[name]
+            replaced.add(f"{fqn.removesuffix(name)}{dense.tensor_fqn}")
+            if name not in attentions[attention]:
+                layer = _build_layer(fqn, dense.linear, spec, saved, cls)
+                attentions[attention][name] = layer
+        elif old not in new_modules:
+            new_modules[old] = _build_layer(fqn, old, spec, saved, cls)
+    own = {key: value for key, value in model.state_dict().items() if key not in replaced}
     rest = {key: t for key, t in saved.tensors.items() if key.rpartition(".")[0] not in layers}
     ties = _ties(model)
     problems = [*_differences(own, rest, layers), *_untied(ties, saved.tensors)]
@@ -202,9 +220,10 @@ def _plan(model: nn.Module, saved: Saved) -> _Loading:
         raise ValueError(
             f"load_bsr: {saved.path!r} belongs to another model: {'; '.join(problems)}"
         )
-    _check_no_meta_left(model, rest, set(new_modules), saved.path)
+    _check_no_meta_left(model, rest.keys() | replaced, set(new_modules), saved.path)
     return _Loading(
         new_modules,
+        attentions,
         {key: tensor for key, tensor in rest.items() if not own[key].is_meta},
         {key: tensor for key, tensor in rest.items() if own[key].is_meta},
         ties,
@@ -224,6 +243,8 @@ def _load(model: nn.Module, loading: _Loading) -> None:
                 raise RuntimeError(f"{names[parameter]!r} cannot be written: {error}") from error
             setattr(layer, name, parameter)
         replace_modules(model, loading.new_modules)
+        for attention, layers in loading.attentions.items():
+            become_bsr(attention, layers)
         turn_off_nested_tensors(model)
         # Each part is loaded with strict=False because it is only a part; the whole was compared before.
         if loading.in_place:
@@ -295,7 +316,10 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 def _check_names(modules: dict[str, nn.Module], saved: Saved) -> None:
     """Every module that the file describes is in the model."""
-    described = [*saved.description.layers, *saved.description.folded]
+    description = saved.description
+    described = [*description.layers, *description.folded, *description.attention]
+    parts = _parts(description)
+    described = [fqn for fqn in described if fqn not in parts]
     missing = [fqn for fqn in described if fqn not in modules]
     if not missing:
         return
@@ -320,6 +344,53 @@ def _check_names(modules: dict[str, nn.Module], saved: Saved) -> None:
         f"load_bsr: {saved.path!r} belongs to another model: it describes {', '.join(map(repr, missing))}, the model "
         f"has no such module; {way_out}"
     )
+
+
+def _parts(description: Description) -> dict[str, tuple[str, str]]:
+    """Of each layer that is a projection of an attention, FQN of that and its name there."""
+    return {
+        f"{fqn}.{name}".removeprefix("."): (fqn, name)
+        for fqn, spec in description.attention.items()
+        for name in spec["projections"]
+    }
+
+
+def _attentions(
+    modules: dict[str, nn.Module], saved: Saved
+) -> tuple[
+    dict[nn.MultiheadAttention, dict[str, BSRLinear]],
+    dict[str, tuple[nn.MultiheadAttention, str, type[BSRLinear]]],
+]:
+    """The attentions of the model that become ours, and of each layer in one of them that, its name and its type."""
+    parts = _parts(saved.description)
+    for fqn, spec in saved.description.attention.items():
+        where, attention = f"load_bsr: {saved.path!r}: {fqn!r}", modules[fqn]
+        if not isinstance(attention, nn.MultiheadAttention):
+            raise ValueError(
+                f"{where} is an attention in the file, but a {type(attention).__name__} in the model"
+            )
+        obstacle = attention_obstacle(attention)
+        if obstacle is not None:
+            raise ValueError(f"{where} cannot become block-sparse in the model: {obstacle[1]}")
+        for size in ATTENTION_SIZES:
+            if spec[size] != getattr(attention, size):
+                raise ValueError(
+                    f"{where} has {size}={spec[size]} in the file, but {getattr(attention, size)} in the model"
+                )
+    if (
+        not saved.description.attention
+    ):  # of an earlier release, which knew the last layer of an attention only
+        for fqn in saved.description.layers:
+            owner, _, name = fqn.rpartition(".")
+            attention = modules.get(owner)
+            if name == "out_proj" and isinstance(attention, nn.MultiheadAttention):
+                if attention_obstacle(attention) is None:
+                    parts[fqn] = owner, name
+    typed = {
+        fqn: (modules[owner], name, PackedBSRLinear if name == "in_proj" else BSRLinear)
+        for fqn, (owner, name) in parts.items()
+    }
+    return {attention: {} for attention, *_ in typed.values()}, typed
 
 
 def _fold(modules: dict[str, nn.Module], saved: Saved) -> dict[nn.Module, FoldedActivation]:
@@ -363,10 +434,12 @@ def _check_is_applied(fqn: str, modules: dict[str, nn.Module], saved: Saved) -> 
         )
 
 
-def _build_layer(fqn: str, old: nn.Module, spec: dict[str, Any], saved: Saved) -> BSRLinear:
-    """The BSRLinear that the file describes, with the dtype, device and mode of the layer it replaces."""
+def _build_layer(
+    fqn: str, old: nn.Module, spec: dict[str, Any], saved: Saved, cls: type[BSRLinear]
+) -> BSRLinear:
+    """The layer that the file describes, with the dtype, device and mode of the layer it replaces."""
     where = f"load_bsr: {saved.path!r}: {fqn!r}"
-    if type(old) not in (*LINEAR_TYPES, BSRLinear):
+    if type(old) not in (*LINEAR_TYPES, cls):
         raise ValueError(
             f"{where} is block-sparse in the file, but a {type(old).__name__} in the model; "
             "it must be a plain nn.Linear or a BSRLinear"
@@ -399,7 +472,7 @@ def _build_layer(fqn: str, old: nn.Module, spec: dict[str, Any], saved: Saved) -
                 parts[name] = cast_like(parts[name], reference, name)
             if not reference.is_meta:
                 parts[name] = parts[name].to(reference.device)
-        return BSRLinear(
+        return cls(
             spec["in_features"],
             spec["out_features"],
             spec["blocksize"],
@@ -434,7 +507,7 @@ def _differences(
 
 
 def _check_no_meta_left(
-    model: nn.Module, rest: dict[str, Tensor], replaced: set[nn.Module], path: str
+    model: nn.Module, filled: Set[str], replaced: set[nn.Module], path: str
 ) -> None:
     """A buffer that no state dict holds cannot be filled from a file: name it rather than leave it empty."""
     left = []
@@ -443,7 +516,7 @@ def _check_no_meta_left(
             continue
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             key = f"{prefix}.{name}" if prefix else name
-            if tensor is not None and tensor.is_meta and key not in rest:
+            if tensor is not None and tensor.is_meta and key not in filled:
                 left.append(key)
     if left:
         raise ValueError(

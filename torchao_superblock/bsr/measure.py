@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.benchmark import Timer
 
+from torchao_superblock.bsr.linear import BSRLinear
 from torchao_superblock.common.calls import call_model, eval_mode, shown
 
 # Two parts whose shares of stored blocks round to the same multiple of this take the same time.
@@ -26,7 +26,7 @@ DENSITY_STEP = 0.05
 SECONDS = 0.1
 """How long one side is timed at least."""
 
-WHOLE: tuple[type[nn.Module], ...] = (nn.TransformerEncoderLayer,)
+WHOLE: tuple[type[nn.Module], ...] = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 """Modules with a fused path of their own, which any swapped layer inside turns off: they are timed whole."""
 
 
@@ -71,11 +71,13 @@ class Part:
         """Parts of one kind take the same time on inputs of one kind."""
         names = {module: name for name, module in self.module.named_modules()}
         return (
-            type(self.module),
+            type(self.module), getattr(self.module, "num_heads", None),
             tuple(
-                (names[old], type(new), tuple(new.weight.shape), new.blocksize, new.values.dtype,
+                (names[old], inside, type(new), tuple(new.weight.shape), new.blocksize, new.values.dtype,
                  new.bias is None, round((1.0 - new.sparsity) / DENSITY_STEP))
-                for old, new in self.replacements.items()
+                for old, replacement in self.replacements.items()
+                for inside, new in replacement.named_modules()
+                if isinstance(new, BSRLinear)
             ),
         )  # fmt: skip
 
@@ -191,6 +193,7 @@ def _kind_of(tree: object) -> Any:
 
 def _milliseconds(module: nn.Module, args: tuple, kwargs: dict[str, Any], train: bool) -> float:
     """Median time of a call in a row of calls: what the host or the device takes, whichever is more."""
+    from torch.utils.benchmark import Timer  # looks for a CUDA toolkit and talks about it on stderr
 
     def forward() -> None:
         with torch.no_grad():

@@ -146,6 +146,8 @@ def stored_blocks_in(optimizer: Optimizer, moves: Sequence[Move]) -> Iterator[No
             del optimizer.state[weight]
             optimizer.state[by_weight[weight].values] = state
         yield
+    except GeneratorExit:  # interrupted on the way out: what the context held is done
+        raise
     except BaseException:
         for group, key, before in groups_before:
             group[key][:] = before

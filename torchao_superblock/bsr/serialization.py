@@ -1,7 +1,10 @@
 """What the metadata of a saved model says: which layers are block-sparse, and what must hold for the file to be whole.
 
-    format, version   "torchao_superblock.bsr"; "1", or "2" where features of some layers were dropped
+    format, version   "torchao_superblock.bsr"; "1", or "2" where features of some layers were dropped, or "3" where
+                      some layers are projections of an attention
     layers            JSON: FQN -> in_features, out_features, blocksize, activation, bias; dense_shape (version 2)
+    attention         JSON: FQN -> embed_dim, kdim, vdim, num_heads and the names of its projections among the layers
+                      (version 3)
     folded            JSON: FQN -> the activation that stood there and that the layer before it applies itself
     aliases           JSON: name -> name of the tensor that it shares its memory with
     checksums         JSON: name -> CRC-32 of the tensor's name, dtype, shape and bytes
@@ -17,16 +20,18 @@ from typing import Any
 
 from torch import nn
 
+from torchao_superblock.bsr.attention import IN_PROJECTIONS, BSRMultiheadAttention
 from torchao_superblock.bsr.folded_activation import FoldedActivation
 from torchao_superblock.bsr.linear import BSRLinear
 from torchao_superblock.common.blocks import parse_blocksize, whole_block_grid
 from torchao_superblock.ops import ACTIVATIONS
 
 FORMAT = "torchao_superblock.bsr"
-VERSIONS = ("1", "2")
+VERSIONS = ("1", "2", "3")
 _KEYS = {"format", "version", "layers", "folded", "aliases"}
 _CHECKS = {"checksums", "checksum"}
 _LAYER_KEYS = {"in_features", "out_features", "blocksize", "activation", "bias"}
+ATTENTION_SIZES = ("embed_dim", "kdim", "vdim", "num_heads")
 
 
 @dataclass
@@ -40,6 +45,7 @@ class Description:
     folded: dict[str, str]
     aliases: dict[str, str] = field(default_factory=dict)
     checksums: dict[str, str] | None = None
+    attention: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def describe(model: nn.Module, aliases: dict[str, str]) -> Description:
@@ -62,20 +68,35 @@ def describe(model: nn.Module, aliases: dict[str, str]) -> Description:
         for fqn, module in modules.items()
         if isinstance(module, FoldedActivation)
     }
-    return Description(layers, folded, aliases)
+    attention = {
+        fqn: {size: getattr(module, size) for size in ATTENTION_SIZES}
+        | {
+            "projections": [
+                name
+                for name in (*IN_PROJECTIONS.values(), "out_proj")
+                if isinstance(module._modules.get(name), BSRLinear)
+            ]
+        }
+        for fqn, module in modules.items()
+        if isinstance(module, BSRMultiheadAttention)
+    }
+    return Description(layers, folded, aliases, attention=attention)
 
 
 def to_metadata(description: Description, checksums: dict[str, str]) -> dict[str, str]:
     """The metadata for a description; its length depends on the names of the checksums only."""
-    layers = description.layers
+    layers, attention = description.layers, description.attention
+    version = "3" if attention else "2" if any("dense_shape" in x for x in layers.values()) else "1"
     metadata = {
         "format": FORMAT,
-        "version": VERSIONS[any("dense_shape" in layer for layer in layers.values())],
+        "version": version,
         "layers": json.dumps(layers),
         "folded": json.dumps(description.folded),
         "aliases": json.dumps(description.aliases),
         "checksums": json.dumps(checksums),
     }
+    if attention:
+        metadata["attention"] = json.dumps(attention)
     return metadata | {"checksum": _checksum(metadata)}
 
 
@@ -88,18 +109,21 @@ def from_metadata(metadata: dict[str, str]) -> Description:
     Raises:
         ValueError: it is not what :func:`to_metadata` or an earlier release makes; the message says how.
     """
-    whole = metadata.keys() == _KEYS | _CHECKS
-    if not whole and metadata.keys() != _KEYS:
+    keys = _KEYS | ({"attention"} if metadata["version"] == "3" else set())
+    whole = metadata.keys() == keys | _CHECKS
+    if not whole and metadata.keys() != keys:
         raise ValueError(f"its metadata has the keys {', '.join(sorted(metadata))}")
     if whole and metadata["checksum"] != _checksum(metadata):
         raise ValueError("its metadata does not have the checksum of what was saved")
     try:
-        layers, folded, aliases, checksums = (
+        layers, folded, aliases, checksums, attention = (
             json.loads(metadata.get(key, "{}"))
-            for key in ("layers", "folded", "aliases", "checksums")
+            for key in ("layers", "folded", "aliases", "checksums", "attention")
         )
         for fqn, spec in layers.items():
             _check_layer(fqn, spec)
+        for fqn, spec in attention.items():
+            _check_attention(fqn, spec, layers)
         for texts in (folded, aliases, checksums):
             if not all(type(text) is str for text in texts.values()):
                 raise TypeError(f"{texts} does not hold texts")
@@ -107,7 +131,7 @@ def from_metadata(metadata: dict[str, str]) -> Description:
         raise ValueError(
             f"its metadata cannot be read ({type(error).__name__}: {error})"
         ) from error
-    return Description(layers, folded, aliases, checksums if whole else None)
+    return Description(layers, folded, aliases, checksums if whole else None, attention)
 
 
 def _check_layer(fqn: str, spec: dict[str, Any]) -> None:
@@ -122,6 +146,27 @@ def _check_layer(fqn: str, spec: dict[str, Any]) -> None:
     whole_block_grid(shape, spec["blocksize"])
     if spec["activation"] not in ACTIVATIONS or type(spec["bias"]) is not bool:
         raise ValueError(f"the layer {fqn!r} is described by {spec}")
+
+
+def _check_attention(fqn: str, spec: dict[str, Any], layers: dict[str, dict[str, Any]]) -> None:
+    names, sizes = spec["projections"], [spec[size] for size in ATTENTION_SIZES]
+    if spec.keys() != {"projections", *ATTENTION_SIZES} or not all(
+        type(size) is int and size > 0 for size in sizes
+    ):
+        raise TypeError(f"the attention {fqn!r} is described by {spec}")
+    E, K, V, heads = sizes
+    packed = E == K == V
+    known = ("in_proj",) if packed else ("q_proj", "k_proj", "v_proj")
+    shapes = {"in_proj": (3 * E, E), "k_proj": (E, K), "v_proj": (E, V)}
+    if E % heads or not names or len(names) != len(set(names)) or set(names) - {*known, "out_proj"}:
+        raise ValueError(f"the attention {fqn!r} is described by {spec}")
+    for name in names:
+        layer = layers[f"{fqn}.{name}".removeprefix(".")]
+        wanted = {"dense_shape": shapes.get(name, (E, E)), "activation": "none"}
+        if name != "out_proj":
+            wanted["bias"] = False
+        if any(layer[key] != value for key, value in wanted.items()):
+            raise ValueError(f"{name} of the attention {fqn!r} is described by {layer}")
 
 
 def _checksum(metadata: dict[str, str]) -> str:

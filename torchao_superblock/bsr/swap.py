@@ -1,9 +1,11 @@
 """Replace the linear layers of a model by :class:`BSRLinear` where that pays, and say what became of each."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,14 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from torchao_superblock.bsr import sequential
+from torchao_superblock.bsr.attention import (
+    IN_PROJECTIONS,
+    attention_obstacle,
+    become_bsr,
+    projections,
+    with_blocks,
+)
+from torchao_superblock.bsr.attention_swap import judge_attention
 from torchao_superblock.bsr.format import (
     gather_blocks,
     infer_blocksize,
@@ -47,7 +57,8 @@ class SwapEntry:
     """What became of one linear layer, or of another weight that stays dense.
 
     Attributes:
-        fqn: the layer's fully qualified name; another weight's is that of the tensor.
+        fqn: the layer's fully qualified name; another weight's is that of the tensor, and so is that of a projection
+            that `nn.MultiheadAttention` holds itself (`attention.in_proj_weight`).
         shape: `(out_features, in_features)`; another weight's own shape.
         blocksize: `(rows, cols)`, or None where none was found.
         sparsity: fraction of blocks that hold only zeros, or None where it was not looked at.
@@ -77,9 +88,10 @@ class SwapReport:
     """What :func:`swap_to_bsr` did; prints as a table.
 
     Attributes:
-        swapped: one :class:`SwapEntry` for each layer that is a :class:`BSRLinear` now.
+        swapped: one :class:`SwapEntry` for each layer that is a :class:`BSRLinear` now, projections of attention
+            included.
         skipped: one for each layer that was left alone, with the reason, and one for each other weight: convolutions,
-            the projections of attention, experts in one 3-D tensor, matrices that a module holds itself, and embeddings
+            experts in one 3-D tensor, matrices that a module holds itself, and embeddings
             if they have blocks of zeros.
         notes: sentences about anything else that was changed in the model.
     """
@@ -152,6 +164,10 @@ def swap_to_bsr(
 ) -> SwapReport:
     """Replace, in place, every linear layer with enough zero blocks by a :class:`BSRLinear`.
 
+    An `nn.MultiheadAttention` becomes a :class:`BSRMultiheadAttention`, the same object with some or all of its
+    projections stored as blocks. Each has its row in the report, judged by its own zeros; without `min_sparsity` they
+    are swapped if the module as a whole is faster then, torch's fused path that it leaves counted.
+
     The weights are looked at as they are: where the zeros come from does not matter. A weight with the layout
     `torch.sparse_bsr` becomes a :class:`BSRLinear` with the blocks that it stores. If anything fails, the model is as
     it was. An optimizer built before holds the dense weights: pass it as `optimizer` to train on, or build it again.
@@ -162,7 +178,8 @@ def swap_to_bsr(
         min_sparsity: a layer with a smaller fraction of zero blocks is skipped. None means "where it is faster than
             dense": a table of measured break-even points by device, block size and dtype. Where nobody measured, it
             takes a cautious 0.9 and the report says so. With `measure` the times decide alone.
-        filter_fn: `filter_fn(module, fqn) -> bool`; a layer for which it is False is skipped.
+        filter_fn: `filter_fn(module, fqn) -> bool`; a layer for which it is False is skipped. A projection that an
+            `nn.MultiheadAttention` holds itself comes as an `nn.Linear` with its weight and the FQN of the weight.
         fuse_activations: let a swapped layer of an `nn.Sequential` apply the activation that directly follows it
             (`nn.ReLU`, `nn.GELU` or `nn.SiLU`), where that gives the same result: no hook sits between the two
             and the layer has no other place in the model. An identity keeps the activation's place, so names stay as
@@ -177,9 +194,9 @@ def swap_to_bsr(
             kernels want it, it stays one. The report's shapes are those before.
         measure: an example input of the model (a tensor, a tuple of arguments or a dict of keyword arguments): each
             layer that could be swapped is timed dense and swapped on what it is called with, on this machine, and
-            swapped if that is faster; a `nn.TransformerEncoderLayer` is timed whole, since any swapped layer turns its
-            fused path off. Eager forwards, with `optimizer` forwards and backwards. The report has both times. The
-            model runs once; the same shapes are timed once.
+            swapped if that is faster; an `nn.TransformerEncoderLayer` and an `nn.MultiheadAttention` are timed whole,
+            since any swapped layer turns their fused path off. Eager forwards, with `optimizer` forwards and backwards.
+            The report has both times. The model runs once; the same shapes are timed once.
         optimizer: goes on with the stored blocks in the place of the dense weights: the same object, with the same
             groups and the state of the stored blocks, so that schedulers and a GradScaler stay valid. Blocks that the
             squashed mask kept are stored though they are zero. Any optimizer of `torch.optim` that steps each element
@@ -239,89 +256,143 @@ def swap_to_bsr(
         )
 
     report = SwapReport()
-    replacements: dict[nn.Module, BSRLinear] = {}
-    kept: dict[nn.Module, KeptBlocks | None] = {}
-    entries: dict[nn.Module, SwapEntry] = {}
+    candidates: list[_Candidate] = []
     owners = parameter_owners(model)
+    places = Counter(child for module in model.modules() for child in module._modules.values())
+
+    def judge(
+        linear: nn.Linear,
+        fqn: str,
+        tensor_fqn: str,
+        obstacle: tuple[str, str] | None = None,
+    ) -> SwapEntry:
+        keep = None if optimizer is None else _kept(linear)
+        wanted = blocksize, min_sparsity, filter_fn, owners, keep, measure is not None
+        return _judge(linear, fqn, tensor_fqn, obstacle, *wanted)
+
+    def convert(linear: nn.Linear, entry: SwapEntry, bsr: type[BSRLinear], names: Names) -> _Row:
+        keep = None if optimizer is None else _kept(linear)
+        try:
+            return _Row(
+                entry, linear, bsr.from_dense(linear, entry.blocksize, keep=keep), names, keep
+            )
+        except Exception as error:
+            error.add_note(f"while swapping {entry.fqn!r}")
+            raise
+
+    judged: set[nn.Module] = set()  # with the attention that they are a part of
     for fqn, module in model.named_modules():
         name = without_compile_prefix(fqn)
+        if module in judged:
+            continue
+        if isinstance(module, nn.MultiheadAttention):
+            report.skipped += _other_weights(module, name)
+            entries = judge_attention(
+                module,
+                name,
+                judge,
+                blocksize=blocksize,
+                decide=min_sparsity is None and measure is None,
+                is_shared=places[module.out_proj] > 1,
+                parent=model.get_submodule(fqn.rpartition(".")[0]) if fqn else None,
+            )
+            rows = {}
+            for projection in projections(module, name):
+                entry = entries[projection.name]
+                if projection.name == "out_proj":
+                    judged.add(projection.linear)
+                if entry.code == "swapped":
+                    names = projection.tensor_fqn, projection.values_fqn
+                    rows[projection.name] = convert(projection.linear, entry, projection.bsr, names)
+                else:
+                    report.skipped.append(entry)
+            if rows and attention_obstacle(module) is None:
+                layers = {name: row.layer for name, row in rows.items()}
+                candidates.append(_Candidate(module, with_blocks(module, layers), [*rows.values()]))
+            else:
+                candidates += [_Candidate(r.linear, r.layer, [r]) for r in rows.values()]
+            continue
         twin = twin_of(type(module))
         if twin is None and not isinstance(module, nn.Linear):
             report.skipped += _other_weights(module, name)
             continue
-        kept[module] = None if optimizer is None else _kept(module)
-        entry = _judge(
-            module,
-            name,
-            blocksize,
-            min_sparsity,
-            filter_fn,
-            owners,
-            kept[module],
-            measure is not None,
-        )
+        names = f"{name}.weight", f"{name}.values"
+        entry = judge(module, name, names[0])
         if entry.code == "swapped":
-            try:
-                replacements[module] = twin.bsr.from_dense(
-                    module, entry.blocksize, keep=kept[module]
-                )
-            except Exception as error:
-                error.add_note(f"while swapping {entry.fqn!r}")
-                raise
-            entries[module] = entry
+            row = convert(module, entry, twin.bsr, names)
+            candidates.append(_Candidate(module, row.layer, [row]))
         else:
             report.skipped.append(entry)
     if measure is not None:
-        entries = _measured(model, replacements, entries, measure, optimizer is not None)
-    for module, entry in entries.items():
-        if entry.code == "swapped":
-            report.swapped.append(entry)
-        else:
-            report.skipped.append(entry)
-            del replacements[module]
+        _measure(model, candidates, measure, optimizer is not None)
+    for candidate in candidates:
+        for row in candidate.rows:
+            is_swapped = row.entry.code == "swapped"
+            (report.swapped if is_swapped else report.skipped).append(row.entry)
+    candidates = [candidate for candidate in candidates if candidate.is_swapped]
     moves = []
     if optimizer is not None:
-        moves = [
-            _move(entries[module].fqn, module, layer, kept[module])
-            for module, layer in replacements.items()
-        ]
+        moves = [_move(row) for candidate in candidates for row in candidate.rows]
     with nullcontext() if optimizer is None else stored_blocks_in(optimizer, moves):
-        _replace(model, replacements, report, fuse_activations, drop_dead_features)
+        _replace(model, candidates, report, fuse_activations, drop_dead_features)
     if optimizer is not None:
         report.notes += notes(optimizer, moves)
     return report
 
 
-def _measured(
-    model: nn.Module,
-    replacements: dict[nn.Module, BSRLinear],
-    entries: dict[nn.Module, SwapEntry],
-    example_input: object,
-    train: bool,
-) -> dict[nn.Module, SwapEntry]:
-    """The entries with their times; what is not faster, or not called, is swapped no more."""
-    parts = find_parts(model, replacements)
-    entries = dict(entries)
+Names = tuple[str, str]
+"""FQN of a weight, and of the stored blocks that take its place."""
+
+
+@dataclass
+class _Row:
+    """One weight that may be swapped: its row of the report, the layer around it, and what takes its place."""
+
+    entry: SwapEntry
+    linear: nn.Linear
+    layer: BSRLinear
+    names: Names
+    keep: KeptBlocks | None
+
+
+@dataclass
+class _Candidate:
+    """A module that is swapped as a whole or not at all: a linear layer, or an attention and its projections."""
+
+    module: nn.Module
+    new: nn.Module
+    rows: list[_Row]
+
+    @property
+    def is_swapped(self) -> bool:
+        return self.rows[0].entry.code == "swapped"
+
+
+def _measure(
+    model: nn.Module, candidates: list[_Candidate], example_input: object, train: bool
+) -> None:
+    """Gives the entries their times; what is not faster, or not called, is swapped no more."""
+    of_module = {candidate.module: candidate for candidate in candidates}
+    parts = find_parts(model, {candidate.module: candidate.new for candidate in candidates})
     for part, timing in time_parts(model, parts, example_input, train=train).items():
+        if timing is None:
+            change: dict[str, Any] = {
+                "code": "not_called",
+                "reason": "the example that was measured with never reaches it",
+            }
+        else:
+            change = {"dense_ms": timing.dense_ms, "bsr_ms": timing.bsr_ms}
         for module in part.replacements:
-            entry = entries[module]
-            if timing is None:
-                entries[module] = replace(
-                    entry,
-                    code="not_called",
-                    reason="the example that was measured with never reaches it",
+            candidate = of_module[module]
+            if timing is not None and timing.bsr_ms >= timing.dense_ms:
+                is_itself = part.module is module and isinstance(candidate.new, BSRLinear)
+                what = "it" if is_itself else f"{without_compile_prefix(part.fqn)!r}"
+                change["code"] = "slower_than_dense"
+                change["reason"] = (
+                    f"{what} takes {timing.bsr_ms:.3f} ms swapped and {timing.dense_ms:.3f} ms dense"
                 )
-                continue
-            entry = replace(entry, dense_ms=timing.dense_ms, bsr_ms=timing.bsr_ms)
-            if timing.bsr_ms >= timing.dense_ms:
-                what = "it" if part.module is module else f"{without_compile_prefix(part.fqn)!r}"
-                entry = replace(
-                    entry,
-                    code="slower_than_dense",
-                    reason=f"{what} takes {timing.bsr_ms:.3f} ms swapped and {timing.dense_ms:.3f} ms dense",
-                )
-            entries[module] = entry
-    return entries
+            for row in candidate.rows:
+                row.entry = replace(row.entry, **change)
 
 
 def _kept(linear: nn.Module) -> KeptBlocks | None:
@@ -330,16 +401,16 @@ def _kept(linear: nn.Module) -> KeptBlocks | None:
     return None if weight is None else kept_blocks(weight)
 
 
-def _move(fqn: str, linear: nn.Linear, layer: BSRLinear, keep: KeptBlocks | None) -> Move:
+def _move(row: _Row) -> Move:
+    linear, layer, keep = row.linear, row.layer, row.keep
     if linear.weight.layout is not torch.strided:
         raise ValueError(
-            f"swap_to_bsr: the weight of {fqn!r} has the layout {linear.weight.layout}, and an optimizer has no state "
-            f"by blocks for it; {WAY_OUT}"
+            f"swap_to_bsr: {row.names[0]!r} has the layout {linear.weight.layout}, and an optimizer has no state by "
+            f"blocks for it; {WAY_OUT}"
         )
     index = layer.crow_indices, layer.col_indices, layer.blocksize
     return Move(
-        f"{fqn}.weight",
-        f"{fqn}.values",
+        *row.names,
         linear.weight,
         layer.values,
         lambda tensor: gather_blocks(tensor, *index),
@@ -350,6 +421,8 @@ def _move(fqn: str, linear: nn.Linear, layer: BSRLinear, keep: KeptBlocks | None
 def _judge(
     linear: nn.Linear,
     fqn: str,
+    tensor_fqn: str,
+    obstacle: tuple[str, str] | None,
     blocksize: tuple[int, int] | None,
     min_sparsity: float | None,
     filter_fn: Callable[[nn.Module, str], bool] | None,
@@ -357,7 +430,7 @@ def _judge(
     keep: KeptBlocks | None,
     measured: bool,
 ) -> SwapEntry:
-    """Decide about one layer without touching it."""
+    """Decide about one layer without touching it; `obstacle` is what its surroundings have against it."""
     shape = (linear.out_features, linear.in_features)
 
     def entry(code: str, reason: str, sparsity: float | None = None) -> SwapEntry:
@@ -365,10 +438,10 @@ def _judge(
 
     if filter_fn is not None and not filter_fn(linear, fqn):
         return entry("filtered_out", "filter_fn returned False for it")
-    obstacle = conversion_obstacle(linear)
+    obstacle = obstacle or conversion_obstacle(linear)
     if obstacle is not None:
         return entry(*obstacle)
-    others = [owner for owner in owners[storage_address(linear.weight)] if owner != f"{fqn}.weight"]
+    others = [owner for owner in owners[storage_address(linear.weight)] if owner != tensor_fqn]
     if others:
         return entry("tied_weight", f"its weight is shared with {', '.join(others)}")
     if linear.weight.layout is torch.sparse_bsr:
@@ -409,10 +482,13 @@ def _judge(
 
 def _other_weights(module: nn.Module, fqn: str) -> Iterator[SwapEntry]:
     """The weights of a module that is no linear layer: no swap stores them as blocks."""
-    if any(type(module) is twin.bsr for twin in TWINS.values()):
+    is_attention = isinstance(module, nn.MultiheadAttention)
+    if not is_attention and any(type(module) is twin.bsr for twin in TWINS.values()):
         return
     kind = parametrize.type_before_parametrizations(module)
     for name, tensor in other_weights(module):
+        if is_attention and name in IN_PROJECTIONS:
+            continue  # judged as the linear layers that they are
         blocksize = sparsity = None
         if tensor.layout is torch.strided and type(tensor.data) is Tensor and not tensor.is_meta:
             blocksize, sparsity = _zero_blocks(tensor.detach())
@@ -464,14 +540,34 @@ def _judge_stored(
 
 def _replace(
     model: nn.Module,
-    replacements: dict[nn.Module, BSRLinear],
+    candidates: list[_Candidate],
     report: SwapReport,
     fuse_activations: bool,
     drop_features: bool,
 ) -> None:
     """Put the new layers in place of the old ones."""
     with all_or_nothing(model):
-        replace_modules(model, replacements)
+        for row in (row for candidate in candidates for row in candidate.rows):
+            row.layer.train(row.linear.training)  # a measurement is made in eval mode
+        # Of an attention the layers that are registered as modules; the others are parameters of its own.
+        owned = set(model.modules())
+        replace_modules(
+            model,
+            {
+                row.linear: row.layer
+                for candidate in candidates
+                for row in candidate.rows
+                if row.linear in owned
+            },
+        )
+        for candidate in candidates:
+            if isinstance(candidate.module, nn.MultiheadAttention):
+                layers = {
+                    name: layer
+                    for name, layer in candidate.new._modules.items()
+                    if any(layer is row.layer for row in candidate.rows)
+                }
+                become_bsr(candidate.module, layers)
         for fqn in turn_off_nested_tensors(model):
             report.notes.append(
                 f"{without_compile_prefix(fqn) or 'the model'}: use_nested_tensor is False now, since a swapped layer "

@@ -9,9 +9,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from torchao_superblock.bsr.attention import (
+    IN_PROJECTIONS,
+    BSRMultiheadAttention,
+    become_dense,
+)
 from torchao_superblock.bsr.folded_activation import FoldedActivation, activation_module
 from torchao_superblock.bsr.format import check_bsr
 from torchao_superblock.bsr.linear import BSRLinear, customisation
+from torchao_superblock.bsr.packed_linear import PackedBSRLinear
 from torchao_superblock.bsr.sequential import linear_pairs
 from torchao_superblock.common.all_or_nothing import all_or_nothing
 from torchao_superblock.common.modules import parameter_owners, replace_modules, storage_address
@@ -21,6 +27,8 @@ from torchao_superblock.common.sharding import is_dtensor
 
 def swap_to_dense(model: nn.Module) -> list[str]:
     """Replace, in place, every :class:`BSRLinear` by the `nn.Linear` that it stands for: undoes `swap_to_bsr`.
+
+    A :class:`BSRMultiheadAttention` becomes an `nn.MultiheadAttention` again; it stays the same object.
 
     Weights are exactly those that the blocks hold, with zeros elsewhere; `bias` Parameters, hooks, `training`,
     `requires_grad`, dtype and device carry over. An activation that a layer applies goes back to its place behind it.
@@ -36,7 +44,8 @@ def swap_to_dense(model: nn.Module) -> list[str]:
         model: any module, not itself a :class:`BSRLinear`.
 
     Returns:
-        FQNs of the layers that are dense now.
+        FQNs of the layers that are dense now; of query, key and value in an attention the FQN of the weight, as in the
+        report of the swap.
 
     Raises:
         TypeError: `model` is not a module.
@@ -64,6 +73,7 @@ def swap_to_dense(model: nn.Module) -> list[str]:
             "or take its weight from layer.to_dense()"
         )
     layers: dict[BSRLinear, str] = {}
+    attentions: dict[BSRMultiheadAttention, str] = {}
     for fqn, module in model.named_modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             raise ValueError(
@@ -72,6 +82,8 @@ def swap_to_dense(model: nn.Module) -> list[str]:
             )
         if isinstance(module, BSRLinear):
             layers[module] = without_compile_prefix(fqn)
+        if isinstance(module, BSRMultiheadAttention):
+            attentions[module] = without_compile_prefix(fqn)
     activations = _folded(model)
     outputs, inputs = _dropped(model)
     owners = parameter_owners(model)
@@ -79,6 +91,11 @@ def swap_to_dense(model: nn.Module) -> list[str]:
         f"{fqn!r}: {reason}"
         for layer, fqn in layers.items()
         for reason in _obstacles(layer, owners, layer in activations, outputs, inputs)
+    ]
+    problems += [
+        f"{fqn!r}: it is a {type(attention).__name__} (parametrized?), not exactly a BSRMultiheadAttention"
+        for attention, fqn in attentions.items()
+        if type(attention) is not BSRMultiheadAttention
     ]
     applied = set(activations.values())
     problems += [
@@ -104,9 +121,16 @@ def swap_to_dense(model: nn.Module) -> list[str]:
             and any(module in layers for module in encoder.layers.modules())
         ]
         replace_modules(model, replacements)
+        for attention in attentions:
+            become_dense(attention)
         for encoder in encoders:
             encoder.use_nested_tensor = _takes_nested_tensors(encoder)
-    return list(layers.values())
+    names = {
+        f"{fqn}.{child}".removeprefix("."): f"{fqn}.{tensor}".removeprefix(".")
+        for fqn in attentions.values()
+        for tensor, child in IN_PROJECTIONS.items()
+    }
+    return [names.get(fqn, fqn) for fqn in layers.values()]
 
 
 def _folded(model: nn.Module) -> dict[BSRLinear, FoldedActivation]:
@@ -142,7 +166,7 @@ def _obstacles(
     inputs: dict[BSRLinear, int],
 ) -> Iterator[str]:
     """Why a layer cannot become an `nn.Linear`."""
-    if type(layer) is not BSRLinear:
+    if type(layer) not in (BSRLinear, PackedBSRLinear):
         yield f"it is a {type(layer).__name__} (parametrized? sharded?), not exactly a BSRLinear"
         return
     if is_dtensor(layer.values):

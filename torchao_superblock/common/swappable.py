@@ -22,7 +22,7 @@ class Twin:
     Attributes:
         cls: the module type, exactly.
         bsr: the type it becomes.
-        tensors: names of the tensors that are stored as blocks.
+        tensors: names of the tensors that are stored as blocks, those of children with the child's name in front.
     """
 
     cls: type[nn.Module]
@@ -65,6 +65,13 @@ def meet(cls: type[nn.Module]) -> None:
     ) as error:  # a release that it does not work with: the layers of torch are what they are
         message = f"{root} and this package do not know each other: {error}"
         warnings.warn(message, stacklevel=4)
+
+
+def tensor_owners(module: nn.Module) -> set[str]:
+    """Names of the children whose tensors the twin of this module stores as blocks."""
+    twin = TWINS.get(type(module))
+    names = {tensor.rpartition(".")[0] for tensor in twin.tensors} if twin is not None else set()
+    return names - {""}
 
 
 def type_obstacle(cls: type[nn.Module], tensor_name: str) -> str | None:

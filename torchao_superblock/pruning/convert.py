@@ -11,6 +11,7 @@ from torch import nn
 from torchao_superblock.common.all_or_nothing import all_or_nothing
 from torchao_superblock.common.modules import hand_over_hooks
 from torchao_superblock.common.names import without_wrapper_prefixes
+from torchao_superblock.common.swappable import tensor_owners
 
 
 def replace_squashed(
@@ -23,7 +24,8 @@ def replace_squashed(
 
     Args:
         module: the squashed model, a part of it, or a copy.
-        mapping: from module type to replacement.
+        mapping: from module type to replacement. A module whose twin stores tensors of its children as blocks is
+            replaced as a whole for their sake.
         squashed: FQN of each folded tensor -> the module that it was folded in.
         inplace: change `module` rather than a deep copy of it.
 
@@ -41,6 +43,13 @@ def replace_squashed(
         for path, child in module.named_modules(remove_duplicate=False)
         if type(child) in mapping
     ]
+    for path, child in convertible:
+        for part in tensor_owners(child):
+            if id(child.get_submodule(part)) in known:
+                known.add(id(child))
+            for whole in {path, without_wrapper_prefixes(path)}:
+                if f"{whole}.{part}".removeprefix(".") in names:
+                    names.add(whole)
     # The very modules; in a copy those of the same name; in a wrapped copy but for the prefix.
     targets = (
         [(path, child) for path, child in convertible if id(child) in known]

@@ -48,6 +48,12 @@ def read_once(module: nn.Module) -> None:
     module.__class__ = type(cls.__name__, (cls,), namespace)
 
 
+def type_before_masks(module: nn.Module) -> type[nn.Module]:
+    """The class that a module had before masks gave it another, or two."""
+    cls = parametrize.type_before_parametrizations(module)
+    return cls.__bases__[0] if "_reads_once" in vars(cls) else cls
+
+
 def read_masked_children_once(model: nn.Module) -> None:
     """Does so for the modules of torch.nn that read weights of their children."""
     for module in model.modules():

@@ -415,7 +415,8 @@ class BlockSparsifier(BaseSparsifier):
         Args:
             module: the squashed model, a part of it, or a copy.
             mapping: from module type to replacement; by default what `swap_to_bsr` makes of a type,
-                `{nn.Linear: BSRLinear}`. Squashed modules of other types are left as they are.
+                `{nn.Linear: BSRLinear, nn.MultiheadAttention: BSRMultiheadAttention}`. Squashed modules of other types
+                are left as they are. A type that has projections in it is replaced as a whole.
             inplace: change `module` rather than a deep copy of it.
             parameterization: ignored; the base class has it.
 
@@ -440,7 +441,7 @@ class BlockSparsifier(BaseSparsifier):
                 "squash_mask() first"
             )
         if mapping is None:
-            mapping = {nn.Linear: TWINS[nn.Linear].bsr}
+            mapping = {cls: TWINS[cls].bsr for cls in (nn.Linear, nn.MultiheadAttention)}
         return replace_squashed(module, mapping, self._squashed, inplace)
 
     # ---------------------------------------------------------------------------------------------

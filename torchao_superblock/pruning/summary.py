@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
 from torchao_superblock.common.swappable import shape_obstacle, type_obstacle
 from torchao_superblock.pruning.masks.base import BlockMask, kept_blocks
+from torchao_superblock.pruning.reading import type_before_masks
 from torchao_superblock.pruning.targets import SkippedTensor
 
 
@@ -138,8 +138,7 @@ def _pruned_elements(block_mask: Tensor, mask: BlockMask) -> float:
 
 
 def _swap_obstacle(group: Mapping[str, Any], mask: BlockMask) -> str | None:
-    kind = type_before_parametrizations(group["module"])
-    obstacle = type_obstacle(kind, group["tensor_name"])
+    obstacle = type_obstacle(type_before_masks(group["module"]), group["tensor_name"])
     if obstacle is None and shape_obstacle(mask.weight_shape, mask.blocksize) is not None:
         # Smaller blocks than those of the mask may do: a swap reads their size off the zeros.
         obstacle = shape_obstacle(mask.weight_shape)
