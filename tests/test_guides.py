@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from torchao_superblock import (
+    BSRConv1x1,
     BSRLinear,
     BSRMultiheadAttention,
     SupermaskSparsifier,
@@ -138,6 +139,8 @@ def check_deploy(names: Names) -> None:
     model, x = names["model"], names["x"]
     assert swapped(names) == 2
     assert type(names["vit"].attention) is BSRMultiheadAttention
+    assert type(names["resnet"][0]) is BSRConv1x1
+    assert names["twin_of"](names["MyLinear"]).bsr is BSRLinear
     torch.testing.assert_close(names["fresh"](x), model(x))
     torch.testing.assert_close(names["served"](x), model(x))
     commands = [
@@ -252,6 +255,8 @@ PAGES: dict[str, tuple[Callable[[], Names], Callable[[Names], None]]] = {
             "x": torch.randn(8, 64),
             "width": 64,
             "sparsifier": SupermaskSparsifier(0.9, 32),
+            "resnet": nn.Sequential(nn.Conv2d(64, 640, 1), nn.Conv2d(640, 64, 3)),
+            "MyLinear": type("MyLinear", (nn.Linear,), {"forward": nn.Linear.forward}),
             "vit": nn.ModuleDict({"attention": nn.MultiheadAttention(256, 4, batch_first=True)}),
         },
         check_deploy,

@@ -31,6 +31,7 @@ def run(code: str) -> str:
 
 def test_public_names():
     assert sorted(torchao_superblock.__all__) == [
+        "BSRConv1x1",
         "BSRLinear",
         "BSRMultiheadAttention",
         "BSRWeight",

@@ -5,6 +5,7 @@ sparsifier.prepare(model, config)  ->  train as before  ->  sparsifier.squash_ma
 
 from torchao_superblock.allocation import allocate
 from torchao_superblock.bsr import (
+    BSRConv1x1,
     BSRLinear,
     BSRMultiheadAttention,
     BSRWeight,
@@ -27,6 +28,7 @@ from torchao_superblock.pruning import (
 )
 
 __all__ = [
+    "BSRConv1x1",
     "BSRLinear",
     "BSRMultiheadAttention",
     "BSRWeight",

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchao_superblock.bsr import load_bsr, save_bsr, tensor_file
+from torchao_superblock.bsr import BSRConv1x1, BSRLinear, load_bsr, save_bsr, tensor_file
 from torchao_superblock.bsr.atomic_file import replacing
 from torchao_superblock.bsr.folded_activation import activation_module
 from torchao_superblock.bsr.load import load_saved, read_saved
@@ -165,8 +165,7 @@ def build_model(tensors: Mapping[str, Tensor], description: Description | None =
         if fqn in folded:
             return activation_module(folded[fqn])
         if fqn in layers:
-            N, K = layers[fqn]["dense_shape"]
-            return nn.Linear(K, N, bias=layers[fqn]["bias"], device="meta")
+            return _dense_layer(fqn, layers[fqn])
         if fqn in attention:
             return _attention(attention[fqn], own.get(fqn, {}), own.get(f"{fqn}.out_proj", {}))
         module = _holder(own.get(fqn, {}), children, is_root=not fqn)
@@ -178,6 +177,19 @@ def build_model(tensors: Mapping[str, Tensor], description: Description | None =
         return build("", tree)
     except KeyError as error:
         raise ValueError(f"its names are not those of a module: {error.args[0]}") from error
+
+
+def _dense_layer(fqn: str, spec: dict[str, Any]) -> nn.Module:
+    """The dense layer that a block-sparse one stands for, on the meta device; a convolution's stride is not known."""
+    (N, K), kind = spec["dense_shape"], spec["kind"]
+    if kind == BSRConv1x1.DENSE:
+        return nn.Conv2d(K, N, 1, bias=spec["bias"], device="meta")
+    if kind != BSRLinear.DENSE:
+        raise ValueError(
+            f"the layer {fqn!r} stands for a {kind}, which needs the library that it is from; load the file with "
+            "load_bsr into the model"
+        )
+    return nn.Linear(K, N, bias=spec["bias"], device="meta")
 
 
 def _attention(

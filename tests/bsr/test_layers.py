@@ -8,11 +8,14 @@ from torch import nn
 
 from torchao_superblock.bsr import BSRLinear
 from torchao_superblock.bsr.layers import INTEGRATIONS, twin_of
-from torchao_superblock.common.swappable import TWINS, type_obstacle
+from torchao_superblock.common.swappable import TWINS, own_methods, type_obstacle
 
 
 class Foreign(nn.Linear):
     """As if another library had brought it."""
+
+    def forward(self, x):
+        return super().forward(x)
 
 
 Foreign.__module__ = "some_library.layers"
@@ -20,10 +23,53 @@ Foreign.__module__ = "some_library.layers"
 
 def test_exact_types_only():
     assert twin_of(nn.Linear).bsr is BSRLinear
-    assert twin_of(type("Mine", (nn.Linear,), {})) is None
+    assert twin_of(type("Mine", (nn.Conv2d,), {})) is None
     assert type_obstacle(nn.Linear, "weight") is None
     assert "bias" in type_obstacle(nn.Linear, "bias")
-    assert "no block-sparse twin" in type_obstacle(nn.Conv2d, "weight")
+    assert "no block-sparse twin" in type_obstacle(nn.Conv1d, "weight")
+
+
+def test_a_linear_layer_without_methods_of_its_own_is_one():
+    class Initialised(nn.Linear):
+        """Begins with another distribution, and prints another name."""
+
+        gain: float = 0.02
+
+        def reset_parameters(self):
+            nn.init.trunc_normal_(self.weight, std=self.gain)
+
+        def extra_repr(self):
+            return "initialised"
+
+    class Deeper(Initialised):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    for cls in (Initialised, Deeper):
+        assert twin_of(cls) is twin_of(nn.Linear)
+        assert type_obstacle(cls, "weight") is None
+
+    class Mixin:
+        def lora_parameters(self):
+            return []
+
+    def forward(self, x):
+        return x
+
+    own = {
+        "forward": {"forward": forward},
+        "a method": {"merge": forward},
+        "a property": {"weight": property(lambda self: self.v)},
+        "a static method": {"cast": staticmethod(len)},
+        "__call__": {"__call__": forward},
+        "loading": {"_load_from_state_dict": forward},
+    }
+    for namespace in own.values():
+        cls = type("Mine", (Initialised,), namespace)
+        assert twin_of(cls) is None
+        assert own_methods(cls) == list(namespace)
+    for bases in ((Mixin, nn.Linear), (nn.Linear, Mixin)):
+        assert own_methods(type("Mine", bases, {})) == ["lora_parameters"]
 
 
 def test_an_integration_is_imported_when_a_class_of_its_library_is_met(monkeypatch, tmp_path):

@@ -39,7 +39,8 @@ def test_swaps_in_place_and_computes_the_same(blocksize):
 
 def test_report_accounts_for_every_linear_and_prints_as_a_table():
     class Special(nn.Linear):
-        pass
+        def forward(self, x):
+            return 2 * super().forward(x)
 
     class Model(nn.Module):
         def __init__(self):
@@ -67,7 +68,9 @@ layer    shape  block  sparsity  result
 mlp      64x64  16x16  75.0%     swapped
 dense    64x64  64x64  0.0%      skipped: 0.0% of its blocks are zero, min_sparsity is 50.0%
 odd      64x30  -      -         skipped: its shape (64, 30) is not a multiple of any block size from 8 to 256
-special  64x64  -      -         skipped: it is a Special, not exactly an nn.Linear
+special  64x64  -      -         skipped: it is a Special, whose own methods (forward) the layer in its place would \
+not have; if it computes x @ weight.T + bias, register_twin(Special, BSRLinear, 'weight') of \
+torchao_superblock.bsr.layers lets it be swapped
 normed   64x64  -      -         skipped: it has another parametrization (of weight); remove it first
 head     64x32  -      -         skipped: its weight is shared with embedding.weight
 kept     64x64  -      -         skipped: filter_fn returned False for it

@@ -2,6 +2,7 @@
 
 from torchao_superblock.bsr import legacy
 from torchao_superblock.bsr.attention import BSRMultiheadAttention
+from torchao_superblock.bsr.conv1x1 import BSRConv1x1
 from torchao_superblock.bsr.linear import BSRLinear
 from torchao_superblock.bsr.load import load_bsr
 from torchao_superblock.bsr.save import save_bsr
@@ -10,6 +11,7 @@ from torchao_superblock.bsr.unswap import swap_to_dense
 from torchao_superblock.bsr.weight import BSRWeight
 
 __all__ = [
+    "BSRConv1x1",
     "BSRLinear",
     "BSRMultiheadAttention",
     "BSRWeight",

@@ -8,6 +8,7 @@ can ask it without importing this half.
 from torch import nn
 
 from torchao_superblock.bsr.attention import TENSORS, BSRMultiheadAttention
+from torchao_superblock.bsr.conv1x1 import BSRConv1x1, conv_obstacle
 from torchao_superblock.bsr.linear import LINEAR_TYPES, BSRLinear
 from torchao_superblock.common.swappable import INTEGRATIONS, register_twin, twin_of
 
@@ -16,3 +17,5 @@ __all__ = ["INTEGRATIONS", "register_twin", "twin_of"]
 for _cls in LINEAR_TYPES:
     register_twin(_cls, BSRLinear, "weight")
 register_twin(nn.MultiheadAttention, BSRMultiheadAttention, *TENSORS)
+for _cls in (nn.Conv2d, nn.LazyConv2d):  # the latter becomes the former at its first call
+    register_twin(_cls, BSRConv1x1, "weight", obstacle=conv_obstacle)

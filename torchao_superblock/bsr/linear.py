@@ -26,6 +26,7 @@ from torchao_superblock.common.blocks import parse_blocksize
 from torchao_superblock.common.kept_blocks import KeptBlocks
 from torchao_superblock.common.modules import block_masks_of, copy_hooks
 from torchao_superblock.common.sharding import is_dtensor
+from torchao_superblock.common.swappable import own_methods, twin_of
 from torchao_superblock.ops import ACTIVATIONS, bsr_linear, build_plan
 from torchao_superblock.ops.checks import DTYPES
 
@@ -34,7 +35,7 @@ LINEAR_TYPES = (nn.Linear, NonDynamicallyQuantizableLinear)
 
 
 def conversion_obstacle(linear: nn.Module) -> tuple[str, str] | None:
-    """Why this module cannot become a BSRLinear whatever its zeros: `(code, reason)`, or None."""
+    """Why this module cannot become its block-sparse twin whatever its zeros: `(code, reason)`, or None."""
     if parametrize.is_parametrized(linear):
         if any(True for _ in block_masks_of(linear)):
             return "not_squashed", "its block mask is not squashed yet; call squash_mask() first"
@@ -42,8 +43,12 @@ def conversion_obstacle(linear: nn.Module) -> tuple[str, str] | None:
         return "parametrized", f"it has another parametrization (of {names}); remove it first"
     if isinstance(linear._parameters.get("weight"), UninitializedParameter):
         return "uninitialized", "its weight has no shape yet; run the model once first"
-    if type(linear) not in LINEAR_TYPES:
-        return "linear_subclass", f"it is a {type(linear).__name__}, not exactly an nn.Linear"
+    twin = twin_of(type(linear))
+    if twin is None:
+        return "linear_subclass", _of_a_subclass(linear)
+    reason = None if twin.obstacle is None else twin.obstacle(linear)
+    if reason is not None:
+        return "no_twin", reason
     weight = linear._parameters.get("weight")
     if weight is None:
         return "parametrized", "its weight is not a Parameter (torch.nn.utils.prune?); make it one"
@@ -54,13 +59,16 @@ def conversion_obstacle(linear: nn.Module) -> tuple[str, str] | None:
             "weight_subclass",
             f"its weight is a {type(weight.data).__name__}, not a plain tensor",
         )
-    if weight.layout not in (torch.strided, torch.sparse_bsr):
+    is_linear = twin.bsr.DENSE == BSRLinear.DENSE
+    if weight.layout not in (torch.strided, *[torch.sparse_bsr] * is_linear):
         return (
             "sparse_layout",
-            f"its weight has the layout {weight.layout}; make it dense, or weight.to_sparse_bsr(blocksize)",
+            f"its weight has the layout {weight.layout}; make it dense"
+            + ", or weight.to_sparse_bsr(blocksize)" * is_linear,
         )
-    if tuple(weight.shape) != (linear.out_features, linear.in_features) or weight.numel() == 0:
-        shape = (linear.out_features, linear.in_features)
+    features = torch.empty(twin.bsr.features_of(linear), device="meta")
+    shape = tuple(twin.bsr.weight_of(features).shape)
+    if tuple(weight.shape) != shape or weight.numel() == 0:
         return (
             "odd_shape",
             f"its weight has shape {tuple(weight.shape)} where its features say {shape}",
@@ -85,6 +93,25 @@ def conversion_obstacle(linear: nn.Module) -> tuple[str, str] | None:
             f"its bias ({bias.dtype}, {bias.device}) differs from its weight ({weight.dtype}, {weight.device})",
         )
     return None
+
+
+def bsr_type(module: nn.Module) -> type["BSRLinear"] | None:
+    """What would stand for a module of this type, parametrized or not; None if nothing does."""
+    twin = twin_of(parametrize.type_before_parametrizations(module))
+    if twin is not None:
+        return twin.bsr
+    return BSRLinear if isinstance(module, nn.Linear) else None
+
+
+def _of_a_subclass(linear: nn.Module) -> str:
+    cls = type(linear)
+    if not isinstance(linear, nn.Linear):
+        return f"it is a {cls.__name__}, which has no block-sparse twin"
+    return (
+        f"it is a {cls.__name__}, whose own methods ({', '.join(own_methods(cls))}) the layer in its place would not "
+        f"have; if it computes x @ weight.T + bias, register_twin({cls.__name__}, BSRLinear, 'weight') of "
+        "torchao_superblock.bsr.layers lets it be swapped"
+    )
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -184,6 +211,10 @@ class BSRLinear(nn.Module):
 
     DERIVED: tuple[str, ...] = ("plan",)
     """Names of the buffers that are worked out from the indices."""
+    DENSE: str = "nn.Linear"
+    """What the layer stands for, in messages and in files."""
+    LEAST_SPARSITY: float = 0.0
+    """What the table of break-even points, which was made with linear layers, is raised to."""
     _dense_shape: tuple[int, int] | None = None
     _index_record: IndexRecord | None = None  # what `plan` was made from
 
@@ -281,6 +312,44 @@ class BSRLinear(nn.Module):
             self._index_record = record.moved(self.crow_indices, self.col_indices)
         return self
 
+    @staticmethod
+    def features_of(module: nn.Module) -> tuple[int, int]:
+        """`(out_features, in_features)` of a dense module that such a layer can stand for."""
+        return module.out_features, module.in_features
+
+    @staticmethod
+    def settings_of(module: nn.Module) -> dict[str, Any]:
+        """What the constructor has to know of such a module besides."""
+        return {}
+
+    @staticmethod
+    def matrix_of(weight: Tensor) -> Tensor:
+        """The `(N, K)` matrix, a view, that the weight of such a module is; also of a tensor like it."""
+        return weight
+
+    @staticmethod
+    def weight_of(matrix: Tensor) -> Tensor:
+        """The weight, a view, that such a module has for a `(N, K)` matrix."""
+        return matrix
+
+    @staticmethod
+    def loss_of(module: nn.Module) -> str | None:
+        """Why such a module is taken to be faster as it is, however sparse: a sentence, or None."""
+        return None
+
+    def dense_module(self, matrix: Tensor, bias: nn.Parameter | None) -> nn.Module:
+        """Such a module with these values.
+
+        Args:
+            matrix: `(N, K)`, not necessarily of the layer's own features.
+            bias: `(N,)`, or None.
+        """
+        N, K = matrix.shape
+        linear = nn.Linear(K, N, bias=bias is not None, device="meta")
+        linear.weight = nn.Parameter(matrix, self.values.requires_grad)
+        linear.bias = bias
+        return linear.train(self.training)
+
     @classmethod
     def from_dense(
         cls,
@@ -301,52 +370,56 @@ class BSRLinear(nn.Module):
             keep: blocks to store whatever they hold, as one that is trained on may be zero now.
 
         Raises:
-            TypeError: `linear` is not exactly an `nn.Linear`, or its dtype is not supported.
+            TypeError: `linear` is not an `nn.Linear`, nor of a type that is registered as one, or its dtype is not
+                supported.
             ValueError: the shape is not a multiple of the block size, or there is no block of zeros to read it off.
             RuntimeError: the block mask of `linear` is not squashed yet.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"expected an nn.Linear, got {type(linear).__name__}")
+        if getattr(bsr_type(linear), "DENSE", None) != cls.DENSE:
+            raise TypeError(f"expected an {cls.DENSE}, got {type(linear).__name__}")
+        what = "linear layer" if cls.DENSE == "nn.Linear" else cls.DENSE
         obstacle = conversion_obstacle(linear)
         if obstacle is not None:
             code, reason = obstacle
             error = {"not_squashed": RuntimeError, "meta_device": ValueError}.get(code, TypeError)
-            raise error(f"cannot convert this linear layer to BSRLinear: {reason}")
-        shape = tuple(linear.weight.shape)
+            raise error(f"cannot convert this {what} to {cls.__name__}: {reason}")
+        weight = cls.matrix_of(linear.weight)
+        shape = tuple(weight.shape)
         stored = bsr_parts(linear.weight) if linear.weight.layout is torch.sparse_bsr else None
         if stored is not None:
             size = tuple(stored[2].shape[1:])
             if blocksize is not None and parse_blocksize(blocksize) != size:
                 raise ValueError(
-                    f"cannot convert this linear layer to BSRLinear: its weight is stored in blocks of {size}, not of "
-                    f"{blocksize}; leave blocksize out"
+                    f"cannot convert this {what} to {cls.__name__}: its weight is stored in blocks of {size}, "
+                    f"not of {blocksize}; leave blocksize out"
                 )
             blocksize = size
         if blocksize is None:
-            blocksize = infer_blocksize(linear.weight)
+            blocksize = infer_blocksize(weight)
             if blocksize is None:
                 raise ValueError(
-                    f"cannot convert this linear layer to BSRLinear: its shape {shape} is not a multiple of 8; "
-                    "pass a blocksize that divides it"
+                    f"cannot convert this {what} to {cls.__name__}: its shape {shape} is not a multiple of "
+                    "8; pass a blocksize that divides it"
                 )
-            if nonzero_blocks(linear.weight, blocksize).all():
+            if nonzero_blocks(weight, blocksize).all():
                 raise ValueError(
-                    f"cannot convert this linear layer to BSRLinear: its weight of shape {shape} has no block of zeros "
-                    "to read the block size off; pass blocksize to convert it all the same"
+                    f"cannot convert this {what} to {cls.__name__}: its weight of shape {shape} has no block of "
+                    "zeros to read the block size off; pass blocksize to convert it all the same"
                 )
         blocksize = parse_blocksize(blocksize)
         with torch.inference_mode(False):  # tensors made in inference mode could never be trained
             if stored is None:
-                stored = dense_to_bsr(linear.weight, blocksize, keep)
+                stored = dense_to_bsr(weight, blocksize, keep)
             crow_indices, col_indices, values = stored
             layer = cls(
-                linear.in_features,
-                linear.out_features,
+                shape[1],
+                shape[0],
                 blocksize,
                 crow_indices,
                 col_indices,
                 nn.Parameter(values, requires_grad=linear.weight.requires_grad),
                 linear.bias,
+                **cls.settings_of(linear),
             )
         layer.train(linear.training)
         copy_hooks(linear, layer)  # the caller may go on using `linear`

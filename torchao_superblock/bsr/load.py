@@ -13,7 +13,7 @@ from torchao_superblock.bsr import tensor_file
 from torchao_superblock.bsr.attention import attention_obstacle, become_bsr, projections
 from torchao_superblock.bsr.casting import cast_like
 from torchao_superblock.bsr.folded_activation import FoldedActivation, activation_name
-from torchao_superblock.bsr.linear import LINEAR_TYPES, BSRLinear, customisation
+from torchao_superblock.bsr.linear import BSRLinear, bsr_type, customisation
 from torchao_superblock.bsr.packed_linear import PackedBSRLinear
 from torchao_superblock.bsr.serialization import (
     ATTENTION_SIZES,
@@ -22,9 +22,10 @@ from torchao_superblock.bsr.serialization import (
     Description,
     from_metadata,
 )
-from torchao_superblock.bsr.swap import turn_off_nested_tensors
+from torchao_superblock.bsr.swap import is_one_layer, turn_off_nested_tensors
 from torchao_superblock.common.all_or_nothing import all_or_nothing, overwrite
 from torchao_superblock.common.modules import block_masks_of, replace_modules
+from torchao_superblock.common.swappable import TWINS, module_obstacle
 
 
 def load_bsr(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -88,7 +89,7 @@ class _Loading:
 
 
 def _check_model(model: nn.Module, path: str) -> None:
-    if isinstance(model, nn.Linear | BSRLinear):
+    if isinstance(model, nn.Linear | BSRLinear) or is_one_layer(model):
         raise ValueError(
             f"load_bsr: {path!r}: the model is itself a linear layer and cannot be replaced in place; wrap it in "
             "nn.Sequential"
@@ -196,8 +197,8 @@ def _plan(model: nn.Module, saved: Saved) -> _Loading:
     attentions, parts = _attentions(modules, saved)
     replaced = set()  # parameters of an attention itself
     for fqn, spec in layers.items():
-        attention, name, cls = parts.get(fqn, (None, "", BSRLinear))
         old = modules.get(fqn)
+        attention, name, cls = parts.get(fqn, (None, "", None))
         if old is None:  # it has no module of its own before the swap
             dense = {projection.name: projection for projection in projections(attention)}[name]
             replaced.add(f"{fqn.removesuffix(name)}{dense.tensor_fqn}")
@@ -435,20 +436,26 @@ def _check_is_applied(fqn: str, modules: dict[str, nn.Module], saved: Saved) -> 
 
 
 def _build_layer(
-    fqn: str, old: nn.Module, spec: dict[str, Any], saved: Saved, cls: type[BSRLinear]
+    fqn: str, old: nn.Module, spec: dict[str, Any], saved: Saved, cls: type[BSRLinear] | None
 ) -> BSRLinear:
     """The layer that the file describes, with the dtype, device and mode of the layer it replaces."""
     where = f"load_bsr: {saved.path!r}: {fqn!r}"
-    if type(old) not in (*LINEAR_TYPES, cls):
+    known = {twin.bsr for twin in TWINS.values()}
+    is_dense = type(old) not in known and module_obstacle(old, type(old), "weight") is None
+    if cls is None:
+        cls = bsr_type(old) if is_dense else type(old) if type(old) in known else BSRLinear
+    kind = spec["kind"]
+    if (not is_dense and type(old) is not cls) or getattr(cls, "DENSE", None) != kind:
+        names = [bsr.__name__ for bsr in known if getattr(bsr, "DENSE", None) == kind]
         raise ValueError(
             f"{where} is block-sparse in the file, but a {type(old).__name__} in the model; "
-            "it must be a plain nn.Linear or a BSRLinear"
+            f"it must be a plain {kind}{''.join(f' or a {name}' for name in names)}"
         )
     obstacle = customisation(old)
     if obstacle is not None:
         raise ValueError(f"{where} cannot be replaced in the model: {obstacle}")
     dense_shape = spec["dense_shape"]
-    own_shape = getattr(old, "dense_shape", (old.out_features, old.in_features))
+    own_shape = cls.features_of(old) if is_dense else old.dense_shape
     if own_shape != dense_shape:
         raise ValueError(
             f"{where} has shape {dense_shape} in the file, but {own_shape} in the model"
@@ -482,6 +489,7 @@ def _build_layer(
             nn.Parameter(parts["bias"], old.bias.requires_grad) if spec["bias"] else None,
             activation=spec["activation"],
             dense_shape=dense_shape,
+            **cls.settings_of(old),
         ).train(old.training)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error

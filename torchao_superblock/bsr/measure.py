@@ -73,8 +73,8 @@ class Part:
         return (
             type(self.module), getattr(self.module, "num_heads", None),
             tuple(
-                (names[old], inside, type(new), tuple(new.weight.shape), new.blocksize, new.values.dtype,
-                 new.bias is None, round((1.0 - new.sparsity) / DENSITY_STEP))
+                (names[old], inside, type(new), getattr(new, "stride", None), tuple(new.weight.shape),
+                 new.blocksize, new.values.dtype, new.bias is None, round((1.0 - new.sparsity) / DENSITY_STEP))
                 for old, replacement in self.replacements.items()
                 for inside, new in replacement.named_modules()
                 if isinstance(new, BSRLinear)

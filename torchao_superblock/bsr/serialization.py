@@ -1,8 +1,9 @@
 """What the metadata of a saved model says: which layers are block-sparse, and what must hold for the file to be whole.
 
     format, version   "torchao_superblock.bsr"; "1", or "2" where features of some layers were dropped, or "3" where
-                      some layers are projections of an attention
-    layers            JSON: FQN -> in_features, out_features, blocksize, activation, bias; dense_shape (version 2)
+                      some layers are projections of an attention, or no linear ones
+    layers            JSON: FQN -> in_features, out_features, blocksize, activation, bias; dense_shape (version 2);
+                      kind (version 3): what the layer stands for, where that is no nn.Linear: "nn.Conv2d", 1x1
     attention         JSON: FQN -> embed_dim, kdim, vdim, num_heads and the names of its projections among the layers
                       (version 3)
     folded            JSON: FQN -> the activation that stood there and that the layer before it applies itself
@@ -60,6 +61,7 @@ def describe(model: nn.Module, aliases: dict[str, str]) -> Description:
             "bias": module.bias is not None,
         }
         | ({"dense_shape": list(module.dense_shape)} if module.is_narrowed else {})
+        | ({"kind": module.DENSE} if module.DENSE != BSRLinear.DENSE else {})
         for fqn, module in modules.items()
         if isinstance(module, BSRLinear)
     }
@@ -86,7 +88,8 @@ def describe(model: nn.Module, aliases: dict[str, str]) -> Description:
 def to_metadata(description: Description, checksums: dict[str, str]) -> dict[str, str]:
     """The metadata for a description; its length depends on the names of the checksums only."""
     layers, attention = description.layers, description.attention
-    version = "3" if attention else "2" if any("dense_shape" in x for x in layers.values()) else "1"
+    is_new = attention or any("kind" in layer for layer in layers.values())
+    version = "3" if is_new else "2" if any("dense_shape" in x for x in layers.values()) else "1"
     metadata = {
         "format": FORMAT,
         "version": version,
@@ -95,7 +98,7 @@ def to_metadata(description: Description, checksums: dict[str, str]) -> dict[str
         "aliases": json.dumps(description.aliases),
         "checksums": json.dumps(checksums),
     }
-    if attention:
+    if is_new:
         metadata["attention"] = json.dumps(attention)
     return metadata | {"checksum": _checksum(metadata)}
 
@@ -135,7 +138,7 @@ def from_metadata(metadata: dict[str, str]) -> Description:
 
 
 def _check_layer(fqn: str, spec: dict[str, Any]) -> None:
-    if spec.keys() - {"dense_shape"} != _LAYER_KEYS:
+    if spec.keys() - {"dense_shape", "kind"} != _LAYER_KEYS:
         raise KeyError(f"the layer {fqn!r} is described by {spec}")
     shape = (spec["out_features"], spec["in_features"])
     spec["dense_shape"] = tuple(spec.get("dense_shape", shape))
@@ -144,6 +147,8 @@ def _check_layer(fqn: str, spec: dict[str, Any]) -> None:
     if len(sizes) != 4 or not all(type(size) is int and size > 0 for size in sizes):
         raise TypeError(f"the layer {fqn!r} is described by {spec}")
     whole_block_grid(shape, spec["blocksize"])
+    if type(spec.setdefault("kind", BSRLinear.DENSE)) is not str:
+        raise TypeError(f"the layer {fqn!r} is described by {spec}")
     if spec["activation"] not in ACTIVATIONS or type(spec["bias"]) is not bool:
         raise ValueError(f"the layer {fqn!r} is described by {spec}")
 

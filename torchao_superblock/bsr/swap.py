@@ -28,7 +28,7 @@ from torchao_superblock.bsr.format import (
     stored_blocks,
 )
 from torchao_superblock.bsr.layers import twin_of
-from torchao_superblock.bsr.linear import BSRLinear, conversion_obstacle
+from torchao_superblock.bsr.linear import BSRLinear, bsr_type, conversion_obstacle
 from torchao_superblock.bsr.measure import find_parts, time_parts
 from torchao_superblock.bsr.optimizer_state import (
     WAY_OUT,
@@ -47,7 +47,7 @@ from torchao_superblock.common.modules import (
     storage_address,
 )
 from torchao_superblock.common.names import without_compile_prefix
-from torchao_superblock.common.swappable import TWINS, shape_obstacle, type_obstacle
+from torchao_superblock.common.swappable import TWINS, module_obstacle, shape_obstacle
 from torchao_superblock.common.weights import other_weights
 from torchao_superblock.ops.break_even import break_even
 
@@ -249,10 +249,12 @@ def swap_to_bsr(
                 f"swap_to_bsr: the block mask of {without_compile_prefix(fqn) or 'the model'!r} is not squashed yet; "
                 "call sparsifier.squash_mask(), or torchao_superblock.squash(model), first"
             )
-    if isinstance(model, nn.Linear):
+    if isinstance(model, nn.Linear) or is_one_layer(model):
+        bsr = bsr_type(model)
+        call = "to_bsr_linear" if bsr is BSRLinear else f"{bsr.__name__}.from_dense"
         raise ValueError(
-            "swap_to_bsr: the model is itself an nn.Linear and cannot be replaced in place; "
-            "use to_bsr_linear(model), which returns the new layer"
+            f"swap_to_bsr: the model is itself an {bsr.DENSE} and cannot be replaced in place; use {call}(model), "
+            "which returns the new layer"
         )
 
     report = SwapReport()
@@ -312,14 +314,13 @@ def swap_to_bsr(
             else:
                 candidates += [_Candidate(r.linear, r.layer, [r]) for r in rows.values()]
             continue
-        twin = twin_of(type(module))
-        if twin is None and not isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear) and not is_one_layer(module):
             report.skipped += _other_weights(module, name)
             continue
         names = f"{name}.weight", f"{name}.values"
         entry = judge(module, name, names[0])
         if entry.code == "swapped":
-            row = convert(module, entry, twin.bsr, names)
+            row = convert(module, entry, bsr_type(module), names)
             candidates.append(_Candidate(module, row.layer, [row]))
         else:
             report.skipped.append(entry)
@@ -338,6 +339,14 @@ def swap_to_bsr(
     if optimizer is not None:
         report.notes += notes(optimizer, moves)
     return report
+
+
+def is_one_layer(module: nn.Module) -> bool:
+    """Whether a swap would replace this very module."""
+    kind = parametrize.type_before_parametrizations(module)
+    twin = twin_of(kind)
+    is_ours = twin is not None and issubclass(twin.bsr, BSRLinear)
+    return is_ours and module_obstacle(module, kind, "weight") is None
 
 
 Names = tuple[str, str]
@@ -396,9 +405,14 @@ def _measure(
 
 
 def _kept(linear: nn.Module) -> KeptBlocks | None:
-    """What the mask of this layer kept, if it was squashed in this process."""
+    """What the mask of this layer kept, if it was squashed in this process: of its `(N, K)` matrix."""
     weight = linear._parameters.get("weight")
-    return None if weight is None else kept_blocks(weight)
+    kept = None if weight is None else kept_blocks(weight)
+    if kept is None:
+        return None
+    matrix_of = bsr_type(linear).matrix_of
+    blocksize = tuple(matrix_of(torch.empty(kept.blocksize, device="meta")).shape)
+    return KeptBlocks(matrix_of(kept.mask), blocksize, kept.gain)
 
 
 def _move(row: _Row) -> Move:
@@ -413,7 +427,7 @@ def _move(row: _Row) -> Move:
         *row.names,
         linear.weight,
         layer.values,
-        lambda tensor: gather_blocks(tensor, *index),
+        lambda tensor: gather_blocks(layer.matrix_of(tensor), *index),
         1.0 if keep is None else keep.gain,
     )
 
@@ -431,7 +445,8 @@ def _judge(
     measured: bool,
 ) -> SwapEntry:
     """Decide about one layer without touching it; `obstacle` is what its surroundings have against it."""
-    shape = (linear.out_features, linear.in_features)
+    twin = bsr_type(linear)
+    shape = twin.features_of(linear)
 
     def entry(code: str, reason: str, sparsity: float | None = None) -> SwapEntry:
         return SwapEntry(fqn, shape, blocksize, sparsity, reason, code)
@@ -446,14 +461,15 @@ def _judge(
         return entry("tied_weight", f"its weight is shared with {', '.join(others)}")
     if linear.weight.layout is torch.sparse_bsr:
         return _judge_stored(linear, fqn, blocksize, min_sparsity)
+    weight = twin.matrix_of(linear.weight)
     if blocksize is None:
-        blocksize = infer_blocksize(linear.weight) if keep is None else keep.blocksize
+        blocksize = infer_blocksize(weight) if keep is None else keep.blocksize
     unfit = shape_obstacle(shape, blocksize)
     if unfit is not None or blocksize is None:
-        zeros = (linear.weight.detach() == 0).double().mean().item()
+        zeros = (weight.detach() == 0).double().mean().item()
         remark = f"; {zeros:.1%} of its elements are zero" if zeros else ""
         return entry("shape_not_multiple", f"{unfit}{remark}")
-    sparsity = 1.0 - stored_blocks(linear.weight, blocksize, keep).float().mean().item()
+    sparsity = 1.0 - stored_blocks(weight, blocksize, keep).float().mean().item()
     if min_sparsity is not None:
         needed, code = min_sparsity, "too_few_zero_blocks"
         rule = f"min_sparsity is {needed:.1%}"
@@ -465,6 +481,11 @@ def _judge(
         needed, measured, where = break_even(
             linear.weight.device.type, blocksize, linear.weight.dtype
         )
+        loss = twin.loss_of(linear)
+        if loss is not None:
+            reason = f"{sparsity:.1%} of its blocks are zero, but {loss}"
+            return entry("slower_than_dense", reason, sparsity)
+        needed = max(needed, twin.LEAST_SPARSITY)
         code, rule = (
             "slower_than_dense",
             f"on {where} blocks of this size break even at {needed:.1%}",
@@ -499,7 +520,8 @@ def _other_weights(module: nn.Module, fqn: str) -> Iterator[SwapEntry]:
             tuple(tensor.shape),
             blocksize,
             sparsity,
-            type_obstacle(kind, name) or "it is not a weight that a swap stores as blocks",
+            module_obstacle(module, kind, name)
+            or "it is not a weight that a swap stores as blocks",
             "no_twin",
         )
 

@@ -23,6 +23,7 @@ from torchao_superblock.common.all_or_nothing import all_or_nothing
 from torchao_superblock.common.modules import parameter_owners, replace_modules, storage_address
 from torchao_superblock.common.names import without_compile_prefix
 from torchao_superblock.common.sharding import is_dtensor
+from torchao_superblock.common.swappable import TWINS
 
 
 def swap_to_dense(model: nn.Module) -> list[str]:
@@ -166,7 +167,7 @@ def _obstacles(
     inputs: dict[BSRLinear, int],
 ) -> Iterator[str]:
     """Why a layer cannot become an `nn.Linear`."""
-    if type(layer) not in (BSRLinear, PackedBSRLinear):
+    if type(layer) not in {PackedBSRLinear, *(twin.bsr for twin in TWINS.values())}:
         yield f"it is a {type(layer).__name__} (parametrized? sharded?), not exactly a BSRLinear"
         return
     if is_dtensor(layer.values):
@@ -212,18 +213,17 @@ def _types(
         yield layer, NonDynamicallyQuantizableLinear if layer in attention else nn.Linear
 
 
-def _to_linear(layer: BSRLinear, outputs: int, inputs: int, cls: type[nn.Linear]) -> nn.Linear:
+def _to_linear(layer: BSRLinear, outputs: int, inputs: int, cls: type[nn.Linear]) -> nn.Module:
     """The dense twin, with as many outputs and inputs of zeros behind its own."""
-    weight, bias = layer.to_dense(), layer.bias
+    weight, bias = layer.matrix_of(layer.to_dense()), layer.bias
     if outputs or inputs:
         weight = F.pad(weight, (0, inputs, 0, outputs))
     if outputs and bias is not None:
         bias = nn.Parameter(F.pad(bias, (0, outputs)), bias.requires_grad)
-    N, K = weight.shape
-    linear = cls(K, N, bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight, layer.values.requires_grad)
-    linear.bias = bias
-    return linear.train(layer.training)
+    dense = layer.dense_module(weight, bias)
+    if type(dense) is nn.Linear:
+        dense.__class__ = cls  # the types differ in name alone
+    return dense
 
 
 def _takes_nested_tensors(encoder: nn.TransformerEncoder) -> bool:

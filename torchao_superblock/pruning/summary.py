@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchao_superblock.common.swappable import shape_obstacle, type_obstacle
+from torchao_superblock.common.swappable import module_obstacle, shape_obstacle
 from torchao_superblock.pruning.masks.base import BlockMask, kept_blocks
 from torchao_superblock.pruning.reading import type_before_masks
 from torchao_superblock.pruning.targets import SkippedTensor
@@ -138,7 +138,8 @@ def _pruned_elements(block_mask: Tensor, mask: BlockMask) -> float:
 
 
 def _swap_obstacle(group: Mapping[str, Any], mask: BlockMask) -> str | None:
-    obstacle = type_obstacle(type_before_masks(group["module"]), group["tensor_name"])
+    module = group["module"]
+    obstacle = module_obstacle(module, type_before_masks(module), group["tensor_name"])
     if obstacle is None and shape_obstacle(mask.weight_shape, mask.blocksize) is not None:
         # Smaller blocks than those of the mask may do: a swap reads their size off the zeros.
         obstacle = shape_obstacle(mask.weight_shape)
