@@ -4,10 +4,13 @@ import sys
 import types
 
 import pytest
+import torch
 from torch import nn
 
+from tests.bsr.common import prune
+from torchao_superblock import load_bsr, save_bsr, swap_to_bsr, swap_to_dense
 from torchao_superblock.bsr import BSRLinear
-from torchao_superblock.bsr.layers import INTEGRATIONS, twin_of
+from torchao_superblock.bsr.layers import INTEGRATIONS, register_twin, twin_of
 from torchao_superblock.common.swappable import TWINS, own_methods, type_obstacle
 
 
@@ -70,6 +73,66 @@ def test_a_linear_layer_without_methods_of_its_own_is_one():
         assert own_methods(cls) == list(namespace)
     for bases in ((Mixin, nn.Linear), (nn.Linear, Mixin)):
         assert own_methods(type("Mine", bases, {})) == ["lora_parameters"]
+
+
+class Initialised(nn.Linear):
+    def reset_parameters(self):
+        nn.init.normal_(self.weight, std=0.02)
+        nn.init.zeros_(self.bias)
+
+
+def test_subclasses_at_the_swap_and_back():
+    class Written(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.mT + self.bias
+
+    class Adapted(Initialised):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.lora = nn.Linear(64, 64)
+
+    class Counted(Initialised):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.register_buffer("calls", torch.zeros(()))
+
+    def build() -> nn.ModuleDict:
+        classes = {"initialised": Initialised, "written": Written}
+        classes |= {"adapted": Adapted, "counted": Counted}
+        torch.manual_seed(0)
+        return nn.ModuleDict({name: prune(cls(64, 64), 16) for name, cls in classes.items()})
+
+    model, x = build(), torch.randn(3, 64)
+    expected = {name: model[name](x) for name in ("initialised", "written")}
+    report = swap_to_bsr(model, 16, min_sparsity=0.5)
+    assert [entry.fqn for entry in report.swapped] == ["initialised"]
+    skipped = {entry.fqn: (entry.code, entry.reason) for entry in report.skipped}
+    assert skipped["written"][0] == "linear_subclass" and "(forward)" in skipped["written"][1]
+    assert skipped["adapted"] == ("customised", skipped["adapted"][1])
+    assert skipped["counted"] == ("customised", skipped["counted"][1])
+    assert (
+        "lora of its own" in skipped["adapted"][1] and "calls of its own" in skipped["counted"][1]
+    )
+    register_twin(Written, BSRLinear, "weight")
+    try:
+        report = swap_to_bsr(model, 16, min_sparsity=0.5)
+        assert [entry.fqn for entry in report.swapped] == ["written"]
+        for name, y in expected.items():
+            assert type(model[name]) is BSRLinear
+            torch.testing.assert_close(model[name](x), y)
+        assert swap_to_dense(model) == ["initialised", "written"]
+        assert type(model["initialised"]) is type(model["written"]) is nn.Linear
+        torch.testing.assert_close(model["written"](x), expected["written"])
+    finally:
+        TWINS.pop(Written)
+
+
+def test_files_are_loaded_into_subclasses(tmp_path):
+    model = nn.Sequential(prune(Initialised(64, 64), 16))
+    swap_to_bsr(model, 16, min_sparsity=0.5)
+    save_bsr(model, tmp_path / "m")
+    other = load_bsr(nn.Sequential(Initialised(64, 64)), tmp_path / "m")
+    assert torch.equal(other[0].values, model[0].values)
 
 
 def test_an_integration_is_imported_when_a_class_of_its_library_is_met(monkeypatch, tmp_path):

@@ -64,8 +64,8 @@ class SwapEntry:
         sparsity: fraction of blocks that hold only zeros, or None where it was not looked at.
         reason: a sentence.
         code: a short stable word: `swapped`, or why not: `customised`, `filtered_out`, `invalid_indices`,
-            `linear_subclass`, `meta_device`, `no_twin` (not in a linear layer), `not_called` (by the example that was
-            measured with), `odd_shape`, `other_blocksize`, `parametrized`, `shape_not_multiple`, `sharded`,
+            `linear_subclass`, `meta_device`, `no_twin` (nothing block-sparse can take its module's place),
+            `not_called` (by the example that was measured with), `odd_shape`, `other_blocksize`, `parametrized`, `shape_not_multiple`, `sharded`,
             `slower_than_dense`, `sparse_layout`, `tied_weight`, `too_few_zero_blocks`, `uninitialized`,
             `unsupported_dtype`, `weight_subclass`.
         dense_ms: where it was measured: milliseconds that the dense layer takes, or the module around it that had to
@@ -167,6 +167,11 @@ def swap_to_bsr(
     An `nn.MultiheadAttention` becomes a :class:`BSRMultiheadAttention`, the same object with some or all of its
     projections stored as blocks. Each has its row in the report, judged by its own zeros; without `min_sparsity` they
     are swapped if the module as a whole is faster then, torch's fused path that it leaves counted.
+
+    A 1x1 `nn.Conv2d` with `groups=1` and without padding becomes a :class:`BSRConv1x1`; without `min_sparsity` only on
+    a CPU, where that was measured, and if its weight is in channels-last memory. A subclass of `nn.Linear` counts as
+    one if it has no method, parameter or buffer of its own (`__init__`, `reset_parameters` and `extra_repr` aside);
+    for others :func:`register_twin` says so.
 
     The weights are looked at as they are: where the zeros come from does not matter. A weight with the layout
     `torch.sparse_bsr` becomes a :class:`BSRLinear` with the blocks that it stores. If anything fails, the model is as

@@ -29,7 +29,8 @@ from torchao_superblock.common.swappable import TWINS
 def swap_to_dense(model: nn.Module) -> list[str]:
     """Replace, in place, every :class:`BSRLinear` by the `nn.Linear` that it stands for: undoes `swap_to_bsr`.
 
-    A :class:`BSRMultiheadAttention` becomes an `nn.MultiheadAttention` again; it stays the same object.
+    A :class:`BSRMultiheadAttention` becomes an `nn.MultiheadAttention` again; it stays the same object. A
+    :class:`BSRConv1x1` becomes an `nn.Conv2d`. What was a subclass of `nn.Linear` is an `nn.Linear` now.
 
     Weights are exactly those that the blocks hold, with zeros elsewhere; `bias` Parameters, hooks, `training`,
     `requires_grad`, dtype and device carry over. An activation that a layer applies goes back to its place behind it.
