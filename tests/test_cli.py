@@ -177,6 +177,23 @@ def test_bench_times_each_layer(stored, dense, tmp_path, capsys):
     assert "3 tokens on cpu" in out and "speedup" in out and "mlp.2" in out
 
 
+def test_convolutions_of_a_file(tmp_path, capsys):
+    model = nn.ModuleDict({"conv": nn.Conv2d(32, 64, 1), "up": nn.Linear(32, 64)})
+    for layer in model.values():
+        with torch.no_grad():
+            layer.weight[:48] = 0
+    weight = model["conv"].weight.detach().clone()
+    swap_to_bsr(model, 16, min_sparsity=0.5)
+    save_bsr(model, tmp_path / "bsr")
+    shown = run_json(capsys, "inspect", tmp_path / "bsr")["layers"]
+    assert [layer["name"] for layer in shown if layer["is_bsr"]] == ["conv", "up"]
+    options = ("--tokens", 4, "--seconds", 1e-3, "--device", "cpu")
+    layers = run_json(capsys, "bench", tmp_path / "bsr", *options)["layers"]
+    assert all(layer["dense_ms"] > 0 and layer["bsr_ms"] > 0 for layer in layers)
+    assert run("convert", tmp_path / "bsr", tmp_path / "dense") == 0
+    assert torch.equal(load_file(tmp_path / "dense")["conv.weight"], weight)
+
+
 def test_nothing_to_do_is_one_line_and_code_1(tmp_path, capsys):
     save_file(nn.ModuleDict({"a": nn.Linear(32, 32)}).state_dict(), tmp_path / "m")
     before = files(tmp_path)

@@ -193,7 +193,8 @@ def given_transformers() -> Names:
     model.save_pretrained("dense")
     tokens = inputs_of("llama")["input_ids"]
     data = [{"input_ids": row, "labels": row} for row in tokens]
-    return {"model": model, "dense_model": build("llama"), "tokens": tokens, "data": data}
+    models = {"model": model, "dense_model": build("llama"), "gpt2": build("gpt2")}
+    return {**models, "tokens": tokens, "data": data}
 
 
 def check_transformers(names: Names) -> None:
@@ -201,6 +202,8 @@ def check_transformers(names: Names) -> None:
     assert len(names["model"].hf_quantizer.report.swapped) == 14
     assert Path("run/checkpoint-4/sparsifier.pt").is_file()
     assert Path("dense/model.safetensors").is_file()
+    groups = names["sparsifier"].summary().groups
+    assert len(groups) == 8 and not any(group.swap_obstacle for group in groups)
 
 
 def given_peft() -> Names:

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from torchao_superblock.bsr import BSRLinear, save_bsr, swap_to_bsr, swap_to_dense
+from torchao_superblock.bsr import BSRConv1x1, BSRLinear, save_bsr, swap_to_bsr, swap_to_dense
 from torchao_superblock.bsr.attention import projections
 from torchao_superblock.bsr.swap import SwapEntry
 from torchao_superblock.model_file import ModelFile, read_model, write_dense, write_folder
@@ -351,18 +350,20 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 def _times(layer: BSRLinear, tokens: int, seconds: float) -> tuple[float, float]:
     """Milliseconds of the dense layer and of the block-sparse one: medians of interleaved rounds."""
-    weight, bias = layer.to_dense(), layer.bias
+    dense = layer.dense_module(layer.matrix_of(layer.to_dense()), layer.bias)
     activation = ACTIVATIONS[layer.activation]
-    x = torch.randn(tokens, layer.in_features, dtype=weight.dtype, device=weight.device)
+    x = torch.randn(tokens, layer.in_features).to(layer.values)
+    if isinstance(layer, BSRConv1x1):
+        x = x.t()[None, :, :, None]  # channels-last
     rounds = 5
     with torch.inference_mode():
-        calls = (lambda: activation(F.linear(x, weight, bias))), (lambda: layer(x))
+        calls = (lambda: activation(dense(x))), (lambda: layer(x))
         samples = [
             [_milliseconds(call, x.device, seconds / (2 * rounds)) for call in calls]
             for _ in range(rounds)
         ]
-    dense, ours = (statistics.median(column) for column in zip(*samples, strict=True))
-    return dense, ours
+    dense_ms, bsr_ms = (statistics.median(column) for column in zip(*samples, strict=True))
+    return dense_ms, bsr_ms
 
 
 def _milliseconds(call: Callable[[], object], device: torch.device, seconds: float) -> float:

@@ -273,3 +273,39 @@ def test_a_model_of_transformers(tmp_path):
     # What `model.add_adapter` of transformers calls.
     model = peft.inject_adapter_in_model(config("q_proj"), load(tmp_path / "base"))
     assert isinstance(model.model.layers[0].self_attn.q_proj, BlockSparseLoraLinear)
+
+
+def test_a_block_sparse_convolution_has_no_adapter():
+    model = nn.ModuleDict({"conv": nn.Conv2d(16, 16, 1), "up": nn.Linear(16, 16)})
+    with torch.no_grad():
+        model["conv"].weight[:8] = 0
+    assert swap_to_bsr(model, 8, min_sparsity=0.5).swapped
+    with pytest.raises(ValueError, match="'conv' is a target and a BSRConv1x1.*swap_to_dense"):
+        get_peft_model(model, config("conv", "up"))
+    assert type(model["up"]) is nn.Linear
+    get_peft_model(model, config("up"))
+
+
+def test_lora_on_a_conv1d_in_blocks():
+    pytest.importorskip("transformers")
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"up": Conv1D(32, 32)})
+    with torch.no_grad():
+        model["up"].weight[:16] = 0
+    dense = model["up"].weight.detach().clone()
+    swap_to_bsr(model, 8, min_sparsity=0.5)
+    # As peft wants it for a Conv1D, whose weight lies transposed; blocks do not.
+    adapted = get_peft_model(model, config("up", fan_in_fan_out=True, init_lora_weights=False))
+    layer = adapted.base_model.model["up"]
+    assert type(layer) is BlockSparseLoraLinear
+    x = torch.randn(3, 32)
+    added = layer.get_delta_weight("default")
+    wanted = x @ (dense + added.T) + layer.base_layer.bias
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-5)
+    layer.project = True
+    layer.merge()
+    kept = dense.clone()
+    kept[16:] += added.T[16:]
+    torch.testing.assert_close(layer.base_layer.to_dense(), kept)

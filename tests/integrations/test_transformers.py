@@ -143,21 +143,6 @@ def test_a_swapped_model_generates(name, way, swapped):
     assert torch.equal(generated(name, model, **WAYS[way]), said[way])
 
 
-def test_conv1d_stays_dense_and_is_named(swapped, caplog, tmp_path):
-    model = build("gpt2")
-    train_and_squash("gpt2", model)
-    report = swap_to_bsr(model, 8, min_sparsity=0.5)
-    reasons = {entry.fqn: entry.reason for entry in report.skipped}
-    assert "Conv1D has no block-sparse twin" in reasons["transformer.h.0.mlp.c_fc.weight"]
-    swap_to_dense(model)
-    model.save_pretrained(tmp_path)
-    transformers.utils.logging.enable_propagation()
-    config = BlockSparseConfig(min_sparsity=0.5)
-    loaded = type(model).from_pretrained(tmp_path, quantization_config=config)
-    assert isinstance(loaded.lm_head, BSRLinear)
-    assert "transformer.h.0.mlp.c_fc.weight: Conv1D has no block-sparse twin" in caplog.text
-
-
 def test_a_process_without_us_refuses_to_load(elsewhere):
     folder, said = elsewhere
     assert "ignore_mismatched_sizes" in (folder / "refusal.txt").read_text()

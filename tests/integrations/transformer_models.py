@@ -105,7 +105,9 @@ def targets(name: str) -> list[dict[str, str]]:
     return [{"tensor_fqn": fqn} for fqn in ("lm_head.weight", *named)]
 
 
-def train_and_squash(name: str, model: nn.Module, steps: int = 2, blocksize: int = 8) -> None:
+def train_and_squash(
+    name: str, model: nn.Module, steps: int = 2, blocksize: int | tuple[int, int] = 8
+) -> None:
     """Leaves a model whose masked weights have four fifths of their blocks at zero."""
     sparsifier = SupermaskSparsifier(0.8, blocksize)
     sparsifier.prepare(model, targets(name))

@@ -64,10 +64,10 @@ class SwapEntry:
         sparsity: fraction of blocks that hold only zeros, or None where it was not looked at.
         reason: a sentence.
         code: a short stable word: `swapped`, or why not: `customised`, `filtered_out`, `invalid_indices`,
-            `linear_subclass`, `meta_device`, `no_twin` (nothing block-sparse can take its module's place),
-            `not_called` (by the example that was measured with), `odd_shape`, `other_blocksize`, `parametrized`, `shape_not_multiple`, `sharded`,
-            `slower_than_dense`, `sparse_layout`, `tied_weight`, `too_few_zero_blocks`, `uninitialized`,
-            `unsupported_dtype`, `weight_subclass`.
+            `linear_subclass`, `meta_device`, `no_twin` (nothing block-sparse can take its module's place), `not_called`
+            (by the example that was measured with), `odd_shape`, `other_blocksize`, `parametrized`,
+            `shape_not_multiple`, `sharded`, `slower_than_dense`, `sparse_layout`, `tied_weight`, `too_few_zero_blocks`,
+            `uninitialized`, `unsupported_dtype`, `weight_subclass`.
         dense_ms: where it was measured: milliseconds that the dense layer takes, or the module around it that had to
             be timed as a whole.
         bsr_ms: the same, swapped.

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchao_superblock.bsr import BSRLinear
+from torchao_superblock.bsr import BSRConv1x1, BSRLinear
 from torchao_superblock.pruning import BlockMask
 
 VERSIONS = ("0.21", "1.0")
@@ -66,6 +66,10 @@ class BlockSparseLoraLinear(lora.Linear):
     """
 
     project = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fan_in_fan_out = False  # blocks lie (out, in), those that stand for a Conv1D too
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], None]:
@@ -243,6 +247,7 @@ def _injecting(inject_adapter: Callable[..., None]) -> Callable[..., None]:
         if isinstance(config, LoraConfig):
             _refuse_all_linear(config, model)
             _refuse_masked(config, model)
+            _refuse_convolutions(config, model)
             config._register_custom_module({BSRLinear: BlockSparseLoraLinear})
         with _saying_what_freezes(model):
             inject_adapter(self, model, adapter_name, *args, **kwargs)
@@ -308,6 +313,16 @@ def _refuse_masked(config: LoraConfig, model: nn.Module) -> None:
                 f"LoraConfig: {fqn!r} is a target and has a block mask. Merged into a weight that a mask computes at "
                 "each read, the adapter would be lost; squash first (torchao_superblock.squash(model)), or leave it "
                 "out of target_modules"
+            )
+
+
+def _refuse_convolutions(config: LoraConfig, model: nn.Module) -> None:
+    """A block-sparse 1x1 convolution is a `BSRLinear`, but takes images; adapters of linear layers do not."""
+    for fqn, module in model.named_modules():
+        if isinstance(module, BSRConv1x1) and check_target_module_exists(config, fqn):
+            raise ValueError(
+                f"LoraConfig: {fqn!r} is a target and a BSRConv1x1, which has no adapter; leave it out of "
+                "target_modules, or make it dense (torchao_superblock.swap_to_dense)"
             )
 
 

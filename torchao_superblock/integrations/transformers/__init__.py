@@ -39,6 +39,7 @@ if not tuple(map(int, VERSIONS[0].split("."))) <= _release < (int(VERSIONS[1]),)
     )
 
 from torchao_superblock.integrations.transformers.config import BlockSparseConfig  # noqa: E402
+from torchao_superblock.integrations.transformers.conv1d import BSRConv1D  # noqa: E402
 from torchao_superblock.integrations.transformers.loading import BlockSparseHfQuantizer  # noqa: E402
 from torchao_superblock.integrations.transformers.saving import install  # noqa: E402
 from torchao_superblock.integrations.transformers.trainer import (  # noqa: E402
@@ -47,6 +48,7 @@ from torchao_superblock.integrations.transformers.trainer import (  # noqa: E402
 )
 
 __all__ = [
+    "BSRConv1D",
     "BlockSparseConfig",
     "BlockSparseHfQuantizer",
     "SparseTrainerMixin",

@@ -12,6 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from torchao_superblock.bsr import BSRLinear, swap_to_bsr
 from torchao_superblock.common.swappable import TWINS
+from torchao_superblock.integrations.transformers.conv1d import BSRConv1D
 
 METHOD = "torchao_superblock"
 FORMAT_VERSION = 1
@@ -123,7 +124,7 @@ def describe(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
     """
     layers = {}
     for fqn, module in model.named_modules():
-        if type(module) is BSRLinear:
+        if type(module) in (BSRLinear, BSRConv1D):
             if module.activation != "none" or module.is_narrowed:
                 raise ValueError(
                     f"save_pretrained: {fqn!r} applies an activation or lost features, which a folder of transformers "
@@ -135,13 +136,13 @@ def describe(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
                 "stored_blocks": module.nnz,
                 "bias": module.bias is not None,
             }
-    others = {twin.bsr for twin in TWINS.values()} - {BSRLinear}
+    others = {twin.bsr for twin in TWINS.values()} - {BSRLinear, BSRConv1D}
     for fqn, module in model.named_modules(remove_duplicate=False):
         has_blocks = type(module) in others or "crow_indices" in module._buffers
         if has_blocks and fqn not in layers:
             raise ValueError(
                 f"save_pretrained: {fqn!r} is a {type(module).__name__}, or registered twice, and a folder of "
-                "transformers can describe single layers of type BSRLinear only; use save_bsr"
+                "transformers can describe single layers of type BSRLinear and BSRConv1D only; use save_bsr"
             )
     return layers
 

@@ -10,6 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from torchao_superblock.bsr import BSRLinear
+from torchao_superblock.common.swappable import twin_of
+from torchao_superblock.integrations.transformers.conv1d import BSRConv1D
+
+
+def bsr_type(module: nn.Module) -> type[BSRLinear] | None:
+    """What this module becomes, if a folder can describe that; else None."""
+    twin = twin_of(type(module))
+    return twin.bsr if twin is not None and twin.bsr in (BSRLinear, BSRConv1D) else None
 
 
 class UnfinishedLinear(BSRLinear):
@@ -22,14 +30,27 @@ class UnfinishedLinear(BSRLinear):
         return weight
 
 
-def empty_layer(linear: nn.Linear, layer: dict[str, Any]) -> UnfinishedLinear:
+class UnfinishedConv1D(UnfinishedLinear, BSRConv1D):
+    """The same for a layer that stands for a `Conv1D`."""
+
+
+_UNFINISHED = {BSRLinear: UnfinishedLinear, BSRConv1D: UnfinishedConv1D}
+
+
+def unfinished(layer: BSRLinear) -> None:
+    """Makes an unfinished layer of an ordinary one."""
+    layer.__class__ = _UNFINISHED[type(layer)]
+
+
+def empty_layer(linear: nn.Module, layer: dict[str, Any]) -> UnfinishedLinear:
     """A block-sparse layer without content on the meta device, like a linear one that is there."""
+    cls = _UNFINISHED[bsr_type(linear)]
     (N, K), (r, c), nnz = layer["shape"], layer["blocksize"], layer["stored_blocks"]
     dtype = linear.weight.dtype
     with torch.device("cpu"):  # from_pretrained has made meta the default one
         bias = torch.zeros(N, dtype=dtype) if layer["bias"] else None
         index, col = torch.zeros(N // r + 1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
-        layer = UnfinishedLinear(K, N, (r, c), index, col, torch.zeros(0, r, c, dtype=dtype), bias)
+        layer = cls(K, N, (r, c), index, col, torch.zeros(0, r, c, dtype=dtype), bias)
     layer = layer.to("meta")
     layer.values = nn.Parameter(torch.empty(nnz, r, c, dtype=dtype, device="meta"))
     layer.col_indices = torch.empty(nnz, dtype=torch.int32, device="meta")
@@ -44,7 +65,7 @@ def finish(layer: BSRLinear) -> None:
     """
     with present(layer):  # its own checks of what it holds, and its plan
         layer.load_state_dict(layer.state_dict(keep_vars=True), assign=True)
-    layer.__class__ = BSRLinear
+    layer.__class__ = BSRConv1D if isinstance(layer, BSRConv1D) else BSRLinear
 
 
 @contextlib.contextmanager

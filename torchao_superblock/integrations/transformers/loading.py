@@ -18,7 +18,12 @@ from torchao_superblock.integrations.transformers.config import (
     base_of,
     describe,
 )
-from torchao_superblock.integrations.transformers.layer import empty_layer, finish, present
+from torchao_superblock.integrations.transformers.layer import (
+    bsr_type,
+    empty_layer,
+    finish,
+    present,
+)
 from torchao_superblock.integrations.transformers.swapping import Swapping
 
 
@@ -240,9 +245,10 @@ def _check_fits(
 ) -> None:
     """A described layer is a linear one of that shape in the model."""
     where = f"from_pretrained: {folder!r} belongs to another model: {fqn!r} is"
-    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+    bsr = bsr_type(linear)
+    if bsr is None:
         raise ValueError(f"{where} a block-sparse linear layer, and here a {type(linear).__name__}")
-    shape = (linear.out_features, linear.in_features)
+    shape = bsr.features_of(linear)
     if shape != tuple(layer["shape"]):
         raise ValueError(f"{where} of shape {tuple(layer['shape'])}, and here of {shape}")
     if (linear.bias is not None) != layer["bias"]:

@@ -5,14 +5,21 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from torchao_superblock.bsr import SwapEntry, SwapReport, swap_to_bsr
 from torchao_superblock.integrations.transformers.config import BlockSparseConfig
-from torchao_superblock.integrations.transformers.layer import UnfinishedLinear, finish
+from torchao_superblock.integrations.transformers.layer import (
+    UnfinishedLinear,
+    bsr_type,
+    finish,
+    unfinished,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -34,8 +41,7 @@ class Swapping(ConversionOps):
         module, ties = model.get_submodule(fqn), model.all_tied_weights_keys
         return (
             tensor == "weight"
-            and isinstance(module, nn.Linear)
-            and type(module).forward is nn.Linear.forward
+            and bsr_type(module) is not None
             and name not in {*ties, *ties.values()}
             and not self.config.keeps_dense(fqn)
         )
@@ -64,7 +70,10 @@ class Swapping(ConversionOps):
             raise ValueError(
                 f"{name} has shape {tuple(weight.shape)} in the file, and {tuple(linear.weight.shape)} in the model"
             )
-        alone = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+        with torch.device("meta"):
+            N, K = bsr_type(linear).features_of(linear)
+            alone = Conv1D(N, K) if isinstance(linear, Conv1D) else nn.Linear(K, N)
+        alone.bias = None  # perhaps not loaded yet
         alone.weight = nn.Parameter(weight, requires_grad=weight.is_floating_point())
         parent = nn.Sequential(alone)
         report = swap_to_bsr(parent, self.config.blocksize, min_sparsity=self.config.min_sparsity)
@@ -73,7 +82,7 @@ class Swapping(ConversionOps):
         if not report.swapped:
             return False
         layer = parent[0].train(linear.training)
-        layer.__class__ = UnfinishedLinear
+        unfinished(layer)
         if linear.bias is not None:
             layer.bias = linear.bias  # loaded, or yet to be
         model.set_submodule(fqn, layer)
@@ -89,7 +98,7 @@ class Swapping(ConversionOps):
             self.config.blocksize,
             min_sparsity=self.config.min_sparsity,
             filter_fn=lambda module, fqn: (
-                isinstance(module, nn.Linear)
+                bsr_type(module) is not None
                 and fqn not in self.entries
                 and not self.config.keeps_dense(fqn)
             ),
