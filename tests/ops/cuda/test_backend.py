@@ -31,7 +31,7 @@ from torchao_superblock.ops.cuda.tiles import BlocksTile, MatmulTile
 
 ROOT = Path(__file__).parents[3]
 bsr_linear = torch.ops.torchao_superblock.bsr_linear
-bsr_linear_module = importlib.import_module("torchao_superblock.ops.bsr_linear")
+bsr_linear_module = importlib.import_module("torchao_superblock.ops.op")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

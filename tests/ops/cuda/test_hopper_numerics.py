@@ -7,7 +7,7 @@ import torch
 
 from tests.ops.cuda.hopper_cases import Product, candidates, check, forward, hopper_or_skip
 from tests.reference import block_mask, random_bsr, relative_error
-from torchao_superblock.ops import build_plan, cuda, direct
+from torchao_superblock.ops import build_plan, cuda, fast_path
 from torchao_superblock.ops.cuda import backend, choose
 from torchao_superblock.ops.plan import is_mixed
 
@@ -185,7 +185,7 @@ def test_repeated_calls_launch_at_once_and_agree(N, K, blocksize, activation, dy
                 assert choose.choose(asked).kernel == "hopper", "another would be tested"
                 expected = forward(*plain)
                 assert torch.equal(y, expected.view(*shape[:-1], N))
-            run = direct.find(x, *weight)
+            run = fast_path.find(x, *weight)
             assert run is not None and torch.equal(run(x, *weight), y)
             # Other tensors in the same place, and one that TMA cannot read.
             assert torch.equal(run(x + 1, *weight), call(x + 1, *weight))

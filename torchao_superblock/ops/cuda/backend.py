@@ -3,7 +3,7 @@
 A call at small M takes the GPU a few microseconds, so the host must not take twenty. What a problem's choice of kernel
 has prepared is therefore kept, and found again by the problem. M enters it as a bucket (powers of two) where no rule
 counts tokens, so serving many batch sizes neither compiles nor decides again. A forward of exactly the same kind as an
-earlier one does not even look there: :func:`call` leaves a closure with `direct.py`, which recognises such a call.
+earlier one does not even look there: :func:`call` leaves a closure with `fast_path.py`, which recognises such a call.
 
 Legend: M tokens, N out features, K in features, R x C the block grid, r x c the block size, nnz stored blocks.
 """
@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from torchao_superblock.ops import direct
+from torchao_superblock.ops import fast_path
 from torchao_superblock.ops.cuda import choose, gradient, matmul
 from torchao_superblock.ops.cuda.choose import GLUON_TOKENS, Choice
 from torchao_superblock.ops.cuda.device import INTERPRET, device_at, devices, gluon_problem
@@ -109,7 +109,7 @@ def forget() -> None:
     """Decide anew at the next call (after tuning)."""
     _runs.clear()
     choose.forget()
-    direct.forget()
+    fast_path.forget()
 
 
 def _prepare(problem: Problem, choice: Choice) -> Callable[..., Tensor]:
@@ -169,7 +169,7 @@ def observed(observer: Callable[..., None]) -> Iterator[None]:
     """Show every forward of the block to a function, with its arguments."""
     global _observer
     previous, _observer = _observer, observer
-    direct.forget()  # calls that are repeated at once are not seen here
+    fast_path.forget()  # calls that are repeated at once are not seen here
     try:
         yield
     finally:
@@ -236,14 +236,14 @@ def call(
         general: the op's general implementation over this backend, with the arguments that follow, which are the op's.
     """
     arguments = (x, crow, col, values, bias, out_features, activation, plan)
-    y = direct.again(*arguments)
+    y = fast_path.again(*arguments)
     if y is None:
         y = general(*arguments)
         # Shapes that may never come back are not worth an entry.
-        if _observer is None and direct.seen(x, values):
+        if _observer is None and fast_path.seen(x, values):
             repeat = _repeat(*arguments)
             if repeat is not None:
-                direct.remember(repeat, None, *arguments)
+                fast_path.remember(repeat, None, *arguments)
     return y
 
 
@@ -256,7 +256,7 @@ def _repeat(
     out_features: int | None,
     activation: str,
     plan: Tensor | None,
-) -> direct.Run | None:
+) -> fast_path.Run | None:
     """A call that was served, with nothing left to decide; None if its kernel reads or writes other tensors."""
     (_, r, c), R, K = values.shape, crow.shape[0] - 1, x.shape[-1]
     if (
@@ -292,7 +292,7 @@ def _repeat(
         activation: str,
         plan: Tensor | None,
     ) -> Tensor | None:
-        # All that a launch rests on and direct.py does not compare.
+        # All that a launch rests on and fast_path.py does not compare.
         if (
             (x.data_ptr() % 16 == 0) is x_aligned
             and (values.data_ptr() % 16 == 0) is values_aligned

@@ -23,12 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchao_superblock.ops.activations import CODES
 from torchao_superblock.ops.cuda.choose import Choice
 from torchao_superblock.ops.cuda.launch import OVERLAP, Kernel
 from torchao_superblock.ops.cuda.problem import TF32X3, Problem
 from torchao_superblock.ops.cuda.tf32 import add_low, prepare_pack, three_products
-
-ACTIVATION_CODES = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
 # A compiled kernel serves every value of these: batch sizes differ from call to call, and the parts of a plan start
 # anywhere. Strides and the addresses of x and values are left to Triton, which makes wide loads of them.
@@ -313,7 +312,7 @@ def prepare(
     forward, packed = problem.kind == "forward", choice.packed
     r, c, N, dtype = problem.r, problem.c, problem.R * problem.r, problem.dtype
     splits, BM, device = tile.splits, tile.BM, problem.device
-    activation = ACTIVATION_CODES[problem.activation]
+    activation = CODES[problem.activation]
     in_place = not forward and not packed  # the blocks are read as they are stored
     overlaps = kernel_type.overlaps and device.overlaps
     constants = {
