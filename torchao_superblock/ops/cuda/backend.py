@@ -10,6 +10,7 @@ Legend: M tokens, N out features, K in features, R x C the block grid, r x c the
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,10 @@ from torchao_superblock.ops.cuda.problem import (
 from torchao_superblock.ops.plan import Plan, build_plan, split_plan
 from torchao_superblock.ops.precision import allows_tf32
 
-_current_device = (lambda: -1) if INTERPRET else torch._C._cuda_getDevice
+# What torch.cuda.current_device() asks. CPU tensors, which only Triton's interpreter serves, are on device -1.
+_current_device = getattr(torch._C, "_cuda_getDevice", None)
+if INTERPRET or _current_device is None:
+    _current_device = partial(int, -1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
