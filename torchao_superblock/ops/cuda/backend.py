@@ -239,9 +239,9 @@ def call(
     Args:
         general: the op's general implementation over this backend, with the arguments that follow, which are the op's.
     """
-    arguments = (x, crow, col, values, bias, out_features, activation, plan)
-    y = fast_path.again(*arguments)
+    y = fast_path.again(x, crow, col, values, bias, out_features, activation, plan)
     if y is None:
+        arguments = (x, crow, col, values, bias, out_features, activation, plan)
         y = general(*arguments)
         # Shapes that may never come back are not worth an entry.
         if _observer is None and fast_path.seen(x, values):
