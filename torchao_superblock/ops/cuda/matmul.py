@@ -374,7 +374,7 @@ def prepare(
             values, low = pack(values, perm)
         M, strides = shape[0], (N, 1)
         if len(shape) != 2:
-            M = math.prod(shape[:-1])
+            M, strides = math.prod(shape[:-1]), (N, 1)[-len(shape) :]
             for size in shape[-2:0:-1]:
                 strides = (size * strides[0], *strides)
         y = out = empty(shape, strides, dtype)
