@@ -41,7 +41,7 @@ from benchmarks.measure.interleaved import measure
 from benchmarks.measure.precision import precision
 from benchmarks.measure.quiet import quiet
 from benchmarks.measure.timings import Measurements
-from benchmarks.models.vit import (
+from benchmarks.model.vit import (
     build_vit,
     compile_layers,
     hidden_features,
