@@ -46,8 +46,8 @@ from benchmarks.report.files import Report
 from benchmarks.report.options import add_common_arguments, pick_device
 
 COLUMNS = [
-    "model", "block", "sparsity", "dense ms", "dense is", "ours ms", "ours is", "ours x", "eager x", "compiled x",
-    "graph x", "compiled graph x", "error", "sparse weights", "swapped", "left dense", "notes",
+    "row", "model", "block", "sparsity", "dense ms", "dense is", "ours ms", "ours is", "ours x", "eager x",
+    "compiled x", "graph x", "compiled graph x", "error", "sparse weights", "swapped", "left dense", "notes",
 ]  # fmt: skip
 
 
@@ -219,7 +219,7 @@ def _training_step(
 def write(report: Report, results: Results, left: list[Row]) -> Path:
     """The tables of every finished cell."""
     rows = [
-        {"model": row["model"], "block": cell.block, "sparsity": cell.sparsity, **row}
+        {"row": cell.setting, "block": cell.block, "sparsity": cell.sparsity, **row}
         for cell, row in results.rows.items()
     ]
     used = [column for column in COLUMNS if any(column in row for row in rows)]
@@ -233,9 +233,7 @@ def write(report: Report, results: Results, left: list[Row]) -> Path:
         to_csv=False,
     )
     failed = [
-        {"model": row["model"], "what it said": row["failures"]}
-        for row in rows
-        if row.get("failures")
+        {"row": row["row"], "what it said": row["failures"]} for row in rows if row.get("failures")
     ]
     if failed:
         report.table("Failures", failed, to_csv=False)
@@ -306,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     left = run_cells(
         question,
         results,
-        devices=[str(device)],
+        devices=["cuda:0" if device.type == "cuda" else "cpu"],
         threads=torch.get_num_threads(),
         budget=None if options.budget is None else max(0.0, options.budget - CLOSING_SECONDS),
     )

@@ -92,7 +92,9 @@ class WholeModel(Sweep):
             raise ArithmeticError(f"the swapped model's logits are {error:.1e} off the dense one's")
         ways = ways_on(self.device, (EAGER, GRAPH))
         step = partial(_forward, images)
-        measured = measure_models(sides, step, ways, self.device, seconds=self.seconds, tick=tick)
+        measured = measure_models(
+            sides, step, ways, self.device, seconds=self.seconds, tick=tick, no_graphs=PEERS
+        )
         row = row_of(measured, list(sides), ways)
         failures = row.pop("failures")
         return {
