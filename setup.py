@@ -12,11 +12,11 @@ STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 EXAMPLES = ["torchvision>=0.26", "scikit-learn>=1.4", "tqdm>=4.66", "matplotlib>=3.8", "rich>=13"]
 INTEGRATIONS = {  # what `integrations/NAME.py`, or the example of that name, imports
-    "transformers": ["transformers>=4.46"],
+    "transformers": ["transformers>=5.22,<6", "accelerate>=1.10", "safetensors>=0.4"],
     "timm": ["timm>=1.0"],
     "lightning": ["lightning>=2.4"],
     "accelerate": ["accelerate>=1.0"],
-    "peft": ["peft>=0.13"],
+    "peft": ["peft>=0.21,<1", "safetensors>=0.4"],
     "onnx": ["onnx>=1.18", "onnxscript>=0.7", "onnxruntime>=1.23"],
     "torchao": ["torchao>=0.18"],
 }

@@ -159,6 +159,37 @@ def check_leaving(names: Names) -> None:
     assert torch.equal(names["model"][0].weight, names["dense"])
 
 
+def given_transformers() -> Names:
+    pytest.importorskip("transformers", reason="needs the `transformers` extra")
+    from tests.integrations.transformer_models import build, inputs_of, train_and_squash
+
+    model = build("llama")
+    train_and_squash("llama", model)
+    model.save_pretrained("dense")
+    tokens = inputs_of("llama")["input_ids"]
+    data = [{"input_ids": row, "labels": row} for row in tokens]
+    return {"model": model, "dense_model": build("llama"), "tokens": tokens, "data": data}
+
+
+def check_transformers(names: Names) -> None:
+    assert swapped(names) == 14
+    assert len(names["model"].hf_quantizer.report.swapped) == 14
+    assert Path("run/checkpoint-4/sparsifier.pt").is_file()
+    assert Path("dense/model.safetensors").is_file()
+
+
+def given_peft() -> Names:
+    pytest.importorskip("peft", reason="needs the `peft` extra")
+    model, base = zeros(mlp()), zeros(mlp())
+    for one in (model, base):
+        assert swap_to_bsr(one, 8, min_sparsity=0.5).swapped
+    return {"torch": torch, "swapped": model, "base": base, "loader": [torch.randn(4, 32)] * 2}
+
+
+def check_peft(names: Names) -> None:
+    assert isinstance(names["merged"][0], BSRLinear)
+
+
 def check_write_a_sparsifier(names: Names) -> None:
     for linear in (names["model"][0], names["model"][2]):
         blocks = linear.weight.unflatten(0, (-1, 16)).unflatten(2, (-1, 16)).abs().sum((1, 3))
@@ -201,6 +232,8 @@ PAGES: dict[str, tuple[Callable[[], Names], Callable[[Names], None]]] = {
         },
         check_deploy,
     ),
+    "transformers.md": (given_transformers, check_transformers),
+    "peft.md": (given_peft, check_peft),
     "leaving.md": (given_leaving, check_leaving),
     "lightning.md": (given_lightning, check_lightning),
     "torchao.md": (

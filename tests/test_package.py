@@ -15,6 +15,9 @@ OPTIONAL = (
     "rich",
     "onnx",
     "onnxscript",
+    "transformers",
+    "accelerate",
+    "peft",
 )
 
 

@@ -3,6 +3,7 @@
 import doctest
 import functools
 import importlib
+import importlib.util
 import re
 import types
 from collections.abc import Callable
@@ -88,6 +89,23 @@ def table_of(model: nn.Module, batches: list[torch.Tensor]) -> Any:
     return torchao_superblock.sensitivity(model, batches, loss, [0.5, 0.9], 32, progress=False)
 
 
+def of_transformers() -> dict[str, Any]:
+    """A small model, its data, and a folder of one with zeros."""
+    transformers = importlib.import_module("transformers")
+    models = importlib.import_module("tests.integrations.transformer_models")
+    dense = models.build("llama")
+    models.train_and_squash("llama", dense, steps=1)
+    dense.save_pretrained("dense_with_zeros")
+    tokens = torch.arange(1, 9)
+    options = {"max_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True}
+    return {
+        "model": models.build("llama"),
+        "sparsifier": SupermaskSparsifier(0.5, blocksize=16),
+        "data": [{"input_ids": tokens, "labels": tokens}],
+        "args": transformers.TrainingArguments("run", **options),
+    }
+
+
 def names_of(path: str) -> dict[str, Any]:
     """What the examples of an object take as given."""
     name = path.rsplit(".", 1)[-1]
@@ -127,6 +145,8 @@ def names_of(path: str) -> dict[str, Any]:
     elif name == "export":
         names |= {"model": half_zero(), "x": x, "onnxruntime": pytest.importorskip("onnxruntime")}
         swap_to_bsr(names["model"], min_sparsity=0.4)
+    elif name in ("BlockSparseConfig", "SparsifierCallback"):
+        names |= of_transformers()
     elif name == "BSRWeight":
         names |= {"linear": half_zero()[0], "x": x}
     return names
@@ -136,6 +156,11 @@ def examples() -> list[Any]:
     found = []
     finder = doctest.DocTestFinder(exclude_empty=True)
     for path in DOCUMENTED:
+        library = re.match(r"torchao_superblock\.integrations\.(\w+)\.", path)
+        if library and importlib.util.find_spec(library[1]) is None:
+            skip = pytest.mark.skip(reason=f"needs the `{library[1]}` extra")
+            found.append(pytest.param(path, None, id=path, marks=skip))
+            continue
         for test in finder.find(documented_object(path), path):
             if test.examples:
                 gpu = [pytest.mark.gpu] if test.name.endswith("tune") else []

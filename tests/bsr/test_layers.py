@@ -3,6 +3,7 @@
 import sys
 import types
 
+import pytest
 from torch import nn
 
 from torchao_superblock.bsr import BSRLinear
@@ -46,3 +47,11 @@ def test_an_integration_is_imported_when_a_class_of_its_library_is_met(monkeypat
     finally:
         TWINS.pop(Foreign, None)
         sys.modules.pop("an_integration", None)
+
+
+def test_an_integration_that_cannot_be_imported_is_no_obstacle(monkeypatch):
+    monkeypatch.setitem(INTEGRATIONS, "some_library", "a_module_that_is_not_there")
+    with pytest.warns(
+        UserWarning, match="some_library and this package .* No module named 'a_module_that"
+    ):
+        assert twin_of(Foreign) is None

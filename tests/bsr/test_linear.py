@@ -402,6 +402,17 @@ def test_a_state_dict_with_a_mask_is_refused_with_the_way_out():
         small().load_state_dict(state)
 
 
+def test_blocks_under_the_name_weight_are_values():
+    layer, other = small(), small()
+    with torch.no_grad():
+        layer.values.add_(1)
+    state = layer.state_dict()
+    state["weight"] = state.pop("values")  # as folders of transformers have it
+    nn.Sequential(other).load_state_dict({f"0.{key}": tensor for key, tensor in state.items()})
+    assert torch.equal(other.values, layer.values)
+    assert "weight" in state
+
+
 def test_a_dense_checkpoint_is_refused_with_the_way_out():
     with pytest.raises(RuntimeError, match="dense weight.*load it into the dense model and swap"):
         small().load_state_dict(nn.Linear(6, 4).state_dict())

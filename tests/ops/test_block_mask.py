@@ -51,7 +51,7 @@ INTERPRETED = """
         args = (torch.randn(n, 1), new.n_kept, new.held_mask, new.frozen, new.guards)
         want = plain.block_mask(*args)
         order = args[0].view(-1).argsort(descending=True)
-        for got in kernels.block_mask(*args), kernels.choose_blocks(order, *args[1:]):
+        for got in kernels.block_mask(*args), kernels.block_mask(order, *args[1:], is_sorted=True):
             for a, b in zip(got, want, strict=True):
                 assert a.dtype == b.dtype and torch.equal(a, b), (n, levels, freezes, masks, share, copied)
         seen.add((int(want[1]), copied))
@@ -139,8 +139,8 @@ COMPILED = """
     )
     for guarded in (True, False):
         constants = dict(GUARDED=guarded, TOLERANCE=0.1, I_TILE=32, J_TILE=128, J_TILES=5)
-        build(kernels._block_mask_kernel, dict(scores_ptr="*fp32", **state), **constants)
-        build(kernels._choose_blocks_kernel, dict(order_ptr="*i64", **state), **constants)
+        for ranked, by_order in (("*fp32", False), ("*i64", True)):
+            build(kernels._block_mask_kernel, dict(ranked_ptr=ranked, **state), SORTED=by_order, **constants)
     for dtype, mask in (("fp32", "u8"), ("bf16", "u8"), ("fp64", "u8"), ("fp32", "fp32"), ("bf16", "fp32")):
         for tile_in_block, guarded in ((True, True), (False, True), (False, False)):
             build(

@@ -5,23 +5,10 @@ the same is its twin's own rule. The table itself lies in `common/`, where the s
 can ask it without importing this half.
 """
 
-import importlib
-
-from torch import nn
-
 from torchao_superblock.bsr.linear import LINEAR_TYPES, BSRLinear
-from torchao_superblock.common.swappable import TWINS, Twin, register_twin
+from torchao_superblock.common.swappable import INTEGRATIONS, register_twin, twin_of
+
+__all__ = ["INTEGRATIONS", "register_twin", "twin_of"]
 
 for _cls in LINEAR_TYPES:
     register_twin(_cls, BSRLinear, "weight")
-
-INTEGRATIONS: dict[str, str] = {}
-"""Root package of an outside library -> the module that registers its types; imported when one is met."""
-
-
-def twin_of(cls: type[nn.Module]) -> Twin | None:
-    """What modules of exactly this type become, or None if they stay as they are."""
-    root = cls.__module__.partition(".")[0]
-    if cls not in TWINS and root in INTEGRATIONS:
-        importlib.import_module(INTEGRATIONS[root])
-    return TWINS.get(cls)

@@ -27,7 +27,7 @@ from torchao_superblock.common.kept_blocks import KeptBlocks
 from torchao_superblock.common.modules import block_masks_of, copy_hooks
 from torchao_superblock.common.sharding import is_dtensor
 from torchao_superblock.ops import ACTIVATIONS, bsr_linear, build_plan
-from torchao_superblock.ops.bsr_linear import DTYPES
+from torchao_superblock.ops.checks import DTYPES
 
 # nn.MultiheadAttention's out_proj is an nn.Linear under another name.
 LINEAR_TYPES = (nn.Linear, NonDynamicallyQuantizableLinear)
@@ -446,6 +446,7 @@ class BSRLinear(nn.Module):
         if not any(key.startswith(prefix) for key in state_dict):
             super()._load_from_state_dict(state_dict, prefix, *rest)
             return
+        state_dict = _with_values(state_dict, prefix)
         assign = local_metadata.get("assign_to_params_buffers", False)
         n_errors = len(error_msgs)
         own = [*self._parameters.values(), *self._buffers.values()]
@@ -529,6 +530,16 @@ class BSRLinear(nn.Module):
             values = self.values.new_empty(new["values"].shape)
             self.values = nn.Parameter(values, self.values.requires_grad)
             self.col_indices = self.col_indices.new_empty(new["col_indices"].shape)
+
+
+def _with_values(state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Blocks that a file has under the name `weight`, lest a dense model overlook them, are `values` here."""
+    weight = state_dict.get(f"{prefix}weight")
+    if not isinstance(weight, Tensor) or weight.dim() != 3 or f"{prefix}values" in state_dict:
+        return state_dict
+    renamed = {**state_dict, f"{prefix}values": weight}
+    del renamed[f"{prefix}weight"]
+    return renamed
 
 
 def _is_same(own: Tensor, loaded: Tensor) -> bool:

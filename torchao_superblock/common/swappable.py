@@ -1,10 +1,12 @@
 """Can this be swapped? The one answer for the report of a swap and for the summary of a sparsifier.
 
-Which module type becomes which is written down in `bsr/layers.py`; it fills this table.
+Which module type becomes which is written down in `bsr/layers.py`; it fills this table, and so do the integrations.
 """
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from dataclasses import dataclass
 
 from torch import nn
@@ -35,6 +37,34 @@ TWINS: dict[type[nn.Module], Twin] = {}
 def register_twin(cls: type[nn.Module], bsr: type[nn.Module], *tensors: str) -> None:
     """Says that modules of exactly this type become `bsr`, which stores the named tensors as blocks."""
     TWINS[cls] = Twin(cls, bsr, tensors)
+
+
+INTEGRATIONS: dict[str, str] = {
+    # save_pretrained of a model that was prepared or swapped
+    "transformers": "torchao_superblock.integrations.transformers",
+}
+"""Root package of an outside library -> the module that makes us known to it; imported when a class of it is met."""
+
+
+def twin_of(cls: type[nn.Module]) -> Twin | None:
+    """What modules of exactly this type become, or None if they stay as they are."""
+    if cls not in TWINS:
+        meet(cls)
+    return TWINS.get(cls)
+
+
+def meet(cls: type[nn.Module]) -> None:
+    """Imports the integration with the library that a module type is from, if there is one."""
+    root = cls.__module__.partition(".")[0]
+    if root not in INTEGRATIONS:
+        return
+    try:
+        importlib.import_module(INTEGRATIONS[root])
+    except (
+        ImportError
+    ) as error:  # a release that it does not work with: the layers of torch are what they are
+        message = f"{root} and this package do not know each other: {error}"
+        warnings.warn(message, stacklevel=4)
 
 
 def type_obstacle(cls: type[nn.Module], tensor_name: str) -> str | None:

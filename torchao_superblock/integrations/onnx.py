@@ -1,6 +1,6 @@
 """ONNX: swapped models leave with their blocks.
 
-ONNX has no block-sparse operator, so a layer becomes standard ones, as `ops/gather_gemm.py` computes it: block rows
+ONNX has no block-sparse operator, so a layer becomes standard ones, as `ops/pytorch.py` computes it: block rows
 with the same number n of stored blocks share one batched product, and nothing is padded.
 
     gather     the columns of x that those rows read       (M, C, c)        -> (B, M, n * c)

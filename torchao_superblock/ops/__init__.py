@@ -1,16 +1,23 @@
 """The ground floor: devices and kernels. Imports nothing of the package above it."""
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from torchao_superblock.ops import op, pytorch
 from torchao_superblock.ops.activations import ACTIVATIONS
 from torchao_superblock.ops.backends import backends
-from torchao_superblock.ops.bsr_linear import bsr_linear
+from torchao_superblock.ops.op import bsr_linear
 from torchao_superblock.ops.plan import Plan, build_plan, split_plan
 
 if TYPE_CHECKING:
     from torchao_superblock.ops.tuning import TuneReport
+
+# Under the names that a released version documented. (No files: a submodule `bsr_linear`, imported, would take the
+# function's place.)
+sys.modules[f"{__name__}.bsr_linear"] = op
+sys.modules[f"{__name__}.gather_gemm"] = pytorch
 
 __all__ = ["ACTIVATIONS", "Plan", "backends", "bsr_linear", "build_plan", "split_plan", "tune"]
 

@@ -1,8 +1,9 @@
 """What an ahead-of-time compiler sees of the op.
 
 In eager mode, under `torch.compile` and in an exported program the op stays whole: Python is there to run it, and it
-may choose any kernel. AOTInductor's packages run without Python, so while it compiles, the op on CUDA tensors is
-replaced by its plain Triton kernels, which then become part of the package.
+may choose any kernel. AOTInductor's packages run without Python, so while it compiles, the op is replaced by the AOT
+twin of the device's backend: plain Triton kernels, which then become part of the package. A backend without a twin
+keeps the op.
 """
 
 import sys
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
+from torchao_superblock.ops.backends import backend_of
+
 _TRACEABLE_TYPES = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
 
@@ -21,6 +24,14 @@ def compiles_ahead_of_time() -> bool:
     """Whether AOTInductor is compiling in this thread. Nothing is imported to find out."""
     virtualized = sys.modules.get("torch._inductor.virtualized")
     return virtualized is not None and virtualized.V.aot_compilation is True
+
+
+def _twin(types: Sequence[type], x: Tensor) -> Any | None:
+    """The AOT twin that stands for the op now; None: the op stays."""
+    if not compiles_ahead_of_time() or not all(issubclass(t, _TRACEABLE_TYPES) for t in types):
+        return None
+    backend = backend_of(x.device.type)
+    return None if backend is None else getattr(backend.module, "aot_twin", None)
 
 
 def register_decomposition(
@@ -31,7 +42,7 @@ def register_decomposition(
     Args:
         library: owns the op.
         name: the op's qualified name.
-        forward: called as `forward(backend, *args, **kwargs)` with the op's own arguments; `backend.forward` takes
+        forward: called as `forward(twin, *args, **kwargs)` with the op's own arguments; `twin.forward` takes
             the simple case of them (2-D, whole blocks) and can be traced.
 
     Example:
@@ -46,16 +57,10 @@ def register_decomposition(
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        x = args[0] if args else kwargs["x"]
-        if (
-            not compiles_ahead_of_time()
-            or x.device.type != "cuda"
-            or not all(issubclass(t, _TRACEABLE_TYPES) for t in types)
-        ):
+        twin = _twin(types, args[0] if args else kwargs["x"])
+        if twin is None:
             return mode.__torch_dispatch__(op, types, args, kwargs)
-        from torchao_superblock.ops import cuda
-
         with mode:
-            return forward(cuda.traceable, *args, **kwargs)
+            return forward(twin, *args, **kwargs)
 
     torch.library.register_torch_dispatch(name, FunctionalTensorMode, decompose, lib=library)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from torchao_superblock.ops.bsr_linear import cpu_backend
+from torchao_superblock.ops.backends import backend_of
 from torchao_superblock.ops.precision import allows_tf32
 
 # What is taken where nothing was measured: an unknown device, dtype or block size.
@@ -58,15 +58,20 @@ def _has_bfloat16_products() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def _table(
-    device_type: str, dtype: torch.dtype, capability: tuple[int, int] | None
-) -> dict[int, float]:
-    if device_type == "cpu":
-        if dtype == torch.bfloat16 and _has_bfloat16_products():
-            return {}
-        compiled = str(cpu_backend().backend_info()["name"]).startswith("c-")
-        return (_CPU_COMPILED if compiled else _CPU_PYTORCH).get(dtype, {})
-    if device_type != "cuda" or capability != _MEASURED_CAPABILITY:
+def cpu_points(dtype: torch.dtype, capability: tuple[int, int] | None) -> dict[int, float]:
+    """Break-even points on CPUs, by the smallest side of the block; empty where nothing was measured."""
+    if dtype == torch.bfloat16 and _has_bfloat16_products():
+        return {}
+    cpu = backend_of("cpu")
+    compiled = cpu is not None and str(cpu.module.backend_info()["name"]).startswith("c-")
+    return (_CPU_COMPILED if compiled else _CPU_PYTORCH).get(dtype, {})
+
+
+def cuda_points(dtype: torch.dtype, capability: tuple[int, int] | None) -> dict[int, float]:
+    """The same on NVIDIA GPUs, of a compute capability or of the current device's."""
+    if capability is None and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+    if capability != _MEASURED_CAPABILITY:
         return {}
     if dtype == torch.float32 and allows_tf32():
         return _HOPPER_TF32
@@ -82,7 +87,7 @@ def break_even(
     """Sparsity from which `bsr_linear` is faster than `F.linear`, measured, or a cautious guess.
 
     Args:
-        device_type: `"cpu"` or `"cuda"`.
+        device_type: such as `"cpu"` or `"cuda"`; one without a backend gets the guess.
         blocksize: `(rows, cols)`.
         dtype: dtype of the weight.
         capability: CUDA compute capability; None asks the current device.
@@ -90,10 +95,11 @@ def break_even(
     Returns:
         The sparsity, and whether it was measured.
     """
+    backend = backend_of(device_type)
+    points = {} if backend is None else backend.points(dtype, capability)
+    fitting = [sparsity for side, sparsity in points.items() if side <= min(blocksize)]
     where = device_type
-    if device_type == "cuda" and capability is None and torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability()
-        where = f"{device_type} ({torch.cuda.get_device_name()})"
-    table = _table(device_type, dtype, capability)
-    fitting = [sparsity for side, sparsity in table.items() if side <= min(blocksize)]
+    device = getattr(torch, device_type, None)
+    if capability is None and hasattr(device, "get_device_name") and device.is_available():
+        where = f"{device_type} ({device.get_device_name()})"
     return BreakEven(min(fitting, default=CAUTIOUS), bool(fitting), where)

@@ -8,7 +8,7 @@ A call at small M takes the GPU a few microseconds, so the host must not take tw
 therefore kept: a :class:`_Product` or :class:`_BlockGradient` holds the compiled kernel and its constants, and is found
 again by a key made of what the decision rests on. M enters that key as a bucket (powers of two), so serving many batch
 sizes neither compiles nor decides again. A forward of exactly the same kind as an earlier one does not even look there:
-:func:`call` leaves a closure with `direct.py`, which recognises such a call.
+:func:`call` leaves a closure with `fast_path.py`, which recognises such a call.
 
 Legend: M tokens, N out features, K in features, R x C the block grid, r x c the block size, nnz stored blocks;
 BM x BN x BK the tile.
@@ -24,8 +24,9 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from torchao_superblock.ops import direct
+from torchao_superblock.ops import fast_path as direct
 from torchao_superblock.ops import triton_kernels as kernels
+from torchao_superblock.ops.activations import CODES
 from torchao_superblock.ops.launch import OVERLAP, Kernel, can_overlap, watched
 from torchao_superblock.ops.plan import Plan, build_plan, split_plan
 from torchao_superblock.ops.precision import allows_tf32
@@ -316,7 +317,7 @@ def _watched() -> bool:
 def _conditions(x: Tensor, values: Tensor, index: int) -> Callable[[int, int], bool]:
     """A question about a later call with other addresses of x and values: is all as it is now?
 
-    All that a launch rests on and direct.py does not compare.
+    All that a launch rests on and fast_path.py does not compare.
     """
     current_device = torch._C._cuda_getDevice
     x_offset, values_offset = x.data_ptr() % 16, values.data_ptr() % 16
@@ -354,7 +355,7 @@ class _Product:
         self.problem = problem
         self.kernel_type = kernel_type
         self.N = problem.R * problem.r
-        self.activation = kernels.ACTIVATION_CODES[activation]
+        self.activation = CODES[activation]
         self.has_low = has_low
         self.has_bias = has_bias
         self.constants = {
@@ -1001,7 +1002,7 @@ def _bind_strips(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What ops/bsr_linear.py calls.
+# What ops/op.py calls.
 
 
 def _index(x: Tensor) -> int:
@@ -1111,7 +1112,7 @@ def call(
     return y
 
 
-class traceable:
+class aot_twin:
     """A backend whose forward can be traced into a graph: plain Triton launches that compilers see.
 
     `torch.export` keeps the op whole, which is right for a program that Python runs. A compiled package has no

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchao_superblock.ops.activations import ACTIVATIONS
 from torchao_superblock.ops.plan import STRIP, is_mixed, split_plan
 from torchao_superblock.ops.precision import allows_tf32
 
@@ -44,7 +45,6 @@ except Exception as error:  # an experimental module may fail in any way
     _import_error = f"Triton's Gluon cannot be used here: {error}"
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 # Fewer tokens than this leave multiprocessors without a tile; the plain kernels split finer.
 _MIN_TOKENS = 2048
 # Launching this kernel takes the host about twice as long as the plain one (three TMA descriptors are made anew). That
@@ -502,7 +502,7 @@ def supports(
     plan: Tensor | None,
 ) -> bool:
     """Whether :func:`forward` serves this call."""
-    if unavailable_reason(x.device.index) is not None or activation not in _ACTIVATIONS:
+    if unavailable_reason(x.device.index) is not None or activation not in ACTIVATIONS:
         return False
     nnz, r, c = values.shape
     M, K = x.shape

@@ -17,8 +17,6 @@ Integers stand for names in the launch parameters (`ACTIVATION`, `PRECISION`): t
 import triton
 import triton.language as tl
 
-ACTIVATION_CODES = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
-
 # How two tiles are multiplied.
 NATIVE = (
     0  # float16 and bfloat16 on tensor cores, accumulated in float32; float64 in its own precision

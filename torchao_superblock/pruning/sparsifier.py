@@ -16,7 +16,7 @@ from torch.ao.pruning import BaseSparsifier, CubicSL, LambdaSL
 from torchao_superblock.common.all_or_nothing import all_or_nothing
 from torchao_superblock.common.blocks import block_grid, check_blocksize
 from torchao_superblock.common.names import find_fqn, nearest_names
-from torchao_superblock.common.swappable import TWINS
+from torchao_superblock.common.swappable import TWINS, meet
 from torchao_superblock.pruning.attach import attach
 from torchao_superblock.pruning.checkpoints import refuse_dense_checkpoints
 from torchao_superblock.pruning.convert import replace_squashed
@@ -196,6 +196,8 @@ class BlockSparsifier(BaseSparsifier):
             )
         if not isinstance(model, nn.Module):
             raise TypeError(f"prepare: model must be an nn.Module, got {type(model).__name__}")
+        for module in model.modules():
+            meet(type(module))
         config = check_config(config, self.mask_type.settings())
         groups, skipped = resolve(model, config, self.defaults)
         _refuse_ddp(model, groups)

@@ -29,7 +29,7 @@ from torchao_superblock.ops.block_mask import (
     block_norm,
     scale_blocks_,
 )
-from torchao_superblock.ops.mask_guards import (
+from torchao_superblock.ops.block_mask.guards import (
     NOTHING_HELD,
     Guards,
     held_sum,
@@ -88,7 +88,7 @@ class BlockMask(nn.Module):
         held_mask: int8 buffer of the grid's shape, 1 = kept.
         checksums: int64 `(2,)`, moments: float64 `(3,)`, held_mean: float32 of the grid's shape:
             buffers that tell whether these three were averaged, and what they were
-            (:class:`~torchao_superblock.ops.mask_guards.Guards`).
+            (:class:`~torchao_superblock.ops.block_mask.guards.Guards`).
         factor: float32 0-dim buffer, what kept blocks are multiplied by; None without a gain.
         blocksize: `(rows, cols)`.
         weight_shape: `(N, K)`.

@@ -75,7 +75,7 @@ def settle(
         `n_kept`, and as bool `held_mask`, `frozen`, and whether the mask is sound. Of one that is
         not, no block is kept.
     """
-    # The same in Triton: `_settle` in block_mask_triton.py.
+    # The same in Triton: `_settle` in kernels.py.
     mean, square, frozen_mean = guards.moments.unbind()
     level_copied = level_checksum(n_kept) == guards.checksums[0]
     rounded = mean.round().to(torch.int64)

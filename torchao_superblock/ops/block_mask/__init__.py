@@ -10,15 +10,15 @@ columns of a block. The last block row and column are smaller where N or K is no
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from torchao_superblock.ops import mask_guards
-from torchao_superblock.ops.mask_guards import Guards
+from torchao_superblock.ops.backends import backend_of
+from torchao_superblock.ops.block_mask import guards as mask_guards
+from torchao_superblock.ops.block_mask.guards import Guards
 
 BROKEN = 2
 """`live` of a mask whose state was averaged beyond repair."""
@@ -56,11 +56,11 @@ def block_mask(
         scores, 0 while frozen, :data:`BROKEN` (then no block is kept). Both are new tensors: a later
         write to the arguments does not reach them.
     """
-    kernels = _triton_kernels(scores, n_kept, held_mask, frozen, *(guards or ()))
+    kernels = _kernels_for(scores, n_kept, held_mask, frozen, *(guards or ()))
     if kernels is not None:
-        if scores.numel() <= kernels.MAX_PAIRWISE_BLOCKS:
-            return kernels.block_mask(scores, n_kept, held_mask, frozen, guards)
-        return kernels.choose_blocks(_ranking(scores), n_kept, held_mask, frozen, guards)
+        is_sorted = scores.numel() > kernels.MAX_PAIRWISE_BLOCKS
+        ranked = _ranking(scores) if is_sorted else scores
+        return kernels.block_mask(ranked, n_kept, held_mask, frozen, guards, is_sorted)
     sound = None
     if guards is not None and not mask_guards.untouched(n_kept, held_mask, frozen, guards):
         n_kept, held_mask, frozen, sound = mask_guards.settle(n_kept, held_mask, frozen, guards)
@@ -95,7 +95,7 @@ def mask_weight(
     Returns:
         A new `(N, K)` tensor of the weight's dtype.
     """
-    kernels = _triton_kernels(weight, mask, *(() if live is None else (live,)))
+    kernels = _kernels_for(weight, mask, *(() if live is None else (live,)))
     if kernels is not None and kernels.can_mask_weight(weight, mask):
         return kernels.mask_weight(weight, mask, blocksize, live)
     if live is not None and mask_guards.read(live) not in ([0], [1]):
@@ -134,7 +134,7 @@ def mask_weight_backward(
     Returns:
         `(grad_weight, grad_scores)`: of the weight's dtype and float32 (float64 for float64).
     """
-    kernels = _triton_kernels(grad, mask, live, *(() if weight is None else (weight,)))
+    kernels = _kernels_for(grad, mask, live, *(() if weight is None else (weight,)))
     if (
         kernels is not None
         and not torch.is_grad_enabled()  # a kernel cannot be differentiated a second time
@@ -259,19 +259,13 @@ def _sum_blocks(a: Tensor, b: Tensor, blocksize: tuple[int, int], dtype: torch.d
     return products.sum(dim=3).sum(dim=1)
 
 
-def _triton_kernels(*tensors: Tensor) -> ModuleType | None:
-    """The Triton module where these tensors can be given to a kernel, else None."""
-    if not tensors[0].is_cuda or torch.compiler.is_compiling():
+def _kernels_for(*tensors: Tensor) -> ModuleType | None:
+    """The device's kernels of masks, where these tensors can be given to them, else None."""
+    if torch.compiler.is_compiling():
+        return None
+    backend = backend_of(tensors[0].device.type)
+    if backend is None or backend.mask_source is None:
         return None
     if any(type(tensor) not in _PLAIN_TENSORS for tensor in tensors) or _functorch_interpreter():
         return None  # inside torch.func's transforms there is no memory to give to a kernel
-    return _import_triton_kernels()
-
-
-@functools.cache
-def _import_triton_kernels() -> ModuleType | None:
-    try:
-        from torchao_superblock.ops import block_mask_triton
-    except ImportError:
-        return None
-    return block_mask_triton
+    return backend.mask_kernels

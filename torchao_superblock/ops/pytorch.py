@@ -3,7 +3,10 @@
 This path serves wherever a compiled kernel does not: no compiler, a stale build, a platform nobody
 tried. Its speed is limited by the copies the gather makes, so block rows with the same number of
 stored blocks share one `torch.bmm` (no padding, few calls) and the copies are kept small enough to
-stay in a core's cache.
+stay in a core's cache. It runs on any device, but reads the indices back to check them.
+
+The four functions are those of :class:`torchao_superblock.ops.backends.BackendModule`; an index that lies outside of
+the matrix raises a ValueError in each.
 
 Dimension letters: M tokens, N out_features, K in_features, R and C block rows and columns, r and c
 rows and columns of a block, B block rows in one batch, n stored blocks in each of them.
@@ -105,26 +108,7 @@ def forward(
     activation: str,
     plan: Tensor | None,
 ) -> Tensor:
-    """`act(x @ W.T + bias)` for a block-sparse W, in plain PyTorch.
-
-    Args:
-        x: `(M, K)`, any strides.
-        crow: int32 `(R + 1,)`, block row pointers.
-        col: int32 `(nnz,)`, block columns.
-        values: `(nnz, r, c)`, the stored blocks of W `(N, K)`.
-        bias: `(N,)` or None.
-        activation: `"none"`, `"relu"`, `"gelu"`, `"gelu_tanh"` or `"silu"`.
-        plan: not needed here.
-
-    Returns:
-        `(M, N)`, contiguous, in the dtype of x; float16 and bfloat16 accumulate in float32.
-
-    Raises:
-        ValueError: if an index lies outside of the matrix.
-
-    Example:
-        >>> y = forward(x, crow, col, values, None, "gelu", None)
-    """
+    """`activation(x @ W.T + bias)`."""
     crow, col = crow.long(), col.long()  # copies: what is checked is what is used
     check_indices(crow, col, x.shape[1] // values.shape[2])
     y = _product(x, crow, col, values, None).t().contiguous()
@@ -136,25 +120,7 @@ def forward(
 def grad_x(
     grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, plan: Tensor | None, n_block_cols: int
 ) -> Tensor:
-    """`grad @ W`: the gradient with respect to x, with the arguments of :func:`forward`.
-
-    Args:
-        grad: `(M, N)`, any strides.
-        crow: int32 `(R + 1,)`.
-        col: int32 `(nnz,)`.
-        values: `(nnz, r, c)`.
-        plan: not needed here: the index is transposed anew, so that it cannot be of another one.
-        n_block_cols: number of block columns C.
-
-    Returns:
-        `(M, K = C * c)`, contiguous.
-
-    Raises:
-        ValueError: if an index lies outside of the matrix.
-
-    Example:
-        >>> gx = grad_x(grad, crow, col, values, None, 12)
-    """
+    """`grad @ W`; the index is transposed anew, so that it cannot be of another one, as a plan can."""
     crow, col = crow.clone(), col.clone()
     check_indices(crow, col, n_block_cols)
     plan = build_plan(crow, col, n_block_cols)
@@ -177,26 +143,7 @@ def grad_values(
     block_rows: int,
     block_cols: int,
 ) -> Tensor:
-    """The stored blocks of `grad.T @ x`: the gradient with respect to `values`.
-
-    Args:
-        grad: `(M, N)`, any strides.
-        x: `(M, K)`, any strides.
-        crow: int32 `(R + 1,)`.
-        col: int32 `(nnz,)`.
-        plan: not needed here.
-        block_rows: r.
-        block_cols: c.
-
-    Returns:
-        `(nnz, r, c)`, contiguous.
-
-    Raises:
-        ValueError: if an index lies outside of the matrix.
-
-    Example:
-        >>> gv = grad_values(grad, x, crow, col, None, 64, 64)
-    """
+    """The stored blocks of `grad.T @ x`."""
     M, K = x.shape
     nnz, r, c = col.numel(), block_rows, block_cols
     crow, col = crow.long(), col.long()

@@ -53,10 +53,11 @@ def _own_keys(tensor: Tensor) -> int:
     return (torch._C._dispatch_keys(tensor).raw_repr() | included) & ~excluded
 
 
+# The keys of an ordinary call: those of the devices, and autograd's. (The others here let every call through.)
+_backend_keys = _bits("BackendSelect", "ADInplaceOrView")
+_autograd_keys = 0
+
 try:
-    # The keys of an ordinary call: those of a backend, and autograd's. (The others here let every call through.)
-    _BACKENDS = _bits("CPU", "CUDA", "BackendSelect", "ADInplaceOrView")
-    _AUTOGRAD = _bits("AutogradCPU", "AutogradCUDA") & ~_BACKENDS
     _n_dispatch_modes = torch._C._len_torch_dispatch_stack
     # As torch.compile's code allocates: on the current device, past the dispatcher.
     empty_strided_cuda = torch._C._dynamo.guards._empty_strided_cuda
@@ -76,6 +77,8 @@ _TYPES = (Tensor, torch.nn.Parameter)
 _NO_BIAS = torch.empty((), dtype=torch.bool, device="meta")
 _NO_PLAN = torch.empty((), dtype=torch.bool, device="meta")
 
+# What serves a repeated call by device type, where no closure does.
+_devices: dict[str, Run] = {}
 # By the two shapes that differ most between layers. Entries of one key are tried in turn, the newest first.
 _entries: dict[tuple[torch.Size, torch.Size], tuple[tuple, ...]] = {}
 # A program that keeps making new shapes must not grow them for ever; making one again is cheap.
@@ -83,33 +86,38 @@ _MOST_KEYS = 4096
 _MOST_ENTRIES = 16
 
 
+def admit(dispatch_key: str) -> None:
+    """From now on, calls with a device's keys can be remembered.
+
+    Args:
+        dispatch_key: torch's name of the device, such as `"CUDA"`.
+    """
+    global _backend_keys, _autograd_keys
+    _backend_keys |= _bits(dispatch_key)
+    _autograd_keys = (_autograd_keys | _bits(f"Autograd{dispatch_key}")) & ~_backend_keys
+
+
+def serve(device_type: str, run: Run) -> None:
+    """Serve repeated calls on a device by `run`, which takes whatever the op takes: its backend leaves no closures."""
+    _devices[device_type] = run
+
+
+def n_entries() -> list[int]:
+    """How many kinds of calls are remembered, for each pair of shapes that was seen."""
+    return [len(entries) for entries in _entries.values()]
+
+
 def forget() -> None:
     """Drop all entries: what they launch is to be decided anew."""
     _entries.clear()
 
 
-def again(
-    x: Tensor,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    out_features: int | None,
-    activation: str,
-    plan: Tensor | None,
-) -> Tensor | None:
-    """The op's output if a call like this one was remembered; None otherwise.
+def again(*args: Any) -> Tensor | None:
+    """The op's output for these eight arguments, if a call like this one was remembered; None otherwise.
 
-    Args:
-        x: as the op has it, as have all others. Where x is not exactly a Tensor, nothing is asked of any of them.
-        crow_indices: crow_indices.
-        col_indices: col_indices.
-        values: values.
-        bias: bias.
-        out_features: out_features.
-        activation: activation.
-        plan: plan.
+    Where x is not exactly a Tensor, nothing is asked of any of them.
     """
+    x, crow_indices, col_indices, values, bias, out_features, activation, plan = args
     if not USABLE or type(x) is not Tensor or _n_dispatch_modes():
         return None
     try:
@@ -127,37 +135,16 @@ def again(
             and same(x, crow_indices, col_indices, values, b, p)
         ):
             if differentiate is not None and torch.is_grad_enabled():
-                return differentiate(
-                    x, crow_indices, col_indices, values, bias, out_features, activation, plan, run
-                )
-            y = run(x, crow_indices, col_indices, values, bias, out_features, activation, plan)
+                return differentiate(*args, run)
+            y = run(*args)
             if y is not None:
                 return y
     return None
 
 
-def find(
-    x: Tensor,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    out_features: int | None,
-    activation: str,
-    plan: Tensor | None,
-) -> Run | None:
-    """The closure of the newest entry for a call like this one, or None.
-
-    Args:
-        x: as the op has it, as have all others.
-        crow_indices: crow_indices.
-        col_indices: col_indices.
-        values: values.
-        bias: bias.
-        out_features: out_features.
-        activation: activation.
-        plan: plan.
-    """
+def find(*args: Any) -> Run | None:
+    """The closure of the newest entry for a call of the op with these eight arguments, or None."""
+    x, crow_indices, col_indices, values, bias, out_features, activation, plan = args
     if type(x) is not Tensor or type(values) not in _TYPES:
         return None
     b = _NO_BIAS if bias is None else bias
@@ -168,18 +155,25 @@ def find(
     return None
 
 
-def remember(
-    run: Run,
-    differentiate: Callable[..., Tensor] | None,
-    x: Tensor,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    out_features: int | None,
-    activation: str,
-    plan: Tensor | None,
-) -> None:
+def remember_above(differentiate: Callable[..., Tensor], x: Tensor, *others: Any) -> None:
+    """Let calls like this one, which went the long way, go directly from the caller to the kernel.
+
+    Args:
+        differentiate: see :func:`remember`.
+        x: as the op has it.
+        *others: the op's other arguments.
+    """
+    if type(x) is not Tensor:
+        return
+    run = _devices.get(x.device.type)
+    if run is None:
+        with torch._C._AutoDispatchBelowAutograd():
+            run = find(x, *others)  # what the backend has remembered for calls that reach it
+    if run is not None and find(x, *others) is not run:
+        remember(run, differentiate, x, *others)
+
+
+def remember(run: Run, differentiate: Callable[..., Tensor] | None, *args: Any) -> None:
     """Serve calls like this one, in the same mode of dispatch, by a closure; if nobody but a backend serves it now.
 
     Shapes that are seen for the first time are only noted: making an entry costs as much as it saves in a few calls,
@@ -189,15 +183,9 @@ def remember(
         run: takes the op's eight arguments and returns its output, or None to have the call go the long way.
         differentiate: for calls with gradients, takes the eight arguments and `run`. None if they are not expected
             here, because autograd is through with the call.
-        x: as the op has it, as have all others.
-        crow_indices: crow_indices.
-        col_indices: col_indices.
-        values: values.
-        bias: bias.
-        out_features: out_features.
-        activation: activation.
-        plan: plan.
+        *args: the op's eight arguments.
     """
+    x, crow_indices, col_indices, values, bias, out_features, activation, plan = args
     if not USABLE:
         return
     key = (x.shape, values.shape)
@@ -213,9 +201,11 @@ def remember(
     keys, needs_grad = 0, False
     for tensor in tensors:
         own = _own_keys(tensor)
-        needs_grad |= tensor.requires_grad and own & _AUTOGRAD != 0
+        needs_grad |= tensor.requires_grad and own & _autograd_keys != 0
         keys |= own
-    if keys & ~(_BACKENDS | _AUTOGRAD) or (keys & _AUTOGRAD and differentiate is None):
+    if keys & ~(_backend_keys | _autograd_keys) or (
+        keys & _autograd_keys and differentiate is None
+    ):
         return
     b = _NO_BIAS if bias is None else bias
     p = _NO_PLAN if plan is None else plan

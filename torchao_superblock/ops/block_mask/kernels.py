@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchao_superblock.ops.mask_guards import TOLERANCE, Guards
+from torchao_superblock.ops.block_mask.guards import TOLERANCE, Guards
 
 MAX_PAIRWISE_BLOCKS = 16384
 """Above this many blocks, comparing all pairs costs more than sorting does."""
@@ -40,7 +40,7 @@ def _places(scores, index, n):
 
 @triton.jit
 def _mix(x):
-    # As in mask_guards.py.
+    # As in guards.py.
     x = (x & 0x7FFFFFFF) * 0x2545F491 + ((x >> 31) & 0x7FFFFFFF) * 0x5BD1E995
     return ((x & 0x7FFFFFFF) * 0x1B873593) ^ (x >> 31)
 
@@ -58,7 +58,7 @@ def _settle(
     J_TILE: tl.constexpr,
     J_TILES: tl.constexpr,
 ):
-    """`n_kept`, `frozen`, whether `held_mean` stands for `held`, `live`: see mask_guards.settle."""
+    """`n_kept`, `frozen`, whether `held_mean` stands for `held`, `live`: see guards.settle."""
     n_kept = tl.load(n_kept_ptr)
     frozen = tl.load(frozen_ptr).to(tl.int64)
     mean = tl.load(moments_ptr)
@@ -95,19 +95,38 @@ def _settle(
 
 
 @triton.jit
-def _state(
+def _block_mask_kernel(
+    ranked_ptr,  # (n,) float32 scores, or int64 blocks by descending score
     n_kept_ptr,
     held_ptr,
     frozen_ptr,
     checksums_ptr,
     moments_ptr,
     held_mean_ptr,
+    out_ptr,  # (n + 1,) uint8: the mask, then `live`
     n,
+    SORTED: tl.constexpr,
     GUARDED: tl.constexpr,
     TOLERANCE: tl.constexpr,
+    I_TILE: tl.constexpr,
     J_TILE: tl.constexpr,
-    J_TILES: tl.constexpr,
+    J_TILES: tl.constexpr,  # a constant, for the interpreters that cannot loop to an argument
 ):
+    place = tl.program_id(0) * I_TILE + tl.arange(0, I_TILE)
+    in_range = place < n
+    i = place
+    if SORTED:
+        i = tl.load(ranked_ptr + place, mask=in_range, other=0)
+    else:
+        # The place of i is the number of blocks ahead of it. All pairs are compared: for the few hundred to few
+        # thousand blocks of a layer that is one short kernel, where a sort is several.
+        key_i = _places(tl.load(ranked_ptr + i, mask=in_range, other=0.0), i, n)
+        place = tl.zeros((I_TILE,), dtype=tl.int32)
+        for tile in range(0, J_TILES):
+            j = tile * J_TILE + tl.arange(0, J_TILE)
+            key_j = _places(tl.load(ranked_ptr + j, mask=j < n, other=0.0), j, n)
+            place += tl.sum((key_j[None, :] > key_i[:, None]).to(tl.int32), axis=1)
+    # Every program reads the whole state again, which costs less than a launch of its own would.
     if GUARDED:
         n_kept, frozen, by_mean, live = _settle(
             n_kept_ptr,
@@ -124,104 +143,14 @@ def _state(
     else:
         n_kept = tl.load(n_kept_ptr)
         frozen = tl.load(frozen_ptr) != 0
-        by_mean = frozen & (frozen == 0)
         live = tl.where(frozen, 0, 1)
-    return n_kept, frozen, by_mean, live
-
-
-@triton.jit
-def _keep(ahead, i, frozen, by_mean, live, held_ptr, held_mean_ptr, n, GUARDED: tl.constexpr):
-    """Which of the blocks `i` are kept, if `ahead` says so while nothing is held."""
-    keep = ahead.to(tl.uint8)
+    keep = (place < n_kept).to(tl.uint8)
     if frozen:
-        keep = (tl.load(held_ptr + i, mask=i < n, other=0) != 0).to(tl.uint8)
+        keep = (tl.load(held_ptr + i, mask=in_range, other=0) != 0).to(tl.uint8)
         if GUARDED:
             if by_mean:
-                keep = (tl.load(held_mean_ptr + i, mask=i < n, other=0.0) > 0.5).to(tl.uint8)
-    return tl.where(live == 2, tl.zeros_like(keep), keep)
-
-
-@triton.jit
-def _block_mask_kernel(
-    scores_ptr,  # (n,) float32
-    n_kept_ptr,
-    held_ptr,
-    frozen_ptr,
-    checksums_ptr,
-    moments_ptr,
-    held_mean_ptr,
-    out_ptr,  # (n + 1,) uint8: the mask, then `live`
-    n,
-    GUARDED: tl.constexpr,
-    TOLERANCE: tl.constexpr,
-    I_TILE: tl.constexpr,
-    J_TILE: tl.constexpr,
-    J_TILES: tl.constexpr,  # a constant, for the interpreters that cannot loop to an argument
-):
-    # rank[i] = number of blocks ahead of i. All pairs are compared: for the few hundred to few
-    # thousand blocks of a layer that is one short kernel, where a sort is several.
-    i = tl.program_id(0) * I_TILE + tl.arange(0, I_TILE)
-    in_range = i < n
-    place_i = _places(tl.load(scores_ptr + i, mask=in_range, other=0.0), i, n)
-    rank = tl.zeros((I_TILE,), dtype=tl.int32)
-    for tile in range(0, J_TILES):
-        j = tile * J_TILE + tl.arange(0, J_TILE)
-        place_j = _places(tl.load(scores_ptr + j, mask=j < n, other=0.0), j, n)
-        rank += tl.sum((place_j[None, :] > place_i[:, None]).to(tl.int32), axis=1)
-    # Every program reads the whole state again, which costs less than a launch of its own would.
-    n_kept, frozen, by_mean, live = _state(
-        n_kept_ptr,
-        held_ptr,
-        frozen_ptr,
-        checksums_ptr,
-        moments_ptr,
-        held_mean_ptr,
-        n,
-        GUARDED,
-        TOLERANCE,
-        J_TILE,
-        J_TILES,
-    )
-    keep = _keep(rank < n_kept, i, frozen, by_mean, live, held_ptr, held_mean_ptr, n, GUARDED)
-    tl.store(out_ptr + i, keep, mask=in_range)
-    if tl.program_id(0) == 0:
-        tl.store(out_ptr + n, live.to(tl.uint8))
-
-
-@triton.jit
-def _choose_blocks_kernel(
-    order_ptr,  # (n,) int64: blocks by descending score
-    n_kept_ptr,
-    held_ptr,
-    frozen_ptr,
-    checksums_ptr,
-    moments_ptr,
-    held_mean_ptr,
-    out_ptr,  # (n + 1,) uint8: the mask, then `live`
-    n,
-    GUARDED: tl.constexpr,
-    TOLERANCE: tl.constexpr,
-    I_TILE: tl.constexpr,
-    J_TILE: tl.constexpr,
-    J_TILES: tl.constexpr,
-):
-    place = tl.program_id(0) * I_TILE + tl.arange(0, I_TILE)
-    in_range = place < n
-    i = tl.load(order_ptr + place, mask=in_range, other=0)
-    n_kept, frozen, by_mean, live = _state(
-        n_kept_ptr,
-        held_ptr,
-        frozen_ptr,
-        checksums_ptr,
-        moments_ptr,
-        held_mean_ptr,
-        n,
-        GUARDED,
-        TOLERANCE,
-        J_TILE,
-        J_TILES,
-    )
-    keep = _keep(place < n_kept, i, frozen, by_mean, live, held_ptr, held_mean_ptr, n, GUARDED)
+                keep = (tl.load(held_mean_ptr + i, mask=in_range, other=0.0) > 0.5).to(tl.uint8)
+    keep = tl.where(live == 2, tl.zeros_like(keep), keep)
     tl.store(out_ptr + i, keep, mask=in_range)
     if tl.program_id(0) == 0:
         tl.store(out_ptr + n, live.to(tl.uint8))
@@ -343,44 +272,30 @@ def _mask_weight_backward_kernel(
 
 
 def block_mask(
-    scores: Tensor, n_kept: Tensor, held_mask: Tensor, frozen: Tensor, guards: Guards | None = None
-) -> tuple[Tensor, Tensor]:
-    """See :func:`torchao_superblock.ops.block_mask.block_mask`."""
-    ranked = scores.detach().contiguous()
-    return _launch_mask(_block_mask_kernel, 32, 128, ranked, n_kept, held_mask, frozen, guards)
-
-
-def choose_blocks(
-    order: Tensor, n_kept: Tensor, held_mask: Tensor, frozen: Tensor, guards: Guards | None = None
-) -> tuple[Tensor, Tensor]:
-    """The mask and `live` of :func:`block_mask`, from a ranking that is there already.
-
-    Args:
-        order: int64 `(n,)`, blocks by descending score.
-        n_kept: int64, 0-dim.
-        held_mask: bool or int8 `(R, C)`.
-        frozen: bool or int8, 0-dim.
-        guards: of the three.
-    """
-    return _launch_mask(_choose_blocks_kernel, 1024, 4096, order, n_kept, held_mask, frozen, guards)
-
-
-def _launch_mask(
-    kernel: triton.JITFunction,
-    i_tile: int,
-    j_tile: int,
     ranked: Tensor,
     n_kept: Tensor,
     held_mask: Tensor,
     frozen: Tensor,
-    guards: Guards | None,
+    guards: Guards | None = None,
+    is_sorted: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    """See :func:`torchao_superblock.ops.block_mask.block_mask`.
+
+    Args:
+        ranked: float32, the scores; or int64 `(n,)`, the blocks by descending score.
+        n_kept: int64, 0-dim.
+        held_mask: bool or int8 `(R, C)`.
+        frozen: bool or int8, 0-dim.
+        guards: of the three.
+        is_sorted: which of the two `ranked` is.
+    """
     n = held_mask.numel()
+    i_tile, j_tile = (1024, 4096) if is_sorted else (32, 128)
     out = torch.empty(n + 1, dtype=torch.uint8, device=n_kept.device)
     held = held_mask.contiguous().view(torch.int8)
     with _on_device(n_kept):
-        kernel[(triton.cdiv(n, i_tile),)](
-            ranked,
+        _block_mask_kernel[(triton.cdiv(n, i_tile),)](
+            ranked.detach().contiguous(),
             n_kept,
             held,
             frozen.view(torch.int8),
@@ -388,6 +303,7 @@ def _launch_mask(
             *(guards if guards is not None else (n_kept, n_kept, held)),
             out,
             n,
+            SORTED=is_sorted,
             GUARDED=guards is not None,
             TOLERANCE=TOLERANCE,
             I_TILE=i_tile,

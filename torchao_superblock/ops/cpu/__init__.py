@@ -1,0 +1,180 @@
+"""The CPU backend: the compiled kernel of `csrc/` where there is one (`compiled.py`), else plain PyTorch.
+
+The four functions are those of :class:`torchao_superblock.ops.backends.BackendModule`; an index that lies outside of
+the matrix raises a ValueError in each.
+
+Dimension letters: M tokens, N out_features, K in_features, R and C block rows and columns, r and c
+rows and columns of a block.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, get_num_threads
+
+from torchao_superblock.ops import pytorch
+from torchao_superblock.ops.activations import CODES
+from torchao_superblock.ops.cpu import compiled
+from torchao_superblock.ops.cpu.compiled import backend_info
+from torchao_superblock.ops.plan import plan_fits
+
+__all__ = ["backend_info", "call", "forward", "grad_values", "grad_x"]
+
+# The order of `enum sb_dtype` in csrc/superblock.h.
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+
+
+def forward(
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    plan: Tensor | None,
+) -> Tensor:
+    """`activation(x @ W.T + bias)`."""
+    kernel = compiled.kernel
+    if kernel is None:
+        return pytorch.forward(x, crow, col, values, bias, activation, plan)
+    M, K = x.shape
+    nnz, r, c = values.shape
+    R = crow.shape[0] - 1
+    y = x.new_empty((M, R * r))
+    weight = (crow.data_ptr(), col.data_ptr(), 0, values.data_ptr())
+    results = (0 if bias is None else bias.data_ptr(), y.data_ptr())
+    sizes = (M, R, K // c, r, c, nnz)
+    codes = (_DTYPES[x.dtype], CODES[activation])
+    kernel.product(x.data_ptr(), *x.stride(), *weight, *results, *sizes, *codes, get_num_threads())
+    return y
+
+
+def call(
+    general: Callable[..., Tensor],
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    values: Tensor,
+    bias: Tensor | None = None,
+    out_features: int | None = None,
+    activation: str = "none",
+    plan: Tensor | None = None,
+) -> Tensor:
+    """The op on CPU tensors: the plain case at once, all others (and all errors) by `general`.
+
+    At M = 1 the kernel takes about as long as the general way of checking its arguments, so the
+    case that needs no padding, no copy and no message is recognised here with as few questions as
+    will do.
+    """
+    kernel = compiled.kernel
+    shape, block, rows = x.shape, values.shape, crow.shape
+    if kernel is not None and len(block) == 3 and len(rows) == 1 and len(shape) >= 2:
+        nnz, r, c = block
+        R, K = rows[0] - 1, shape[-1]
+        N = R * r
+        code = _DTYPES.get(x.dtype)
+        act = CODES.get(activation)
+        if (
+            N > 0
+            and c > 0
+            and K % c == 0
+            and code is not None
+            and act is not None
+            and (out_features is None or out_features == N)
+            and values.dtype is x.dtype
+            and crow.dtype is torch.int32
+            and col.dtype is torch.int32
+            and col.shape == (nnz,)
+            and x.is_cpu
+            and crow.is_cpu
+            and col.is_cpu
+            and values.is_cpu
+            and crow.is_contiguous()
+            and col.is_contiguous()
+            and values.is_contiguous()
+            and (
+                bias is None
+                or (
+                    bias.dtype is x.dtype
+                    and bias.shape == (N,)
+                    and bias.is_cpu
+                    and bias.is_contiguous()
+                )
+            )
+            and (plan is None or _fits(plan, R, K // c, nnz))
+        ):
+            if len(shape) == 2:
+                M, strides = shape[0], x.stride()
+            else:
+                M, strides = (x.numel() // K if K else 0), ((K, 1) if x.is_contiguous() else None)
+            if M > 0 and strides is not None:
+                # (sizes one by one: a tuple takes torch a microsecond longer to read)
+                y = x.new_empty(M, N) if len(shape) == 2 else x.new_empty(*shape[:-1], N)
+                kernel.product(
+                    x.data_ptr(),
+                    *strides,
+                    crow.data_ptr(),
+                    col.data_ptr(),
+                    0,
+                    values.data_ptr(),
+                    0 if bias is None else bias.data_ptr(),
+                    y.data_ptr(),
+                    M,
+                    R,
+                    K // c,
+                    r,
+                    c,
+                    nnz,
+                    code,
+                    act,
+                    get_num_threads(),
+                )
+                return y
+    return general(x, crow, col, values, bias, out_features, activation, plan)
+
+
+def _fits(plan: Tensor, R: int, C: int, nnz: int) -> bool:
+    return plan.dtype is torch.int32 and plan.is_cpu and plan_fits(plan.numel(), R, C, nnz)
+
+
+def grad_x(
+    grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, plan: Tensor | None, n_block_cols: int
+) -> Tensor:
+    """`grad @ W`; the kernel transposes the index itself, in no time beside the product."""
+    kernel = compiled.kernel
+    if kernel is None:
+        return pytorch.grad_x(grad, crow, col, values, plan, n_block_cols)
+    M = grad.shape[0]
+    nnz, r, c = values.shape
+    R = crow.shape[0] - 1
+    out = grad.new_empty((M, n_block_cols * c))
+    weight = (crow.data_ptr(), col.data_ptr(), 1, values.data_ptr())
+    sizes = (M, n_block_cols, R, c, r, nnz)
+    codes = (_DTYPES[grad.dtype], CODES["none"])
+    threads = get_num_threads()
+    kernel.product(
+        grad.data_ptr(), *grad.stride(), *weight, 0, out.data_ptr(), *sizes, *codes, threads
+    )
+    return out
+
+
+def grad_values(
+    grad: Tensor,
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    plan: Tensor | None,
+    block_rows: int,
+    block_cols: int,
+) -> Tensor:
+    """The stored blocks of `grad.T @ x`."""
+    kernel = compiled.kernel
+    if kernel is None:
+        return pytorch.grad_values(grad, x, crow, col, plan, block_rows, block_cols)
+    (M, K), nnz = x.shape, col.shape[0]
+    out = x.new_empty((nnz, block_rows, block_cols))
+    operands = (grad.data_ptr(), *grad.stride(), x.data_ptr(), *x.stride())
+    index = (crow.data_ptr(), col.data_ptr(), out.data_ptr())
+    sizes = (M, crow.shape[0] - 1, K // block_cols, block_rows, block_cols, nnz)
+    kernel.grad_values(*operands, *index, *sizes, _DTYPES[x.dtype], get_num_threads())
+    return out
