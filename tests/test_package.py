@@ -95,8 +95,8 @@ def test_cuda_is_served_by_plain_pytorch_where_triton_is_absent():
         """
 import sys
 sys.modules["triton"] = None
-from torchao_superblock.ops.bsr_linear import cuda_backend
-assert cuda_backend().__name__.endswith("gather_gemm")
+from torchao_superblock.ops.backends import backend_of
+assert backend_of("cuda").module.__name__.endswith("ops.pytorch")
 """
     )
 

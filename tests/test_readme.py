@@ -91,7 +91,7 @@ def test_every_room_that_contributing_names_exists():
     package = ROOT / "torchao_superblock"
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     named = re.findall(r"`((?:bsr|common|masks|ops|pruning)/[\w/.]*)`", text)
-    assert {"bsr/layers.py", "masks/base.py", "ops/gather_gemm.py"} <= set(named)
+    assert {"bsr/layers.py", "masks/base.py", "ops/pytorch.py"} <= set(named)
     for name in named:
         assert (package / name).exists() or (package / "pruning" / name).exists(), name
 

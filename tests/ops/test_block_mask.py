@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="needs Triton, which this platform lacks")
 INTERPRETED = """
     import itertools, torch
     from torchao_superblock.ops import block_mask as plain
-    from torchao_superblock.ops import block_mask_triton as kernels
+    from torchao_superblock.ops.block_mask import kernels
     from torchao_superblock.pruning import BlockMask
 
     torch.manual_seed(0)
@@ -122,7 +122,7 @@ COMPILED = """
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from torchao_superblock.ops import block_mask_triton as kernels
+    from torchao_superblock.ops.block_mask import kernels
 
     def build(kernel, pointers, **constants):
         names = kernel.arg_names

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torchao_superblock.ops import break_even
+from torchao_superblock.ops import break_even, cpu
 from torchao_superblock.ops.break_even import CAUTIOUS
 
 HOPPER = (9, 0)
@@ -60,14 +60,8 @@ def test_bfloat16_waits_for_a_measurement_where_the_processor_multiplies_it(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: products)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    monkeypatch.setattr(break_even, "cpu_backend", lambda: Compiled)
+    monkeypatch.setattr(cpu, "backend_info", lambda: {"name": "c-avx512"})
     found = break_even.break_even("cpu", (32, 32), torch.bfloat16)
     assert found.measured is not products
     assert (found.sparsity == CAUTIOUS) is products
     assert break_even.break_even("cpu", (32, 32), torch.float32).measured
-
-
-class Compiled:
-    @staticmethod
-    def backend_info() -> dict[str, object]:
-        return {"name": "c-avx512"}

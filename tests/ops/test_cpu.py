@@ -1,6 +1,7 @@
 """The CPU backend: every kernel it can choose, against dense float64."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,39 +14,34 @@ import pytest
 import torch
 from torch import Tensor
 
+import torchao_superblock
 from tests.reference import EXTREMES, TOLERANCE, random_bsr, relative_error
 from torchao_superblock.ops import cpu
-from torchao_superblock.ops.activations import ACTIVATIONS
+from torchao_superblock.ops.activations import ACTIVATIONS, CODES
+from torchao_superblock.ops.cpu import compiled
 from torchao_superblock.ops.plan import build_plan
 from torchao_superblock.ops.source_hash import source_hash
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 BLOCKSIZES = [1, 3, 8, 16, 32, 64, 256, (16, 64), (64, 16), (5, 7), (48, 24), (1, 32), (32, 1)]
 KERNELS = ["pytorch", "baseline", "avx2", "avx512"]
-CSRC = Path(cpu.__file__).with_name("csrc")
+CSRC = Path(torchao_superblock.__file__).parent / "ops" / "csrc"
 op = torch.ops.torchao_superblock
 
 
 @pytest.fixture(params=KERNELS)
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each kernel in turn, whichever this process would have chosen."""
-    if request.param == "pytorch":
-        monkeypatch.setattr(cpu, "_kernel", None)
-        yield "pytorch"
-        return
-    if cpu._kernel is None:
-        pytest.skip(str(cpu.backend_info()["reason"]))
-    if request.param not in cpu._kernel.supported_isas():
-        pytest.skip(f"this processor has no {request.param}")
-    chosen = cpu._kernel.isa()
-    cpu._kernel.select_isa(request.param)
-    yield request.param
-    cpu._kernel.select_isa(chosen)
+    info = cpu.backend_info()
+    if request.param != "pytorch" and request.param not in info.get("supported_isas", ()):
+        pytest.skip(f"no {request.param} here; {info['reason']}")
+    with compiled.using(request.param):
+        yield request.param
 
 
 @pytest.fixture
-def compiled() -> None:
-    if cpu._kernel is None:
+def has_compiled() -> None:
+    if compiled.kernel is None:
         pytest.skip(str(cpu.backend_info()["reason"]))
 
 
@@ -274,7 +270,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads(kernel: str, thread
         assert torch.equal(again, results[-1][0])
 
 
-def test_rows_do_not_depend_on_their_neighbours(compiled: None) -> None:
+def test_rows_do_not_depend_on_their_neighbours(has_compiled: None) -> None:
     """A row's result is the same bits in a batch of any size from the smallest packed one on."""
     _, crow, col, values = random_bsr(128, 128, 16, 0.5)
     x = torch.randn(300, 128)
@@ -292,7 +288,7 @@ def test_an_updated_weight_is_seen_by_the_next_call(kernel: str) -> None:
         assert torch.equal(cpu.forward(x, crow, col, values, None, "none", None), 2 * before)
 
 
-def test_the_plain_case_takes_the_short_way(compiled: None) -> None:
+def test_the_plain_case_takes_the_short_way(has_compiled: None) -> None:
     """`call` serves whole blocks by itself, and leaves what needs a copy, padding or an error."""
     dense, crow, col, values = random_bsr(64, 96, 16, 0.5)
     bias, plan = torch.randn(64), build_plan(crow, col, 6)
@@ -372,7 +368,7 @@ def test_several_python_threads_at_once(kernel: str) -> None:
 def python(code: str, timeout: float = 120, **environment: str) -> str:
     """Run code in a new process; its standard output."""
 
-    root = Path(cpu.__file__).parent.parent.parent
+    root = Path(torchao_superblock.__file__).parents[1]
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
         [sys.executable, "-c", code],
@@ -412,7 +408,7 @@ print(same)                             # the parent goes on as before
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_a_forked_child_runs_on_one_thread(compiled: None) -> None:
+def test_a_forked_child_runs_on_one_thread(has_compiled: None) -> None:
     assert python(FORK).split() == ["0", "True"]
 
 
@@ -439,11 +435,11 @@ print(torch.allclose(bsr_linear(x, crow, col, values), expected, atol=1e-4))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_a_child_forked_before_the_kernel_was_loaded_runs_on_one_thread(compiled: None) -> None:
+def test_a_child_forked_before_the_kernel_was_loaded_runs_on_one_thread(has_compiled: None) -> None:
     assert python(FORK_BEFORE_THE_FIRST_CALL).split() == ["0", "True"]
 
 
-def test_the_gil_is_released(compiled: None) -> None:
+def test_the_gil_is_released(has_compiled: None) -> None:
     """Another Python thread runs while the kernel does: it sees the call begin and not yet end."""
     _, crow, col, values = random_bsr(2048, 2048, 64, 0.0)
     x = torch.randn(1024, 2048)
@@ -480,7 +476,7 @@ def test_the_environment_forces_the_pytorch_path() -> None:
     assert name == "pytorch" and "TORCHAO_SUPERBLOCK_CPU_BACKEND=pytorch" in reason
 
 
-def test_the_environment_chooses_the_instruction_set(compiled: None) -> None:
+def test_the_environment_chooses_the_instruction_set(has_compiled: None) -> None:
     name, reason = python(
         SHOW, TORCHAO_SUPERBLOCK_CPU_ISA="baseline", TORCHAO_SUPERBLOCK_CPU_BACKEND=""
     ).split("\n")
@@ -495,37 +491,26 @@ def test_the_environment_chooses_the_instruction_set(compiled: None) -> None:
     ],
 )
 def test_an_unknown_choice_in_the_environment_is_an_error(
-    compiled: None, monkeypatch: pytest.MonkeyPatch, variable: str, choices: str
+    has_compiled: None, variable: str, choices: str
 ) -> None:
-    monkeypatch.delenv("TORCHAO_SUPERBLOCK_CPU_BACKEND", raising=False)
-    monkeypatch.setenv(variable, "fastest")
     with pytest.raises(ValueError, match=f"{variable}='fastest'.*{choices}"):
-        cpu._load()
+        compiled.load({variable: "fastest"})
 
 
-def test_a_stale_extension_is_reported_and_not_used(
-    compiled: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("TORCHAO_SUPERBLOCK_CPU_BACKEND", raising=False)
-    monkeypatch.setattr(cpu, "source_hash", lambda directory: "0123456789abcdef")
-    kernel, info = cpu._load()
+def test_a_stale_extension_is_reported_and_not_used(has_compiled: None, tmp_path: Path) -> None:
+    (tmp_path / "changed.c").write_text("int changed;\n")
+    kernel, info = compiled.load({}, tmp_path)
     assert kernel is None and info["name"] == "pytorch"
     assert "stale" in info["reason"] and "pip install" in info["reason"]
-    assert info["matches_source"] is False and info["source_hash"] == "0123456789abcdef"
+    assert info["matches_source"] is False and info["source_hash"] == source_hash(tmp_path)
 
 
-def test_a_missing_extension_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TORCHAO_SUPERBLOCK_CPU_BACKEND", raising=False)
-
-    def missing(name: str) -> None:
-        raise ImportError(f"No module named {name!r}")
-
-    monkeypatch.setattr(cpu, "import_module", missing)
-    kernel, info = cpu._load()
+def test_a_missing_extension_is_reported() -> None:
+    kernel, info = compiled.load({}, name="torchao_superblock.ops._missing")
     assert kernel is None and info["name"] == "pytorch" and "compiler" in info["reason"]
 
 
-def test_the_extension_in_use_is_of_these_sources(compiled: None) -> None:
+def test_the_extension_in_use_is_of_these_sources(has_compiled: None) -> None:
     info = cpu.backend_info()
     assert info["matches_source"] is True
     assert info["source_hash"] == info["built_from"] == source_hash(CSRC)
@@ -544,3 +529,23 @@ def test_the_source_hash_names_every_change(tmp_path: Path) -> None:
     header.write_text(header.read_text() + "\n/* one more line */\n")
     assert source_hash(copy) not in (None, first)
     assert source_hash(tmp_path / "nothing") is None
+
+
+def test_a_kernel_that_is_not_there_cannot_be_used(has_compiled: None) -> None:
+    before = cpu.backend_info()
+    with (
+        pytest.raises(ValueError, match="'sse9': this processor has baseline"),
+        compiled.using("sse9"),
+    ):
+        raise AssertionError("used all the same")
+    with pytest.raises(KeyError), compiled.using("pytorch"):
+        assert cpu.backend_info()["name"] != before["name"]
+        raise KeyError
+    assert cpu.backend_info() == before
+
+
+def test_codes_of_activations_and_dtypes_are_those_of_the_c_sources() -> None:
+    header = (CSRC / "superblock.h").read_text(encoding="utf-8")
+    names = re.search(r"enum sb_activation \{ (.*) \};", header).group(1).split(", ")
+    assert [name.removeprefix("SB_").lower() for name in names] == list(CODES)
+    assert list(CODES.values()) == list(range(len(names)))

@@ -11,6 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from torchao_superblock.bsr.casting import cast_like
+from torchao_superblock.bsr.folded_activation import FoldedActivation, is_watched
 from torchao_superblock.bsr.format import (
     bsr_parts,
     bsr_to_dense,
@@ -166,6 +167,9 @@ class BSRLinear(nn.Module):
     Attributes:
         weight: a :class:`BSRWeight` that stands for the `(N, K)` weight.
         dense_shape: as given, or else the layer's own shape.
+        place: where the activation was folded into the layer, the :class:`FoldedActivation` that keeps its place, in a
+            tuple; else None. Hooks that are put on either of the two see what they saw before: the activation is
+            applied in its place while they are there.
 
     Raises:
         ValueError, TypeError: the arguments break an invariant; the message says which.
@@ -183,6 +187,9 @@ class BSRLinear(nn.Module):
 
     _dense_shape: tuple[int, int] | None = None
     _index_record: IndexRecord | None = None  # what `plan` was made from
+    place: tuple[FoldedActivation] | None = (
+        None  # of the activation, if it was folded into the layer
+    )
 
     def __init__(
         self,
@@ -371,6 +378,13 @@ class BSRLinear(nn.Module):
         return self._dense_shape or (self.out_features, self.in_features)
 
     @property
+    def applied_activation(self) -> str:
+        """`activation`, or `"none"` while hooks watch what comes between it and the rest of the layer."""
+        if self.place is None or self.activation == "none":
+            return self.activation
+        return "none" if is_watched(self, self.place[0]) else self.activation
+
+    @property
     def is_narrowed(self) -> bool:
         """Whether features of the `nn.Linear` that the layer stands for were dropped."""
         return self.dense_shape != (self.out_features, self.in_features)
@@ -405,7 +419,7 @@ class BSRLinear(nn.Module):
             col_indices,
             values,
             bias,
-            self.activation,
+            self.applied_activation,
             plan,
         )
 

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 
 from tests.pruning.masks.kinds import KINDS
 from torchao_superblock.ops import block_mask as arithmetic
-from torchao_superblock.ops import mask_guards
+from torchao_superblock.ops.block_mask import guards as mask_guards
 from torchao_superblock.pruning import BlockMask, squash
 
 GUARDS = ("checksums", "moments", "held_mean")

@@ -1,22 +1,19 @@
-"""What neighbours in an `nn.Sequential` save each other once they are swapped: activations, and dead features.
-
-An `nn.Sequential` is the one container that says what follows what. Those with a `forward` of their own are left
-alone, and so are modules that hooks watch or that have another place in the model.
-"""
+"""Features between two swapped layers that need not be computed: nobody reads them, or they are always the same."""
 
 import math
 from collections import Counter
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchao_superblock.bsr.dataflow import Dataflow, Step, count_places
 from torchao_superblock.bsr.folded_activation import FoldedActivation, activation_name
-from torchao_superblock.bsr.linear import BSRLinear, has_own_forward
-from torchao_superblock.common.modules import has_hooks, parameter_owners, storage_address
-from torchao_superblock.common.names import without_compile_prefix
+from torchao_superblock.bsr.linear import BSRLinear
+from torchao_superblock.common.modules import parameter_owners, storage_address
 from torchao_superblock.ops import ACTIVATIONS
 from torchao_superblock.ops.plan import STRIP
 
@@ -41,45 +38,38 @@ DETERMINISTIC = (
     FoldedActivation,
 )
 _DROPOUTS = (nn.AlphaDropout, nn.Dropout)
+_FUNCTIONS = (
+    *(F.celu, F.elu, F.gelu, F.hardsigmoid, F.hardswish, F.hardtanh, F.leaky_relu, F.mish, F.relu),
+    *(F.relu6, F.selu, F.silu, F.softplus, torch.relu, torch.sigmoid, torch.tanh),
+)
 
 
 class LinearPair(NamedTuple):
-    """Two swapped layers of an `nn.Sequential` with nothing but elementwise modules between them."""
+    """Two swapped layers with nothing but elementwise steps between them, each with a single reader.
 
-    sequential: nn.Sequential
+    Attributes:
+        flow: the dataflow of the module that calls them.
+        first, second: their paths in it.
+        between: what is between, one after the other, as it is in the module's present mode.
+        is_random: whether a dropout between them is active.
+    """
+
+    flow: Dataflow
     first: str
     second: str
-    between: list[nn.Module]
-    fqns: tuple[str, str]
+    between: list[Callable[[Tensor], Tensor]]
+    is_random: bool
+
+    @property
+    def fqns(self) -> tuple[str, str]:
+        return self.flow.name(self.first), self.flow.name(self.second)
+
+    @property
+    def layers(self) -> tuple[BSRLinear, BSRLinear]:
+        return self.flow.piece(self.first), self.flow.piece(self.second)
 
 
-def fold_activations(model: nn.Module) -> list[str]:
-    """Let each BSRLinear apply the activation that directly follows it, where that gives the same result.
-
-    Args:
-        model: changed in place; an identity keeps the activation's place.
-
-    Returns:
-        A sentence about each.
-    """
-    notes = []
-    for prefix, sequential, places in _sequentials(model):
-        for (first, layer), (second, module) in pairwise(list(sequential._modules.items())):
-            if (
-                _is_free(layer, places)
-                and layer.activation == "none"
-                and activation_name(module) is not None
-                and _is_plain(module)
-            ):
-                setattr(sequential, second, FoldedActivation(module))
-                layer.activation = activation_name(module)
-                notes.append(
-                    f"{prefix}{first}: applies the {type(module).__name__} behind it itself"
-                )
-    return notes
-
-
-def drop_dead_features(model: nn.Module) -> list[str]:
+def drop_dead_features(model: nn.Module, flows: Sequence[Dataflow]) -> list[str]:
     """Drop the features between two swapped layers that need not be computed; the result stays the same.
 
     Such a feature is *unread*, when the second layer stores no block for it, or *constant*, when the first layer stores
@@ -88,60 +78,40 @@ def drop_dead_features(model: nn.Module) -> list[str]:
 
     Args:
         model: changed in place; pairs of layers are replaced by narrower ones.
+        flows: its dataflows.
 
     Returns:
-        A sentence about each pair that became narrower.
+        A sentence about each pair that became narrower, and about each that hooks, or other uses, kept from it.
     """
+    notes: list[str] = []
     dropped: dict[tuple[str, str], Counter[str]] = {}
     changed = True
     while changed:  # in a chain, what one pair drops may be the last use of a feature before it
         changed = False
-        for pair in list(linear_pairs(model)):
+        for pair in list(linear_pairs(model, flows, notes)):
             with torch.inference_mode(False), torch.no_grad():
                 counts = _narrow(pair)
             if counts is not None:
                 dropped.setdefault(pair.fqns, Counter()).update(counts)
                 changed = True
-    return [
+    return [*dict.fromkeys(notes)] + [
         f"{first}: {counts.total()} of its features are dropped: {counts['unread']} that {second} does not read, "
         f"{counts['constant']} that are the same for every input"
         for (first, second), counts in dropped.items()
     ]
 
 
-def _sequentials(
-    model: nn.Module,
-) -> Iterator[tuple[str, nn.Sequential, Counter[nn.Module]]]:
-    """Each `nn.Sequential` that runs its modules in order: `(prefix of their FQNs, itself, places of modules)`."""
-    places = Counter(
-        child
-        for module in model.modules()
-        for child in module._modules.values()
-        if child is not None
-    )
-    for fqn, module in model.named_modules():
-        if (
-            isinstance(module, nn.Sequential)
-            and type(module).forward is nn.Sequential.forward
-            and not has_own_forward(module)
-        ):
-            prefix = without_compile_prefix(fqn)
-            yield f"{prefix}." if prefix else "", module, places
+def linear_pairs(
+    model: nn.Module, flows: Sequence[Dataflow], notes: list[str] | None = None
+) -> Iterator[LinearPair]:
+    """Each two swapped layers that only see each other, and may be replaced together.
 
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a module does what its class says, unwatched."""
-    return not has_hooks(module) and not has_own_forward(module)
-
-
-def _is_free(module: nn.Module, places: Counter[nn.Module]) -> bool:
-    """Whether nobody but its neighbours can tell what goes into and comes out of a BSRLinear."""
-    return isinstance(module, BSRLinear) and places[module] == 1 and _is_plain(module)
-
-
-def linear_pairs(model: nn.Module) -> Iterator[LinearPair]:
-    """Each two swapped layers that only see each other, and may be replaced together."""
-    owners = parameter_owners(model)
+    Args:
+        model: the whole model.
+        flows: its dataflows.
+        notes: is given a sentence about each two that would be a pair, if others could not tell.
+    """
+    owners, places = parameter_owners(model), count_places(model)
 
     def is_replaceable(layer: nn.Module) -> bool:
         tensors = layer._parameters.keys() | layer._buffers.keys()
@@ -156,20 +126,45 @@ def linear_pairs(model: nn.Module) -> Iterator[LinearPair]:
             )
         )
 
-    for prefix, sequential, places in _sequentials(model):
-        first: str | None = None
-        between: list[nn.Module] = []
-        for name, module in sequential._modules.items():
-            if _is_free(module, places) and is_replaceable(module):
-                if first is not None:
-                    yield LinearPair(
-                        sequential, first, name, between, (f"{prefix}{first}", f"{prefix}{name}")
-                    )
-                first, between = name, []
-            elif type(module) in (*DETERMINISTIC, *_DROPOUTS) and _is_plain(module):
-                between.append(module)
-            else:
-                first = None
+    for flow in flows:
+        for first, steps in flow.chains.items():
+            if not steps or not isinstance(_module(flow, steps[-1]), BSRLinear):
+                continue
+            *middle, last = steps
+            between = [_elementwise(flow, step) for step in middle]
+            if any(one is None for one in between):
+                continue
+            paths = (first, *(step.path for step in middle if step.path), last.path)
+            obstacle = next(filter(None, (flow.obstacle(path, places) for path in paths)), None)
+            pair = LinearPair(
+                flow, first, last.path, between, any(_is_random(flow, step) for step in middle)
+            )
+            if obstacle is None and all(map(is_replaceable, pair.layers)):
+                yield pair
+            elif obstacle is not None and notes is not None:
+                notes.append(f"{pair.fqns[0]}: none of its features are dropped, since {obstacle}")
+
+
+def _module(flow: Dataflow, step: Step) -> object:
+    return flow.piece(step.path) if step.path else step.function
+
+
+def _elementwise(flow: Dataflow, step: Step) -> Callable[[Tensor], Tensor] | None:
+    """What a step does, outside of training, if it makes each feature from that feature alone and keeps its place."""
+    piece = _module(flow, step)
+    if piece is F.dropout or isinstance(piece, _DROPOUTS):
+        return nn.Identity() if type(piece) in (*_DROPOUTS, type(F.dropout)) else None
+    if not step.path:
+        is_known = any(piece is function for function in _FUNCTIONS)
+        return partial(piece, *step.arguments, **dict(step.keywords)) if is_known else None
+    return piece if type(piece) in DETERMINISTIC or activation_name(piece) is not None else None
+
+
+def _is_random(flow: Dataflow, step: Step) -> bool:
+    piece = _module(flow, step)
+    if piece is F.dropout:
+        return flow.owner.training and dict(step.keywords).get("p", 0.5) > 0
+    return isinstance(piece, _DROPOUTS) and piece.training and piece.p > 0
 
 
 def _narrow(pair: LinearPair, fold: bool = True) -> dict[str, int] | None:
@@ -177,7 +172,7 @@ def _narrow(pair: LinearPair, fold: bool = True) -> dict[str, int] | None:
 
     `fold` says that the second layer's bias may take up constants.
     """
-    first, second = pair.sequential._modules[pair.first], pair.sequential._modules[pair.second]
+    first, second = pair.layers
     features = first.out_features
     unit = math.lcm(first.blocksize[0], second.blocksize[1])
     if second.in_features != features:
@@ -186,7 +181,7 @@ def _narrow(pair: LinearPair, fold: bool = True) -> dict[str, int] | None:
     columns = torch.bincount(second.col_indices, minlength=features // second.blocksize[1])
     columns = columns.view(-1, unit // second.blocksize[1]).sum(1)
     unread, constant = columns == 0, torch.zeros_like(rows, dtype=torch.bool)
-    value = _constant(first, pair.between)
+    value = None if pair.is_random else _constant(first, pair.between)
     if value is not None:
         value = value.view(-1, unit)
         constant = ~unread & (rows == 0)
@@ -211,23 +206,21 @@ def _narrow(pair: LinearPair, fold: bool = True) -> dict[str, int] | None:
         if not torch.equal(bias.isfinite(), total.isfinite()):  # too large for float16
             return _narrow(pair, fold=False)
     kept = (~dead).repeat_interleave(unit)
-    setattr(pair.sequential, pair.first, _with_outputs(first, kept))
-    setattr(pair.sequential, pair.second, _with_inputs(second, kept, bias, second.activation))
+    pair.flow.put(pair.first, _with_outputs(first, kept))
+    pair.flow.put(pair.second, _with_inputs(second, kept, bias, second.activation))
     return {"unread": int(unread.sum()) * unit, "constant": int(constant.sum()) * unit}
 
 
-def _constant(layer: BSRLinear, between: list[nn.Module]) -> Tensor | None:
-    """What features become that no block is stored for, `(out_features,)` float64; None if that is random."""
-    if any(type(module) in _DROPOUTS and module.training and module.p > 0 for module in between):
-        return None
+def _constant(layer: BSRLinear, between: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+    """What features become that no block is stored for, `(out_features,)` float64."""
     dtype, device = layer.values.dtype, layer.values.device
     value = torch.zeros(layer.out_features, dtype=torch.float64, device=device)
     if layer.bias is not None:
         value += layer.bias
     # Rounded where the model rounds.
     value = ACTIVATIONS[layer.activation](value).to(dtype)
-    for module in between:
-        value = module(value.double()).to(dtype)
+    for step in between:
+        value = step(value.double()).to(dtype)
     return value.double()
 
 
@@ -279,4 +272,5 @@ def _part(
         activation=activation,
         dense_shape=layer.dense_shape,
     )
+    part.place = layer.place
     return part.train(layer.training)
