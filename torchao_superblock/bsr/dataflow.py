@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import itertools
+import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -80,15 +81,17 @@ class Gate(NamedTuple):
         gate, up: paths of the layers; the same where one layer computes both.
         activation: path of the activation.
         gate_is_first: whether the gate is the first half, of a single layer.
-        then: the children that the product goes through, one after the other, up to what the module returns. None if it
-            does something else, or has another input than the layers' own.
+        input: name of the argument that the layers read.
+        then: paths of the children that the product goes through, one after the other, up to what the module returns.
+            None if it does anything else.
     """
 
     gate: str
     up: str
     activation: str
     gate_is_first: bool
-    then: tuple[Step, ...] | None
+    input: str
+    then: tuple[str, ...] | None
 
 
 class Traced(NamedTuple):
@@ -168,7 +171,7 @@ def dataflows(model: nn.Module) -> tuple[list[Dataflow], list[str]]:
     flows, notes = [], []
     for fqn, module in model.named_modules():
         name = without_compile_prefix(fqn)
-        known = by_class(_known, type(module)) or _Known("forward", ())
+        known = by_class(_known, _class(module)) or _Known("forward", ())
         layers, others = _pieces(module, known.opened)
         may_fold = any(activation_name(piece) is not None for piece in others)
         if isinstance(module, _CONTAINERS) or not layers or not (may_fold or len(layers) > 1):
@@ -192,7 +195,7 @@ def trace(module: nn.Module, method: str, opened: tuple[str, ...]) -> Traced:
     """The dataflow of one module; raises :class:`Untraceable`."""
     if method == "forward" and has_own_forward(module):
         raise Untraceable("it has a forward of its own")
-    function = getattr(type(module), method, None)
+    function = getattr(_class(module), method, None)
     if function is None:
         raise Untraceable(f"it has no {method}")
     traces = []
@@ -202,13 +205,18 @@ def trace(module: nn.Module, method: str, opened: tuple[str, ...]) -> Traced:
             # What is drawn while tracing must not be missing afterwards.
             with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
                 warnings.simplefilter("ignore")
+                before = dict(vars(stand_in))
                 graph = _Tracer(method, opened).trace(stand_in, given)
         except MemoryError:
             raise
         except Exception as error:
             reason = (str(error).splitlines() or [""])[0]
             raise Untraceable(f"{type(error).__name__}: {reason}") from error
-        traces.append(_read(graph, stand_in))
+        traced = _read(graph, stand_in)
+        after = vars(stand_in)
+        if after.keys() != before.keys() or any(after[k] is not v for k, v in before.items()):
+            traced.gates.clear()  # a forward that keeps something does more than it returns
+        traces.append(traced)
     chains = {
         path: _common([traced.chains[path] for traced in traces])
         for path in traces[0].chains
@@ -293,9 +301,14 @@ def _stand_in(module: nn.Module, opened: tuple[str, ...], training: bool) -> nn.
     return copy
 
 
+def _class(module: nn.Module) -> type[nn.Module]:
+    """The class whose forward says what a module computes: that before it was fused."""
+    return getattr(type(module), "dense_class", type(module))
+
+
 def _shallow(module: nn.Module, training: bool) -> nn.Module:
     """A module with the same content (and so the same grandchildren), but its own mode, and without hooks."""
-    copy = object.__new__(type(module))
+    copy = object.__new__(_class(module))
     hooks = {name: type(getattr(module, name))() for name in HOOKS}
     vars(copy).update(vars(module), training=training, **hooks)
     copy._modules = dict(module._modules)
@@ -352,4 +365,68 @@ def _read(graph: fx.Graph, root: nn.Module) -> Traced:
                 if is_linear(reader):
                     break
             chains[node.target] = tuple(steps)
-    return Traced(chains, {})
+
+    def gate(product: fx.Node) -> tuple[Gate, list[fx.Node]] | None:
+        """What a product is, and the nodes that lead to it."""
+        if not _is_call(product, "mul", operator.mul, torch.mul) or product.kwargs:
+            return None
+        for active, up in (product.args, product.args[::-1]):
+            if not isinstance(active, fx.Node) or active.op != "call_module" or not active.args:
+                continue
+            if step(active, source := active.args[0]) is None:
+                continue
+            if any(not isinstance(n, fx.Node) or len(n.users) != 1 for n in (active, source, up)):
+                continue
+            if is_linear(source) and is_linear(up) and source.args == up.args:
+                nodes, is_first = [source, up], False
+            elif _is_call(source, "", operator.getitem) and _is_call(up, "", operator.getitem):
+                halves, (index, other) = source.args[0], (source.args[1], up.args[1])
+                if up.args[0] is not halves or {index, other} != {0, 1} or len(halves.users) != 2:
+                    continue
+                packed = _halved(halves)
+                if packed is None or not is_linear(packed) or len(packed.users) != 1:
+                    continue
+                nodes, is_first = [packed, packed, halves, source, up], index == 0
+            else:
+                continue
+            x = nodes[0].args[0]
+            if x.op != "placeholder":
+                continue
+            paths = (nodes[0].target, nodes[1].target, active.target)
+            return Gate(*paths, is_first, x.target, None), [x, *nodes, active, product]
+        return None
+
+    gates = {}
+    for node in graph.nodes:
+        found = gate(node)
+        if found is None:
+            continue
+        one, seen = found
+        tail = list(chain(node))
+        last = tail[-1][1] if tail else node
+        seen += [reader for _, reader in tail]
+        returns = [n for n in graph.nodes if n.op == "output" and n.args == (last,)]
+        # What nobody reads is a weight that was asked for its dtype.
+        others = [
+            n for n in graph.nodes if n not in {*seen, *returns} and (n.users or n.op != "get_attr")
+        ]
+        if returns and not others and all(found.path for found, _ in tail):
+            one = one._replace(then=tuple(found.path for found, _ in tail))
+        gates[one.gate] = one
+    return Traced(chains, gates)
+
+
+def _is_call(node: Any, method: str, *functions: Callable) -> bool:
+    if not isinstance(node, fx.Node):
+        return False
+    if node.op == "call_method":
+        return node.target == method
+    return node.op == "call_function" and any(node.target is function for function in functions)
+
+
+def _halved(node: Any) -> fx.Node | None:
+    """What `node` is the two halves of, along its features."""
+    if not _is_call(node, "chunk", torch.chunk):
+        return None
+    names = dict(zip(("chunks", "dim"), node.args[1:], strict=False)) | node.kwargs
+    return node.args[0] if names == {"chunks": 2, "dim": -1} else None

@@ -11,6 +11,7 @@ from torchao_superblock.bsr.folded_activation import (
     fold_into,
     is_equal_to_rounding,
 )
+from torchao_superblock.bsr.gated_mlp import GatedMLP
 from torchao_superblock.bsr.linear import BSRLinear
 
 
@@ -31,6 +32,8 @@ def fold_activations(model: nn.Module, flows: Sequence[Dataflow]) -> list[str]:
         for path, steps in flow.chains.items():
             layer = flow.piece(path)
             if not isinstance(layer, BSRLinear) or layer.activation != "none" or not steps:
+                continue
+            if isinstance(flow.owner, GatedMLP) and path in flow.gates:
                 continue
             step = steps[0]
             activation = flow.piece(step.path) if step.path else step.function

@@ -399,28 +399,28 @@ class BSRLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in_features)` -> `(..., out_features)`, contiguous."""
+        *operands, plan = self.operands()
+        activation = self.applied_activation
+        return _run(x, self.in_features, self.out_features, *operands, activation, plan)
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """`(crow_indices, col_indices, values, bias, plan)`, as the op takes them."""
         if torch.compiler.is_compiling():
+            return self._tensors()
+        # nn.Module.__getattr__ takes longer for each than a small kernel takes for its work.
+        parameters, buffers = self._parameters, self._buffers
+        try:
+            crow_indices, col_indices = buffers["crow_indices"], buffers["col_indices"]
+            values, plan = parameters["values"], buffers["plan"]
+            bias = parameters["bias"] if "bias" in parameters else self.bias
+        except KeyError:  # parametrized, or kept elsewhere by what shards the model
             crow_indices, col_indices, values, bias, plan = self._tensors()
-        else:
-            # nn.Module.__getattr__ takes longer for each than a small kernel takes for its work.
-            parameters, buffers = self._parameters, self._buffers
-            try:
-                crow_indices, col_indices = buffers["crow_indices"], buffers["col_indices"]
-                values, plan = parameters["values"], buffers["plan"]
-                bias = parameters["bias"] if "bias" in parameters else self.bias
-            except KeyError:  # parametrized, or kept elsewhere by what shards the model
-                crow_indices, col_indices, values, bias, plan = self._tensors()
-            plan = self._plan_for(crow_indices, col_indices, plan)
-        return _run(
-            x,
-            self.in_features,
-            self.out_features,
+        return (
             crow_indices,
             col_indices,
             values,
             bias,
-            self.applied_activation,
-            plan,
+            self._plan_for(crow_indices, col_indices, plan),
         )
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:

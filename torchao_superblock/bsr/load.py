@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from torchao_superblock.bsr import tensor_file
 from torchao_superblock.bsr.casting import cast_like
+from torchao_superblock.bsr.dataflow import dataflows
 from torchao_superblock.bsr.folded_activation import (
     FoldedActivation,
     activation_module,
     activation_name,
     fold_into,
 )
+from torchao_superblock.bsr.gated_mlp import fuse_gates
 from torchao_superblock.bsr.linear import LINEAR_TYPES, BSRLinear, customisation
 from torchao_superblock.bsr.serialization import FORMAT, VERSIONS, Description, from_metadata
 from torchao_superblock.bsr.swap import turn_off_nested_tensors
@@ -79,6 +81,7 @@ class _Loading:
 
     new_modules: dict[nn.Module, nn.Module]
     places: list["_Place"]
+    gated: dict[str, str]
     in_place: dict[str, Tensor]
     on_meta: dict[str, Tensor]
     ties: list[list[tuple[str, str]]]
@@ -224,6 +227,7 @@ def _plan(model: nn.Module, saved: Saved) -> _Loading:
     return _Loading(
         new_modules,
         places,
+        saved.description.gated,
         {key: tensor for key, tensor in rest.items() if not own[key].is_meta},
         {key: tensor for key, tensor in rest.items() if own[key].is_meta},
         ties,
@@ -249,6 +253,8 @@ def _load(model: nn.Module, loading: _Loading) -> None:
                     hand_over_hooks(place.old, place.folded)
                 setattr(place.parent, place.name, place.folded)
             fold_into(model.get_submodule(place.layer), place.folded)
+        if loading.gated:
+            fuse_gates([flow for flow in dataflows(model)[0] if flow.fqn in loading.gated])
         turn_off_nested_tensors(model)
         # Each part is loaded with strict=False because it is only a part; the whole was compared before.
         if loading.in_place:
@@ -320,7 +326,8 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 def _check_names(modules: dict[str, nn.Module], saved: Saved) -> None:
     """Every module that the file describes is in the model."""
-    described = [*saved.description.layers, *saved.description.folded]
+    description = saved.description
+    described = [*description.layers, *description.folded, *description.gated]
     missing = [fqn for fqn in described if fqn not in modules and _at(modules, fqn) is None]
     if not missing:
         return

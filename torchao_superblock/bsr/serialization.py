@@ -6,6 +6,7 @@
     folded            JSON: FQN -> the activation that stood there and that the layer before it applies itself
     folded_by         JSON: FQN in `folded` -> FQN of that layer, where it is not the nearest block-sparse sibling in
                       front of it (version 3)
+    gated             JSON: FQN of a gated MLP -> the activation that it computes at once with its layers (version 3)
     aliases           JSON: name -> name of the tensor that it shares its memory with
     checksums         JSON: name -> CRC-32 of the tensor's name, dtype, shape and bytes
     checksum          CRC-32 of all the others
@@ -23,6 +24,7 @@ from typing import Any
 from torch import nn
 
 from torchao_superblock.bsr.folded_activation import FoldedActivation
+from torchao_superblock.bsr.gated_mlp import GatedMLP
 from torchao_superblock.bsr.linear import BSRLinear
 from torchao_superblock.common.blocks import parse_blocksize, whole_block_grid
 from torchao_superblock.ops import ACTIVATIONS
@@ -30,7 +32,7 @@ from torchao_superblock.ops import ACTIVATIONS
 FORMAT = "torchao_superblock.bsr"
 VERSIONS = ("1", "2", "3")
 _KEYS = {"format", "version", "layers", "folded", "aliases"}
-_NEW_KEYS = {"folded_by"}  # of version 3; left out where empty
+_NEW_KEYS = {"folded_by", "gated"}  # of version 3; left out where empty
 _CHECKS = {"checksums", "checksum"}
 _LAYER_KEYS = {"in_features", "out_features", "blocksize", "activation", "bias"}
 
@@ -47,6 +49,7 @@ class Description:
     aliases: dict[str, str] = field(default_factory=dict)
     checksums: dict[str, str] | None = None
     folded_by: dict[str, str] = field(default_factory=dict)
+    gated: dict[str, str] = field(default_factory=dict)
 
     def applies(self, place: str, siblings: Iterable[str]) -> str | None:
         """FQN of the layer that applies a folded activation.
@@ -89,6 +92,8 @@ def describe(model: nn.Module, aliases: dict[str, str]) -> Description:
             siblings = modules[fqn.rpartition(".")[0]]._modules
             if layer is not None and layer != description.applies(fqn, siblings):
                 description.folded_by[fqn] = layer
+        elif isinstance(module, GatedMLP):
+            description.gated[fqn] = module.fused_activation
     return description
 
 
@@ -125,13 +130,13 @@ def from_metadata(metadata: dict[str, str]) -> Description:
     if whole and metadata["checksum"] != _checksum(metadata):
         raise ValueError("its metadata does not have the checksum of what was saved")
     try:
-        layers, folded, aliases, checksums, folded_by = (
+        layers, folded, aliases, checksums, folded_by, gated = (
             json.loads(metadata.get(key, "{}"))
-            for key in ("layers", "folded", "aliases", "checksums", "folded_by")
+            for key in ("layers", "folded", "aliases", "checksums", "folded_by", "gated")
         )
         for fqn, spec in layers.items():
             _check_layer(fqn, spec)
-        for texts in (folded, aliases, checksums, folded_by):
+        for texts in (folded, aliases, checksums, folded_by, gated):
             if not all(type(text) is str for text in texts.values()):
                 raise TypeError(f"{texts} does not hold texts")
         for place, layer in folded_by.items():
@@ -141,7 +146,7 @@ def from_metadata(metadata: dict[str, str]) -> Description:
         raise ValueError(
             f"its metadata cannot be read ({type(error).__name__}: {error})"
         ) from error
-    return Description(layers, folded, aliases, checksums if whole else None, folded_by)
+    return Description(layers, folded, aliases, checksums if whole else None, folded_by, gated)
 
 
 def _check_layer(fqn: str, spec: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from torchao_superblock.bsr.dataflow import dataflows
 from torchao_superblock.bsr.dead_features import drop_dead_features
 from torchao_superblock.bsr.format import infer_blocksize, nonzero_blocks
 from torchao_superblock.bsr.fused_activations import fold_activations
+from torchao_superblock.bsr.gated_mlp import fuse_gates
 from torchao_superblock.bsr.layers import twin_of
 from torchao_superblock.bsr.linear import BSRLinear, conversion_obstacle
 from torchao_superblock.common.all_or_nothing import all_or_nothing
@@ -136,17 +137,19 @@ def swap_to_bsr(
             dense": a table of measured break-even points by device, block size and dtype. Where nobody measured, it
             takes a cautious 0.9 and the report says so.
         filter_fn: `filter_fn(module, fqn) -> bool`; a layer for which it is False is skipped.
-        fuse_activations: let a swapped layer apply the activation that directly follows it (ReLU, GELU or SiLU of torch,
-            timm or transformers), where that gives the same result: nothing else reads the layer's output, no hook sits
-            between the two, and the layer has no other place in the model. What follows what is read off each module
-            that calls swapped layers, by tracing its forward (`torch.fx`, a few milliseconds each; no module should run
-            meanwhile); `register_mlp` says what tracing cannot know. What cannot be traced is left alone and stands in
-            the report. An identity keeps the activation's place, so names stay as they are. Hooks that are put there
-            later see what they saw before, as the activation then runs on its own; an adapter put around the layer is
-            refused when it runs. In a training step the activation runs on its own all the same.
-        drop_dead_features: make two swapped layers that follow each other in the same way, with nothing but activations
-            and dropout between them, narrower by the features that need not be computed: those that the second layer
-            stores no block for, and those that the first layer stores none for. The latter are the same for every input, and what
+        fuse_activations: let a swapped layer apply the activation that directly follows it (ReLU, GELU or SiLU, also
+            those of timm and transformers), and compute a gated MLP's `activation(gate(x)) * up(x)` at once, where that
+            gives the same result: nothing else reads the layer's output, no hook sits between the two, and the layer
+            has no other place in the model. What follows what is read off each module that calls swapped layers, by
+            tracing its forward (`torch.fx`, a few milliseconds each; no module should run meanwhile); `register_mlp`
+            says what tracing cannot know. What cannot be traced is left alone and stands in the report. Names stay as
+            they are: an identity keeps the activation's place, and a gated MLP becomes a subclass of its class. Hooks
+            that are put between the pieces later see what they saw before, as the activation then runs on its own; an
+            adapter put around a layer that applies an activation is refused when it runs. In a training step the
+            activation runs on its own all the same.
+        drop_dead_features: make two swapped layers that follow each other, with nothing but activations and dropout
+            between them, narrower by the features that need not be computed: those that the second layer stores no
+            block for, and those that the first layer stores none for. The latter are the same for every input, and what
             the second layer makes of them goes into its bias (they stay if it has none or cannot hold it, or if a
             dropout is active). The result is the same to rounding. Meant for inference: weights that are gone cannot
             be trained, and `swap_to_dense` has only zeros to put in their place. Whoever calls the first layer alone
@@ -351,6 +354,7 @@ def _replace(
         if drop_features:
             report.notes += drop_dead_features(model, flows)
         if fuse_activations:
+            report.notes += fuse_gates(flows)
             report.notes += fold_activations(model, flows)
 
 

@@ -12,6 +12,7 @@ from torchao_superblock.bsr.dataflow import Dataflow, dataflows
 from torchao_superblock.bsr.dead_features import linear_pairs
 from torchao_superblock.bsr.folded_activation import FoldedActivation, activation_module
 from torchao_superblock.bsr.format import check_bsr
+from torchao_superblock.bsr.gated_mlp import GatedMLP, unfuse_gate
 from torchao_superblock.bsr.linear import BSRLinear, customisation
 from torchao_superblock.common.all_or_nothing import all_or_nothing
 from torchao_superblock.common.modules import parameter_owners, replace_modules, storage_address
@@ -117,6 +118,9 @@ def swap_to_dense(model: nn.Module) -> list[str]:
         ]
         replace_modules(model, replacements)
         _put_back(model, functions)
+        for module in model.modules():
+            if isinstance(module, GatedMLP):
+                unfuse_gate(module)
         for encoder in encoders:
             encoder.use_nested_tensor = _takes_nested_tensors(encoder)
     return list(layers.values())
