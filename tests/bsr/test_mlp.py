@@ -659,7 +659,7 @@ def test_gated(name, tmp_path):
             assert type(other) is type(model)
             assert torch.equal(other(x), model(x))
     # A second swap changes nothing.
-    assert not swap(model).notes and type(others[0]) is type(model)
+    assert not swap(model, drop_dead_features=False).notes and type(others[0]) is type(model)
     swap_to_dense(model)
     assert type(model) is type(dense)
     assert model.__dict__.keys() == dense.__dict__.keys()
@@ -797,3 +797,67 @@ class TestGatedIsNotFused:
         model = prune_all(Gated(), 16)
         assert not swap_to_bsr(model, 16, min_sparsity=0).notes
         assert type(model) is Gated
+
+
+class TestGatedDeadFeatures:
+    """Hidden features in 6 units of 16; whole strips of 64 are not in the way."""
+
+    @staticmethod
+    def build(packed: bool, bias: bool, is_first: bool = True):
+        torch.manual_seed(0)
+        model = Packed(is_first, bias) if packed else Gated(bias=bias)
+        if packed:
+            model.norm = nn.Dropout(0.5)
+        prune_all(model.double(), 16).eval()
+        layers = [m for m in model.children() if isinstance(m, nn.Linear)]
+        with torch.no_grad():
+            for layer in layers:
+                layer.weight[:, :16] = 0.1  # every row has a block
+            layers[-1].weight[:16] = 0.1
+            layers[-1].weight[:, 64:80] = 0  # unit 4 is not read
+            weights = layers[0].weight.chunk(2) if packed else [one.weight for one in layers[:2]]
+            weights[0][16:32] = 0  # unit 1 of the first factor is constant
+            weights[1][32:48] = 0  # unit 2 of the other
+            for weight in weights:
+                weight[48:64] = 0  # unit 3 of both
+        return model
+
+    # Without a bias, what is constant in one factor is zero, and so is the product.
+    @pytest.mark.parametrize(("bias", "kept"), [(False, 32), (True, 64)])
+    @pytest.mark.parametrize("kind", ["separate", "packed", "packed, gate last"])
+    @pytest.mark.parametrize("fuse", [False, True])
+    def test_the_result_is_the_same(self, kind, bias, kept, fuse):
+        model = self.build("packed" in kind, bias, "last" not in kind)
+        dense = copy.deepcopy(model)
+        x = torch.randn(5, 64, dtype=torch.float64)
+        expected = model(x)
+        report = swap(model, fuse_activations=fuse)
+        layers = [m for m in model.children() if isinstance(m, BSRLinear)]
+        assert layers[-1].in_features == kept
+        assert {layer.out_features for layer in layers[:-1]} == {kept * (1 + ("packed" in kind))}
+        first = "gate_up" if "packed" in kind else "gate_proj and up_proj"
+        assert any(
+            note.startswith(f"{first}: {96 - kept} of its features are dropped: 16 that")
+            for note in report.notes
+        )
+        with torch.no_grad():
+            assert relative_error(model(x), expected) <= 1e-12
+        swap_to_dense(model)
+        for name, weight in dense.named_parameters():
+            assert model.get_parameter(name).shape == weight.shape
+        assert relative_error(model(x), expected) <= 1e-12
+
+    def test_files(self, tmp_path):
+        model = self.build(True, True)
+        dense = copy.deepcopy(model)
+        swap(model)
+        save_bsr(model, tmp_path / "m.safetensors")
+        load_bsr(dense, tmp_path / "m.safetensors")
+        x = torch.randn(5, 64, dtype=torch.float64)
+        with torch.no_grad():
+            assert torch.equal(dense(x), model(x))
+
+    def test_an_active_dropout_keeps_constants(self):
+        model = self.build(True, True).train()
+        swap(model)
+        assert model.down.in_features == 80

@@ -81,6 +81,7 @@ class Gate(NamedTuple):
         gate, up: paths of the layers; the same where one layer computes both.
         activation: path of the activation.
         gate_is_first: whether the gate is the first half, of a single layer.
+        chain: what the product alone goes through, up to the next linear layer.
         input: name of the argument that the layers read.
         then: paths of the children that the product goes through, one after the other, up to what the module returns.
             None if it does anything else.
@@ -90,6 +91,7 @@ class Gate(NamedTuple):
     up: str
     activation: str
     gate_is_first: bool
+    chain: tuple[Step, ...]
     input: str
     then: tuple[str, ...] | None
 
@@ -356,15 +358,16 @@ def _read(graph: fx.Graph, root: nn.Module) -> Traced:
             yield found, reader
             node = reader
 
+    def to_next_linear(node: fx.Node) -> Iterator[Step]:
+        for found, reader in chain(node):
+            yield found
+            if is_linear(reader):
+                return
+
     chains = {}
     for node in graph.nodes:
         if is_linear(node):
-            steps = []
-            for found, reader in chain(node):
-                steps.append(found)
-                if is_linear(reader):
-                    break
-            chains[node.target] = tuple(steps)
+            chains[node.target] = tuple(to_next_linear(node))
 
     def gate(product: fx.Node) -> tuple[Gate, list[fx.Node]] | None:
         """What a product is, and the nodes that lead to it."""
@@ -390,10 +393,9 @@ def _read(graph: fx.Graph, root: nn.Module) -> Traced:
             else:
                 continue
             x = nodes[0].args[0]
-            if x.op != "placeholder":
-                continue
             paths = (nodes[0].target, nodes[1].target, active.target)
-            return Gate(*paths, is_first, x.target, None), [x, *nodes, active, product]
+            steps = tuple(to_next_linear(product))
+            return Gate(*paths, is_first, steps, str(x.target), None), [x, *nodes, active, product]
         return None
 
     gates = {}
@@ -410,7 +412,8 @@ def _read(graph: fx.Graph, root: nn.Module) -> Traced:
         others = [
             n for n in graph.nodes if n not in {*seen, *returns} and (n.users or n.op != "get_attr")
         ]
-        if returns and not others and all(found.path for found, _ in tail):
+        is_all = seen[0].op == "placeholder" and returns and not others
+        if is_all and all(found.path for found, _ in tail):
             one = one._replace(then=tuple(found.path for found, _ in tail))
         gates[one.gate] = one
     return Traced(chains, gates)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchao_superblock.bsr.dataflow import Dataflow, Step, count_places
+from torchao_superblock.bsr.dataflow import Dataflow, Gate, Step, count_places
 from torchao_superblock.bsr.folded_activation import FoldedActivation, activation_name
 from torchao_superblock.bsr.linear import BSRLinear
 from torchao_superblock.common.modules import parameter_owners, storage_address
@@ -52,6 +52,7 @@ class LinearPair(NamedTuple):
         first, second: their paths in it.
         between: what is between, one after the other, as it is in the module's present mode.
         is_random: whether a dropout between them is active.
+        gate: where the first is the gate of a gated MLP, what that is; its `up` belongs to the first then.
     """
 
     flow: Dataflow
@@ -59,14 +60,32 @@ class LinearPair(NamedTuple):
     second: str
     between: list[Callable[[Tensor], Tensor]]
     is_random: bool
+    gate: Gate | None = None
 
     @property
     def fqns(self) -> tuple[str, str]:
-        return self.flow.name(self.first), self.flow.name(self.second)
+        names = dict.fromkeys(map(self.flow.name, self.first_paths))
+        return " and ".join(names), self.flow.name(self.second)
 
     @property
-    def layers(self) -> tuple[BSRLinear, BSRLinear]:
-        return self.flow.piece(self.first), self.flow.piece(self.second)
+    def first_paths(self) -> tuple[str, ...]:
+        """Of the first layer, or of both that make its output."""
+        if self.gate is None or self.is_packed:
+            return (self.first,)
+        return self.gate.gate, self.gate.up
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the halves of the first layer are multiplied."""
+        return self.gate is not None and self.gate.gate == self.gate.up
+
+    @property
+    def firsts(self) -> tuple[BSRLinear, ...]:
+        return tuple(map(self.flow.piece, self.first_paths))
+
+    @property
+    def last(self) -> BSRLinear:
+        return self.flow.piece(self.second)
 
 
 def drop_dead_features(model: nn.Module, flows: Sequence[Dataflow]) -> list[str]:
@@ -127,19 +146,24 @@ def linear_pairs(
         )
 
     for flow in flows:
-        for first, steps in flow.chains.items():
+        chains = [(first, steps, None) for first, steps in flow.chains.items()]
+        chains += [(first, gate.chain, gate) for first, gate in flow.gates.items()]
+        for first, steps, gate in chains:
             if not steps or not isinstance(_module(flow, steps[-1]), BSRLinear):
                 continue
             *middle, last = steps
             between = [_elementwise(flow, step) for step in middle]
             if any(one is None for one in between):
                 continue
-            paths = (first, *(step.path for step in middle if step.path), last.path)
+            is_random = any(_is_random(flow, step) for step in middle)
+            pair = LinearPair(flow, first, last.path, between, is_random, gate)
+            if not all(isinstance(layer, BSRLinear) for layer in pair.firsts):
+                continue
+            paths = [*pair.first_paths, *(step.path for step in middle if step.path), last.path]
+            if gate is not None:
+                paths.append(gate.activation)
             obstacle = next(filter(None, (flow.obstacle(path, places) for path in paths)), None)
-            pair = LinearPair(
-                flow, first, last.path, between, any(_is_random(flow, step) for step in middle)
-            )
-            if obstacle is None and all(map(is_replaceable, pair.layers)):
+            if obstacle is None and all(map(is_replaceable, (*pair.firsts, pair.last))):
                 yield pair
             elif obstacle is not None and notes is not None:
                 notes.append(f"{pair.fqns[0]}: none of its features are dropped, since {obstacle}")
@@ -152,8 +176,8 @@ def _module(flow: Dataflow, step: Step) -> object:
 def _elementwise(flow: Dataflow, step: Step) -> Callable[[Tensor], Tensor] | None:
     """What a step does, outside of training, if it makes each feature from that feature alone and keeps its place."""
     piece = _module(flow, step)
-    if piece is F.dropout or isinstance(piece, _DROPOUTS):
-        return nn.Identity() if type(piece) in (*_DROPOUTS, type(F.dropout)) else None
+    if piece is F.dropout or type(piece) in _DROPOUTS:
+        return nn.Identity()
     if not step.path:
         is_known = any(piece is function for function in _FUNCTIONS)
         return partial(piece, *step.arguments, **dict(step.keywords)) if is_known else None
@@ -172,19 +196,26 @@ def _narrow(pair: LinearPair, fold: bool = True) -> dict[str, int] | None:
 
     `fold` says that the second layer's bias may take up constants.
     """
-    first, second = pair.layers
-    features = first.out_features
-    unit = math.lcm(first.blocksize[0], second.blocksize[1])
-    if second.in_features != features:
+    firsts, second = pair.firsts, pair.last
+    features = second.in_features
+    parts = 2 if pair.is_packed else 1
+    unit = math.lcm(*(first.blocksize[0] for first in firsts), second.blocksize[1])
+    if any(first.out_features != parts * features for first in firsts) or features % unit:
         return None
-    rows = first.crow_indices.diff().view(-1, unit // first.blocksize[0]).sum(1)
+    rows = [
+        blocks
+        for first in firsts
+        for blocks in first.crow_indices.diff()
+        .view(parts, features // unit, unit // first.blocksize[0])
+        .sum(2)
+    ]
     columns = torch.bincount(second.col_indices, minlength=features // second.blocksize[1])
     columns = columns.view(-1, unit // second.blocksize[1]).sum(1)
-    unread, constant = columns == 0, torch.zeros_like(rows, dtype=torch.bool)
-    value = None if pair.is_random else _constant(first, pair.between)
-    if value is not None:
-        value = value.view(-1, unit)
-        constant = ~unread & (rows == 0)
+    unread, constant = columns == 0, torch.zeros_like(columns, dtype=torch.bool)
+    value = None
+    if not pair.is_random:
+        constant, value = _constants(pair, rows)
+        constant &= ~unread
         if second.bias is None or not fold:
             constant &= (value == 0).all(1)
     dead = unread | constant
@@ -194,7 +225,7 @@ def _narrow(pair: LinearPair, fold: bool = True) -> dict[str, int] | None:
     spare = max(together, -(-used // together) * together) - used
     if spare >= int(dead.sum()):
         return None
-    blocks = torch.where(dead, rows + columns, torch.iinfo(torch.int64).max)
+    blocks = torch.where(dead, sum(rows) + columns, torch.iinfo(torch.int64).max)
     dead[blocks.argsort(stable=True)[:spare]] = False
     unread, constant = unread & dead, constant & dead
     bias = second.bias
@@ -206,22 +237,42 @@ def _narrow(pair: LinearPair, fold: bool = True) -> dict[str, int] | None:
         if not torch.equal(bias.isfinite(), total.isfinite()):  # too large for float16
             return _narrow(pair, fold=False)
     kept = (~dead).repeat_interleave(unit)
-    pair.flow.put(pair.first, _with_outputs(first, kept))
+    for path, first in zip(pair.first_paths, firsts, strict=True):
+        pair.flow.put(path, _with_outputs(first, kept.repeat(parts)))
     pair.flow.put(pair.second, _with_inputs(second, kept, bias, second.activation))
     return {"unread": int(unread.sum()) * unit, "constant": int(constant.sum()) * unit}
 
 
-def _constant(layer: BSRLinear, between: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
-    """What features become that no block is stored for, `(out_features,)` float64."""
-    dtype, device = layer.values.dtype, layer.values.device
-    value = torch.zeros(layer.out_features, dtype=torch.float64, device=device)
-    if layer.bias is not None:
-        value += layer.bias
-    # Rounded where the model rounds.
-    value = ACTIVATIONS[layer.activation](value).to(dtype)
-    for step in between:
-        value = step(value.double()).to(dtype)
-    return value.double()
+def _constants(pair: LinearPair, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Which features are the same for every input, and what they are: bool `(units,)`, float64 `(units, unit)`.
+
+    `rows` has the stored blocks of each unit, for each factor that they are made of.
+    """
+    dtype = pair.last.values.dtype
+
+    def biases(layer: BSRLinear) -> Tensor:
+        value = torch.zeros(layer.out_features, dtype=torch.float64, device=layer.values.device)
+        if layer.bias is not None:
+            value += layer.bias
+        # Rounded where the model rounds.
+        return ACTIVATIONS[layer.activation](value).to(dtype).double()
+
+    units = len(rows[0])
+    parts = 2 if pair.is_packed else 1
+    factors = [part.view(units, -1) for first in pair.firsts for part in biases(first).chunk(parts)]
+    if pair.gate is not None:
+        active = 1 if pair.is_packed and not pair.gate.gate_is_first else 0
+        activation = pair.flow.piece(pair.gate.activation)
+        factors[active] = activation(factors[active]).to(dtype).double()
+    fixed = [blocks == 0 for blocks in rows]
+    constant, value = fixed[0], factors[0]
+    if len(factors) == 2:
+        zero = (fixed[0] & (factors[0] == 0).all(1)) | (fixed[1] & (factors[1] == 0).all(1))
+        constant = (fixed[0] & fixed[1]) | zero
+        value = torch.where(zero[:, None], 0.0, factors[0] * factors[1]).to(dtype).double()
+    for step in pair.between:
+        value = step(value).to(dtype).double()
+    return constant, value
 
 
 def _with_outputs(layer: BSRLinear, kept: Tensor) -> BSRLinear:

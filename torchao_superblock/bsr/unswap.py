@@ -1,5 +1,6 @@
 """The way back: the :class:`BSRLinear` layers of a model become `nn.Linear` again."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -100,7 +101,7 @@ def swap_to_dense(model: nn.Module) -> list[str]:
     # Tensors made in inference mode could never be trained.
     with all_or_nothing(model), torch.inference_mode(False), torch.no_grad():
         replacements: dict[nn.Module, nn.Module] = {
-            layer: _to_linear(layer, outputs.get(layer, 0), inputs.get(layer, 0), cls)
+            layer: _to_linear(layer, *outputs.get(layer, (0, 1)), inputs.get(layer, 0), cls)
             for layer, cls in _types(model, layers)
         }
         functions = {}
@@ -144,16 +145,20 @@ def _folded(flows: Sequence[Dataflow]) -> dict[BSRLinear, FoldedActivation]:
 
 def _dropped(
     model: nn.Module, flows: Sequence[Dataflow]
-) -> tuple[dict[BSRLinear, int], dict[BSRLinear, int]]:
-    """How many outputs and inputs each layer of a narrowed pair has lost, where both its layers agree on it."""
+) -> tuple[dict[BSRLinear, tuple[int, int]], dict[BSRLinear, int]]:
+    """How many outputs and inputs each layer of a narrowed pair has lost, where all its layers agree on it.
+
+    Outputs are lost in each part of a layer: `(outputs, parts)`.
+    """
     outputs, inputs = {}, {}
     for pair in linear_pairs(model, flows):
-        first, second = pair.layers
-        if (first.out_features, first.dense_shape[0]) == (
-            second.in_features,
-            second.dense_shape[1],
+        parts, second = 2 if pair.is_packed else 1, pair.last
+        now, before = parts * second.in_features, parts * second.dense_shape[1]
+        if all(
+            (first.out_features, first.dense_shape[0]) == (now, before) for first in pair.firsts
         ):
-            outputs[first] = inputs[second] = first.dense_shape[0] - first.out_features
+            inputs[second] = second.dense_shape[1] - second.in_features
+            outputs |= dict.fromkeys(pair.firsts, (inputs[second], parts))
     return outputs, inputs
 
 
@@ -170,7 +175,7 @@ def _obstacles(
     layer: BSRLinear,
     owners: dict[tuple[object, int], list[str]],
     has_place: bool,
-    outputs: dict[BSRLinear, int],
+    outputs: dict[BSRLinear, tuple[int, int]],
     inputs: dict[BSRLinear, int],
 ) -> Iterator[str]:
     """Why a layer cannot become an `nn.Linear`."""
@@ -198,7 +203,7 @@ def _obstacles(
             f"it applies {layer.activation}, which an nn.Linear does not, and no place is kept for it behind it; "
             "set layer.activation to 'none' and put the activation behind it"
         )
-    restored = (shape[0] + outputs.get(layer, 0), shape[1] + inputs.get(layer, 0))
+    restored = (shape[0] + math.prod(outputs.get(layer, (0,))), shape[1] + inputs.get(layer, 0))
     if restored != layer.dense_shape:
         yield (
             f"features were dropped from {layer.dense_shape} to {shape}, and the layer that shares them does not "
@@ -220,13 +225,17 @@ def _types(
         yield layer, NonDynamicallyQuantizableLinear if layer in attention else nn.Linear
 
 
-def _to_linear(layer: BSRLinear, outputs: int, inputs: int, cls: type[nn.Linear]) -> nn.Linear:
-    """The dense twin, with as many outputs and inputs of zeros behind its own."""
+def _to_linear(
+    layer: BSRLinear, outputs: int, parts: int, inputs: int, cls: type[nn.Linear]
+) -> nn.Linear:
+    """The dense twin, with as many inputs of zeros behind its own, and as many outputs behind each part of its own."""
     weight, bias = layer.to_dense(), layer.bias
     if outputs or inputs:
-        weight = F.pad(weight, (0, inputs, 0, outputs))
+        weight = weight.view(parts, -1, weight.shape[1])
+        weight = F.pad(weight, (0, inputs, 0, outputs)).flatten(0, 1)
     if outputs and bias is not None:
-        bias = nn.Parameter(F.pad(bias, (0, outputs)), bias.requires_grad)
+        padded = F.pad(bias.view(parts, -1), (0, outputs)).flatten()
+        bias = nn.Parameter(padded, bias.requires_grad)
     N, K = weight.shape
     linear = cls(K, N, bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight, layer.values.requires_grad)

@@ -79,7 +79,7 @@ def bsr_gated_linear(x: Tensor, gate: Operands, up: Operands, activation: str) -
     # In a compiled program the op decides when it runs.
     if (x.is_cuda and torch.compiler.is_compiling()) or computes_both(x, gate, up):
         return OPS[activation](x, *rest)
-    return _composed(activation, x, *rest, with_gradients=torch.is_grad_enabled())
+    return composed(activation, x, *rest, with_gradients=torch.is_grad_enabled())
 
 
 def computes_both(x: Tensor, gate: Operands, up: Operands) -> bool:
@@ -107,7 +107,7 @@ def _operands(
     )
 
 
-def _composed(
+def composed(
     activation: str, x: Tensor, *rest: Tensor | None, with_gradients: bool = False
 ) -> Tensor:
     """The same of two products."""
@@ -192,14 +192,14 @@ def _fake(x: Tensor, *rest: Tensor | None) -> Tensor:
 
 def _on_cpu(activation: str, x: Tensor, *rest: Tensor | None) -> Tensor:
     _check(x, *_operands(*rest))
-    return _composed(activation, x, *rest)
+    return composed(activation, x, *rest)
 
 
 def _on_cuda(activation: str, x: Tensor, *rest: Tensor | None) -> Tensor:
     gate, up = _operands(*rest)
     N = _check(x, gate, up)
     if not cuda_backend().serves(x, gate, up):
-        return _composed(activation, x, *rest)
+        return composed(activation, x, *rest)
     y = cuda_backend().forward(x.reshape(-1, x.shape[-1]), gate, up, activation)
     return y.view(*x.shape[:-1], N)
 
@@ -209,7 +209,7 @@ def _autograd(activation: str, x: Tensor, *rest: Tensor | None) -> Tensor:
         tensor is not None and tensor.requires_grad for tensor in (x, *rest)
     )
     if needs_gradients or torch.autograd.forward_ad._current_level >= 0:
-        return _composed(activation, x, *rest, with_gradients=True)
+        return composed(activation, x, *rest, with_gradients=True)
     with torch._C._AutoDispatchBelowAutograd():
         return OPS[activation](x, *rest)
 
