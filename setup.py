@@ -11,10 +11,11 @@ ROOT = Path(__file__).parent
 STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 EXAMPLES = ["torchvision>=0.26", "scikit-learn>=1.4", "tqdm>=4.66", "matplotlib>=3.8", "rich>=13"]
-INTEGRATIONS = {  # what `integrations/NAME.py` imports
+INTEGRATIONS = {  # what `integrations/NAME.py`, or the example of that name, imports
     "transformers": ["transformers>=4.46"],
     "timm": ["timm>=1.0"],
     "lightning": ["lightning>=2.4"],
+    "accelerate": ["accelerate>=1.0"],
     "peft": ["peft>=0.13"],
     "onnx": ["onnx>=1.18", "onnxscript>=0.7", "onnxruntime>=1.23"],
     "torchao": ["torchao>=0.18"],
@@ -101,7 +102,7 @@ setup(
             "safetensors>=0.4",
             "setuptools>=77",
             *EXAMPLES,
-            *INTEGRATIONS["onnx"],
+            *(library for libraries in INTEGRATIONS.values() for library in libraries),
             *DOCS,
         ],
     },

@@ -1,4 +1,4 @@
-"""Gated MLPs: dense, swapped, with two products made into one, and with both in one kernel.
+"""How fast is a gated MLP? Dense, swapped, with the gate composed of two products, and with both in one kernel.
 
     python benchmarks/gated_mlp.py                 # a GPU, or the CPU with fewer tokens
     python benchmarks/gated_mlp.py --quick
@@ -29,14 +29,11 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` when run as a file
 
-from benchmarks.common import (
-    Report,
-    add_common_arguments,
-    measure,
-    pick_device,
-    random_block_sparse,
-    relative_error,
-)
+from benchmarks.measure.error import relative_error
+from benchmarks.measure.interleaved import measure
+from benchmarks.measure.weights import random_block_sparse
+from benchmarks.report.files import Report
+from benchmarks.report.options import add_common_arguments, pick_device
 from torchao_superblock import swap_to_bsr
 from torchao_superblock.ops.gated import Operands, composed
 

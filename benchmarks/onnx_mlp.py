@@ -1,4 +1,4 @@
-"""A ViT's MLP in onnxruntime: dense, and exported with its blocks.
+"""How fast is a ViT's MLP in onnxruntime? Dense, and exported with its blocks.
 
     python benchmarks/onnx_mlp.py                 # the CPU, onnxruntime's own threads
     python benchmarks/onnx_mlp.py --threads 2 --quick
@@ -21,14 +21,11 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` when run as a file
 
-from benchmarks.common import (
-    Report,
-    add_common_arguments,
-    measure,
-    pick_device,
-    random_block_sparse,
-    relative_error,
-)
+from benchmarks.measure.error import relative_error
+from benchmarks.measure.interleaved import measure
+from benchmarks.measure.weights import random_block_sparse
+from benchmarks.report.files import Report
+from benchmarks.report.options import add_common_arguments, pick_device
 from torchao_superblock import swap_to_bsr
 from torchao_superblock.integrations import onnx
 

@@ -30,7 +30,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` when run as a file
 
-from benchmarks.common import Report, add_common_arguments, pick_device
 from benchmarks.judge.cells import DENSE, FLOOR, Question, Results, Row
 from benchmarks.judge.digest import compare, points
 from benchmarks.judge.lm import SIZES, LanguageModel
@@ -39,6 +38,8 @@ from benchmarks.judge.minilm import ONE_SHOT_THEN_FIXED, SCOPES, Distilled, OneS
 from benchmarks.judge.mnist import Mnist
 from benchmarks.judge.picture import draw
 from benchmarks.judge.workers import run_cells
+from benchmarks.report.files import Report
+from benchmarks.report.options import add_common_arguments, pick_device
 
 CLOSING_SECONDS = 8.0
 """Kept back from a budget, for the report and the picture."""
@@ -72,7 +73,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add_common_arguments(parser)
     parser.add_argument("--methods", nargs="+", help="default: all; an unknown one lists them")
     parser.add_argument(
-        "--points", nargs="+", type=point, metavar="BLOCK:SPARSITY", help="default: the goals'"
+        "--points", nargs="+", type=point, metavar="BLOCK:SPARSITY", help="default: the question's"
     )
     parser.add_argument("--seeds", type=at_least_one, help="how many (default: 3)")
     parser.add_argument("--steps", nargs="+", type=at_least_one, help="lengths of training")
@@ -130,23 +131,23 @@ def ask(options: argparse.Namespace, device: torch.device) -> Question:
     if name == "lm":
         size = options.size or ("tiny" if quick else "gpu" if device.type == "cuda" else "small")
         steps = {"gpu": (1200, 4800), "small": (1800,), "tiny": (40,)}[size]
-        goals = (
+        points = (
             ((32, 0.9), (64, 0.9), (16, 0.8), (32, 0.8))
             if size == "gpu"
             else ((16, 0.8), (16, 0.9))
         )
         return LanguageModel(
-            size, tuple(options.steps or steps), tuple(options.points or goals), methods, seeds
+            size, tuple(options.steps or steps), tuple(options.points or points), methods, seeds
         )
     if name == "mnist":
         steps = (10,) if quick else (400, 1600)
-        goals = ((16, 0.8), (16, 0.9))
-        return Mnist(tuple(options.steps or steps), tuple(options.points or goals), methods, seeds)
-    goals_of = {"mlp": ((32, 0.3), (32, 0.5)), "all": ((32, 0.5),)}
+        points = ((16, 0.8), (16, 0.9))
+        return Mnist(tuple(options.steps or steps), tuple(options.points or points), methods, seeds)
+    points_of = {"mlp": ((32, 0.3), (32, 0.5)), "all": ((32, 0.5),)}
     if name == "minilm-distilled":
-        goals_of = {"all": ((32, 0.8),)}
-    scopes = options.scopes or goals_of
-    chosen = {s: tuple(options.points or goals_of.get(s, ((32, 0.8),))) for s in scopes}
+        points_of = {"all": ((32, 0.8),)}
+    scopes = options.scopes or points_of
+    chosen = {s: tuple(options.points or points_of.get(s, ((32, 0.8),))) for s in scopes}
     if name == "minilm":
         return OneShot(chosen, methods, seeds)
     minutes = tuple(options.minutes or ())

@@ -70,7 +70,7 @@ def pieces_of(
 
 def tables(kinds: list[Kind], results: Mapping[str, object]) -> str:
     """What was tried, and what was found, as Markdown."""
-    from benchmarks.common import markdown_table
+    from benchmarks.report.table import markdown_table
 
     tried, found = [], []
     for kind in kinds:
@@ -104,7 +104,8 @@ def tables(kinds: list[Kind], results: Mapping[str, object]) -> str:
 
 def page(kinds: list[Kind], results: Mapping[str, object], command: str) -> str:
     """The report: what was tried, on what, and what was found."""
-    from benchmarks.common import environment, markdown_table
+    from benchmarks.report.facts import environment
+    from benchmarks.report.table import markdown_table
 
     cases = sum(len(result.outcomes) for result in results.values())
     faults = sum(len(result.faults) for result in results.values())
@@ -169,8 +170,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.case:
         return repeat(options.case)
 
-    from benchmarks.common import Progress
     from benchmarks.faults.campaign import kinds, run
+    from benchmarks.report.progress import Progress
 
     chosen = choose(kinds(), options.kinds)
     pieces = pieces_of(chosen, options.long, options.jobs, options.count)

@@ -1,4 +1,4 @@
-"""The whole model: torchvision's vit_b_16 with block-sparse MLP layers, dense against BSR.
+"""How fast is a whole model? torchvision's vit_b_16 with block-sparse MLP layers, dense against BSR.
 
     python benchmarks/vit.py                              # CUDA if there is a GPU, else the CPU
     python benchmarks/vit.py --device cpu --blocksizes 32 --sections headline
@@ -25,8 +25,7 @@ import copy
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,167 +35,31 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` when run as a file
 
-from benchmarks.common import (
-    BLOCK_COLORS,
-    RESULTS,
-    Measurements,
-    Progress,
-    Report,
-    add_common_arguments,
-    float32_mode,
-    measure,
-    pick_device,
-    pyplot,
-    quiet,
-    random_block_sparse,
-    relative_error,
-    verdict,
+from benchmarks.measure.budget import Budget
+from benchmarks.measure.error import relative_error
+from benchmarks.measure.interleaved import measure
+from benchmarks.measure.precision import precision
+from benchmarks.measure.quiet import quiet
+from benchmarks.measure.timings import Measurements
+from benchmarks.models.vit import (
+    build_vit,
+    compile_layers,
+    hidden_features,
+    swapped,
+    unswapped,
+    with_torch_bsr,
+    zero_blocks,
 )
+from benchmarks.report.files import RESULTS, Report
+from benchmarks.report.options import add_common_arguments, pick_device
+from benchmarks.report.picture import BLOCK_COLORS, pyplot
+from benchmarks.report.progress import Progress
 
 Row = dict[str, Any]
 
-GOALS: dict[tuple[str, str], tuple[int, int, float]] = {  # (device, mode): (batch, block, speedup)
-    ("cuda", "bfloat16"): (256, 64, 1.55),
-    ("cuda", "float32"): (256, 64, 2.1),
-    ("cpu", "float32"): (1, 32, 1.9),
-}
 HEADLINE_SPARSITY = 0.9
 COMPARED = (("dense", "ours"), ("dense", "ours narrow"), ("dense narrow", "ours narrow"))
 PUBLISHED = {16: 1.24, 32: 1.37, 64: 1.65}  # speedups at 0.9, batch 256: A100, float32
-
-
-def build_vit(**overrides: Any) -> nn.Module:
-    """vit_b_16 with random weights, the classifier included (torchvision starts it at zero)."""
-    from torchvision.models import VisionTransformer
-
-    settings: dict[str, Any] = {
-        "image_size": 224,
-        "patch_size": 16,
-        "num_layers": 12,
-        "num_heads": 12,
-        "hidden_dim": 768,
-        "mlp_dim": 3072,
-    }
-    torch.manual_seed(0)
-    model = VisionTransformer(**(settings | overrides))
-    nn.init.normal_(model.heads.head.weight, std=0.02)
-    return model.eval().requires_grad_(False)
-
-
-def mlp_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The two linear layers of every MLP, by name."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and ".mlp." in name:
-            yield name, module
-
-
-def zero_blocks(model: nn.Module, blocksize: int, sparsity: float) -> nn.Module:
-    """Zeroes random blocks of every MLP weight, in place."""
-    for seed, (_, linear) in enumerate(mlp_linears(model)):
-        n, k = linear.weight.shape
-        pattern = random_block_sparse(
-            n, k, blocksize, sparsity, seed=seed, dtype=linear.weight.dtype,
-            device=linear.weight.device,
-        )  # fmt: skip
-        linear.weight.mul_(pattern.dense != 0)
-    return model
-
-
-def swapped(model: nn.Module, blocksize: int, *, narrow: bool = False) -> nn.Module:
-    """A copy of `model` with the MLP layers as BSRLinear, each GELU in the layer before it.
-
-    Args:
-        model: dense, with zero blocks.
-        blocksize: of the blocks.
-        narrow: drop dead hidden features.
-
-    Raises:
-        RuntimeError: if a layer was skipped, so that nothing is timed dense by mistake.
-    """
-    from torchao_superblock import swap_to_bsr
-
-    model = copy.deepcopy(model)
-    report = swap_to_bsr(
-        model,
-        blocksize,
-        min_sparsity=0.0,
-        filter_fn=lambda module, fqn: ".mlp." in fqn,
-        fuse_activations=True,
-        drop_dead_features=narrow,
-    )
-    if any(mlp_linears(model)):
-        raise RuntimeError(f"not every MLP layer was swapped:\n{report}")
-    return model
-
-
-def unswapped(model: nn.Module) -> nn.Module:
-    """A dense copy of a swapped model: what dropping features alone gives."""
-    from torchao_superblock import BSRLinear
-
-    model = copy.deepcopy(model)
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if not isinstance(layer, BSRLinear):
-                continue
-            linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
-            linear.weight = nn.Parameter(layer.to_dense(), requires_grad=False)
-            linear.bias = layer.bias
-            gelu = nn.GELU() if layer.activation == "gelu" else nn.Identity()
-            setattr(parent, name, nn.Sequential(linear, gelu))
-    return model.eval()
-
-
-def hidden_features(model: nn.Module) -> int:
-    """Features between the two layers of every MLP, all together."""
-    return sum(block.mlp[0].out_features for block in model.encoder.layers)
-
-
-def with_torch_bsr(model: nn.Module, blocksize: int) -> nn.Module:
-    """A copy of `model` whose MLP weights are torch.sparse_bsr tensors."""
-    model = copy.deepcopy(model)
-    with quiet():
-        for _, linear in mlp_linears(model):
-            sparse = linear.weight.to_sparse_bsr(blocksize)
-            linear.weight = nn.Parameter(sparse, requires_grad=False)
-    return model
-
-
-def compile_layers(model: nn.Module, device: torch.device) -> nn.Module:
-    """A copy of `model` whose encoder layers are compiled; twelve equal ones compile once."""
-    model = copy.deepcopy(model)
-    torch._dynamo.reset()  # every configuration is a recompilation otherwise, and the limit is 8
-    for layer in model.encoder.layers:
-        layer.compile(fullgraph=True, dynamic=False)
-    return model
-
-
-class Budget:
-    """Seconds left of a run that must end in time.
-
-    Args:
-        seconds: None for no limit.
-    """
-
-    def __init__(self, seconds: float | None) -> None:
-        self.seconds, self.start = seconds, time.monotonic()
-        self.left_out: list[Row] = []
-
-    def allows(self, what: str, needs: float) -> bool:
-        """Whether a step that needs about `needs` seconds still fits; notes it if not."""
-        spent = time.monotonic() - self.start
-        if self.seconds is None or spent + needs <= self.seconds:
-            return True
-        self.left_out.append(
-            {"left out": what, "because": f"{spent:.0f} s of {self.seconds:.0f} s were spent"}
-        )
-        return False
-
-
-@contextmanager
-def precision(mode: str) -> Iterator[torch.dtype]:
-    """Sets the float32 mode for `"float32"` (IEEE) or `"tf32"` and yields the dtype."""
-    with float32_mode("high" if mode == "tf32" else "highest"):
-        yield torch.float32 if mode == "tf32" else getattr(torch, mode)
 
 
 class Bench:
@@ -268,7 +131,7 @@ class Bench:
     def headline(self, mode: str) -> None:
         """One configuration, every way to run both sides."""
         batch = self.arguments.batch
-        goal_batch, block, goal = GOALS.get((self.device.type, mode), (batch, 64, None))
+        block = 32 if (self.device.type, mode) == ("cpu", "float32") else 64
         title = f"{mode}, batch {batch}, block {block}, sparsity {HEADLINE_SPARSITY}"
         ways = [("compiled", "default", 45)] if self.arguments.compile else []
         if ways and self.cuda and not self.arguments.no_max_autotune:
@@ -325,19 +188,14 @@ class Bench:
             note="Error: logits of four images against float64, relative. Narrow: without the hidden features that the "
             f"zero blocks leave without a use; {hidden_features(narrow)} of {hidden_features(dense)} are left.",
         )
-        rows = []
-        for slow, fast in COMPARED:
-            speedup = measured.speedup_value(best[slow], best[fast])
-            applies = batch == goal_batch and not self.overrides and slow == "dense"
-            rows.append(
-                {
-                    "dense": best[slow],
-                    "ours": best[fast],
-                    "speedup": speedup,
-                    "goal": goal if applies else None,
-                    "met": verdict(speedup, at_least=goal if applies else None),
-                }
-            )
+        rows = [
+            {
+                "dense": best[slow],
+                "ours": best[fast],
+                "speedup": measured.speedup_value(best[slow], best[fast]),
+            }
+            for slow, fast in COMPARED
+        ]
         self.report.table(f"Best against best, {title}", rows)
         torch._dynamo.reset()
 

@@ -14,22 +14,30 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` when run as a file
 
-from benchmarks.bsr_linear import DOWN, UP
-from benchmarks.common import BLOCK_COLORS, RESULTS, pyplot
+from benchmarks.layer.cells import DOWN, UP
+from benchmarks.report.files import RESULTS
+from benchmarks.report.picture import BLOCK_COLORS, pyplot
 
 INK, FAINT, RIVAL, SLOWER = "#22303c", "#5f6b78", "#c26a1b", "#f7ece3"
 QUOTED = 0.9  # the sparsity whose speedups are written out
 PEER_BLOCK = 64  # the block size that torch's BSR is fastest with
+SWEEP, PEERS = (
+    "sweep",
+    "ViT-B/16 shapes",
+)  # what the sections begin with: ours over sparsity, all peers
 SHAPES = tuple(f"{n} x {k}" for n, k in (UP, DOWN))
 
 Row = Mapping[str, str]
 Curve = list[tuple[float, float]]
 
 
-def newest_run(results: Path = RESULTS) -> tuple[Path, list[Row]]:
-    """The newest results of `benchmarks/bsr_linear.py` on an H200 that hold a sweep over the sparsity.
+def newest_run(section: str, results: Path = RESULTS) -> tuple[Path, list[Row]]:
+    """The newest results on an H200 that hold a section about one linear layer.
+
+    Sweeps come from `benchmarks/break_even.py` (until 2026-11-30 from `benchmarks/bsr_linear.py`, as the peers do).
 
     Args:
+        section: start of the section's name.
         results: folder of the CSV files.
 
     Returns:
@@ -38,18 +46,20 @@ def newest_run(results: Path = RESULTS) -> tuple[Path, list[Row]]:
     Raises:
         FileNotFoundError: if there is none.
     """
-    for path in sorted(results.glob("*_bsr_linear_cuda_nvidia-h200*.csv"), reverse=True):
+    scripts = ("break_even", "bsr_linear")
+    paths = [p for s in scripts for p in results.glob(f"*_{s}_cuda_nvidia-h200*.csv")]
+    for path in sorted(paths, key=lambda path: path.name, reverse=True):
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        if any(row["section"] == "sweep" for row in rows):
+        if any(row["section"].startswith(section) for row in rows):
             return path, rows
+    commands = " and ".join(f"`python benchmarks/{s}.py --device cuda`" for s in scripts)
     raise FileNotFoundError(
-        f"no results of an H200 with a sweep in {results}; make some with "
-        "`python benchmarks/bsr_linear.py --device cuda`"
+        f"no results of an H200 with {section!r} in {results}; make some with {commands}"
     )
 
 
-def curve(rows: Sequence[Row], block: int, column: str = "ours x", section: str = "sweep") -> Curve:
+def curve(rows: Sequence[Row], block: int, column: str = "ours x", section: str = SWEEP) -> Curve:
     """Speedup over sparsity of both layers of the MLP together.
 
     Args:
@@ -83,14 +93,15 @@ def curve(rows: Sequence[Row], block: int, column: str = "ours x", section: str 
     ]
 
 
-def draw(rows: Sequence[Row]) -> Any:
+def draw(rows: Sequence[Row], peers: Sequence[Row]) -> Any:
     """The figure: a line for each block size, torch's BSR dashed, dense = 1.
 
     Args:
-        rows: of a result file.
+        rows: of a result file with the sweep.
+        peers: of one with the peers.
     """
     plt = pyplot()
-    sweep = next(row for row in rows if row["section"] == "sweep")
+    sweep = next(row for row in rows if row["section"] == SWEEP)
     figure, axes = plt.subplots(figsize=(8.6, 4.6))
     axes.axhspan(0, 1, color=SLOWER, zorder=0)
     axes.axhline(1, color=INK, linewidth=1.4)
@@ -108,7 +119,7 @@ def draw(rows: Sequence[Row]) -> Any:
             f"{speedup:.1f}x", (QUOTED, speedup), offset, textcoords="offset points", fontsize=11,
             ha=side, color=INK,
         )  # fmt: skip
-    peer = curve(rows, PEER_BLOCK, "torch BSR x", "ViT-B/16 shapes")
+    peer = curve(peers, PEER_BLOCK, "torch BSR x", PEERS)
     axes.plot(*zip(*peer, strict=True), "s--", color=RIVAL, linewidth=2.2, markersize=5)
     text = f"torch's BSR, block {PEER_BLOCK}: {dict(peer)[QUOTED]:.1f}x at {QUOTED:.0%}"
     write(axes, peer[0], text, up=-12, color=RIVAL)
@@ -140,9 +151,11 @@ def write(
 
 def main() -> None:
     """Draws and saves the picture."""
-    source, rows = newest_run()
+    source, rows = newest_run(SWEEP)
     path = Path(__file__).with_suffix(".png")
-    draw(rows).savefig(path, dpi=200, facecolor="white", bbox_inches="tight", pad_inches=0.12)
+    draw(rows, newest_run(PEERS)[1]).savefig(
+        path, dpi=200, facecolor="white", bbox_inches="tight", pad_inches=0.12
+    )
     print(f"{path} from {source.name}")
 
 

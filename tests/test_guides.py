@@ -165,6 +165,24 @@ def check_write_a_sparsifier(names: Names) -> None:
         assert (blocks > 0).float().mean() == 0.25
 
 
+def given_lightning() -> Names:
+    from torch.utils.data import DataLoader, TensorDataset
+
+    data = TensorDataset(torch.randn(64, 64), torch.randint(10, (64,)))
+    return {"loader": DataLoader(data, 16)}
+
+
+def check_lightning(names: Names) -> None:
+    layer = names["module"].layers[0]
+    assert (layer.weight if type(layer) is nn.Linear else layer.to_dense()).eq(0).any()
+
+
+def check_torchao(names: Names) -> None:
+    model = names["model"]
+    assert isinstance(model[0], BSRLinear) and isinstance(model[2], BSRLinear)
+    assert type(model[3].weight).__name__ == "Int8Tensor"
+
+
 PAGES: dict[str, tuple[Callable[[], Names], Callable[[Names], None]]] = {
     "index.md": (dict, check_index),
     "train_from_scratch.md": (given_train_from_scratch, check_train_from_scratch),
@@ -184,6 +202,11 @@ PAGES: dict[str, tuple[Callable[[], Names], Callable[[Names], None]]] = {
         check_deploy,
     ),
     "leaving.md": (given_leaving, check_leaving),
+    "lightning.md": (given_lightning, check_lightning),
+    "torchao.md": (
+        lambda: {"model": nn.Sequential(*zeros(mlp(64, 2048, 64), 1984), nn.Linear(64, 64))},
+        check_torchao,
+    ),
     "write_a_sparsifier.md": (dict, check_write_a_sparsifier),
     "write_a_backend.md": (dict, lambda names: None),
 }
@@ -200,7 +223,7 @@ def run(page: str, gpu: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
-    for name in ("matplotlib", "rich", "onnxscript"):  # of the extras examples, cli and onnx
+    for name in ("matplotlib", "rich", "onnxscript", "torchao", "lightning"):  # of the extras
         pytest.importorskip(name)
     PAGES[page][1](run(page, False, tmp_path, monkeypatch))
 

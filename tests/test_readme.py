@@ -104,9 +104,10 @@ def newest(pattern: str, words: str) -> Path:
 
 def test_its_three_numbers_were_measured():
     speedup = runpy.run_path(str(ROOT / "docs" / "speedup.py"))
-    _, rows = speedup["newest_run"]()
+    _, rows = speedup["newest_run"](speedup["SWEEP"])
+    _, peers = speedup["newest_run"](speedup["PEERS"])
     ours = dict(speedup["curve"](rows, 64))[0.9]
-    peer = dict(speedup["curve"](rows, 64, "torch BSR x", "ViT-B/16 shapes"))[0.9]
+    peer = dict(speedup["curve"](peers, 64, "torch BSR x", speedup["PEERS"]))[0.9]
     assert f"- **{ours:.1f}x**: the picture's two layers" in README
     assert f"torch's own BSR: {peer:.1f}x." in README
 
@@ -131,9 +132,10 @@ def test_its_three_numbers_were_measured():
 def test_its_picture_is_of_the_newest_run_and_can_be_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     speedup = runpy.run_path(str(ROOT / "docs" / "speedup.py"))
-    source, rows = speedup["newest_run"]()
+    source, rows = speedup["newest_run"](speedup["SWEEP"])
+    _, peers = speedup["newest_run"](speedup["PEERS"])
     assert source.with_suffix(".md").name in (ROOT / "docs" / "results.md").read_text()
-    (axes,) = speedup["draw"](rows).axes
+    (axes,) = speedup["draw"](rows, peers).axes
     written = {text.get_text() for text in axes.texts}
     assert {"dense", "block 16", "block 32", "block 64", "block 128"} <= written
     solid = [line.get_ydata() for line in axes.lines if line.get_linestyle() == "-"]
@@ -141,8 +143,15 @@ def test_its_picture_is_of_the_newest_run_and_can_be_drawn(tmp_path):
     dense, *ours = solid
     assert set(dense) == {1} and len(ours) == 4 and len(dashed) == 1
     assert min(len(speedups) for speedups in [*ours, *dashed]) >= 3
-    with pytest.raises(FileNotFoundError, match="benchmarks/bsr_linear.py"):
-        speedup["newest_run"](tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"benchmarks/break_even\.py"):
+        speedup["newest_run"](speedup["SWEEP"], tmp_path)
+    newer = tmp_path / "2026-12-01_break_even_cuda_nvidia-h200.csv"
+    newer.write_text("section,M\nsweep,1\n")
+    (tmp_path / "2026-11-30_bsr_linear_cuda_nvidia-h200.csv").write_text("section,M\nsweep,2\n")
+    assert speedup["newest_run"](speedup["SWEEP"], tmp_path) == (
+        newer,
+        [{"section": "sweep", "M": "1"}],
+    )
 
 
 @pytest.mark.parametrize(
@@ -179,7 +188,7 @@ def test_every_option_it_names_exists():
     sources = "".join(
         path.read_text(encoding="utf-8")
         for folder in ("examples", "benchmarks")
-        for path in (ROOT / folder).glob("*.py")
+        for path in (ROOT / folder).rglob("*.py")
     )
     named = {
         option

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from torchao_superblock.bsr import swap_to_bsr
 from torchao_superblock.common.blocks import block_grid
+from torchao_superblock.common.calls import call_model
 from torchao_superblock.pruning import Sensitivity
 from torchao_superblock.pruning.masks.base import kept_blocks
 from torchao_superblock.pruning.one_shot.capture import Call, LinearCalls, Target, plain_linear
-from torchao_superblock.pruning.one_shot.forwards import call_model
 from torchao_superblock.pruning.one_shot.levels import Choice, entry, levels_for_blocks, spend
 
 Timer = Callable[[Callable[[], object]], float]

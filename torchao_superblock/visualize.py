@@ -21,7 +21,7 @@ from torchao_superblock.bsr.format import infer_blocksize
 from torchao_superblock.common.blocks import parse_blocksize
 from torchao_superblock.ops.block_mask import nonzero_blocks
 from torchao_superblock.pruning import Sensitivity
-from torchao_superblock.pruning.masks.base import masks_of
+from torchao_superblock.pruning.finding import masks_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

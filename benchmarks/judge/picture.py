@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.common import pyplot
 from benchmarks.judge.cells import DENSE, FLOOR, Question
 from benchmarks.judge.digest import Point
 from benchmarks.judge.methods import RIVALS
+from benchmarks.report.picture import pyplot
 
 COLORS = ("#1d4e89", "#219ebc", "#bb3e03", "#2a9d8f", "#7b2cbf", "#e09f3e", "#0b2545", "#d81159")
 RIVAL_STYLES = {

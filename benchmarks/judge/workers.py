@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Progress, device_name, quiet
 from benchmarks.judge.cells import Cell, Question, Results, Row
+from benchmarks.measure.quiet import quiet
+from benchmarks.report.facts import device_name
+from benchmarks.report.progress import Progress
 
 
 def _work(question: Question, device: str, threads: int, pipe: Connection) -> None:

@@ -277,7 +277,7 @@ def test_what_does_not_fit_into_the_budget_is_not_begun(tmp_path):
     assert len(left) == 2 and not results.rows
     assert all("were spent" in row["because"] for row in left)
 
-    from benchmarks.common import device_name
+    from benchmarks.report.facts import device_name
 
     first, second = question.cells()
     results.add(first, {"score": 1.0, "seconds": 1000.0, "device": device_name("cpu")})

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchao_superblock.common.blocks import whole_block_grid
+from torchao_superblock.common.kept_blocks import KeptBlocks
 from torchao_superblock.common.swappable import CANDIDATE_SIZES
 
 # A larger block may store this much more than the smallest one and still be taken for the real one: single blocks that
@@ -28,12 +29,38 @@ def nonzero_blocks(weight: Tensor, blocksize: tuple[int, int]) -> Tensor:
     return (weight.detach() != 0).view(R, r, C, c).any(3).any(1)
 
 
-def dense_to_bsr(weight: Tensor, blocksize: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+def stored_blocks(weight: Tensor, blocksize: tuple[int, int], keep: KeptBlocks | None) -> Tensor:
+    """Bool `(R, C)`: the blocks that hold anything but zeros, and those that `keep` names (of any block size)."""
+    mask = nonzero_blocks(weight, blocksize)
+    if keep is None:
+        return mask
+    kept = keep.mask.to(mask.device)
+    if keep.blocksize != tuple(blocksize):
+        rows, cols = keep.blocksize
+        elements = kept.repeat_interleave(rows, 0).repeat_interleave(cols, 1)
+        kept = nonzero_blocks(elements[: weight.shape[0], : weight.shape[1]], blocksize)
+    return mask | kept
+
+
+def gather_blocks(
+    weight: Tensor, crow_indices: Tensor, col_indices: Tensor, blocksize: tuple[int, int]
+) -> Tensor:
+    """The `(nnz, r, c)` blocks of a dense `(N, K)` tensor that an index names; a copy, detached."""
+    (R, C), (r, c) = whole_block_grid(weight, blocksize), blocksize
+    row = torch.repeat_interleave(crow_indices.diff())
+    blocks = weight.detach().reshape(R, r, C, c)
+    return blocks[row, :, col_indices.long(), :].contiguous()
+
+
+def dense_to_bsr(
+    weight: Tensor, blocksize: tuple[int, int], keep: KeptBlocks | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Store the blocks of a dense weight that hold anything but zeros.
 
     Args:
         weight: `(N, K)`, any dtype, N and K multiples of the block size.
         blocksize: `(r, c)`.
+        keep: blocks to store whatever they hold.
 
     Returns:
         `(crow_indices, col_indices, values)` on the device of the weight; a copy, detached.
@@ -41,14 +68,15 @@ def dense_to_bsr(weight: Tensor, blocksize: tuple[int, int]) -> tuple[Tensor, Te
     Raises:
         ValueError: the shape is not a multiple of the block size.
     """
-    weight = weight.detach()
-    mask = nonzero_blocks(weight, blocksize)
-    (R, C), (r, c) = mask.shape, blocksize
-    crow_indices = torch.zeros(R + 1, dtype=torch.int32, device=weight.device)
+    mask = stored_blocks(weight, blocksize, keep)
+    crow_indices = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=weight.device)
     crow_indices[1:] = mask.sum(1).cumsum(0)
-    row, col = mask.nonzero(as_tuple=True)
-    values = weight.reshape(R, r, C, c)[row, :, col, :]
-    return crow_indices, col.to(torch.int32), values.contiguous()
+    col_indices = mask.nonzero(as_tuple=True)[1].to(torch.int32)
+    return (
+        crow_indices,
+        col_indices,
+        gather_blocks(weight, crow_indices, col_indices, blocksize),
+    )
 
 
 def bsr_parts(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

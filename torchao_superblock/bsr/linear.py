@@ -24,6 +24,7 @@ from torchao_superblock.bsr.index_record import IndexRecord
 from torchao_superblock.bsr.weight import BSRWeight, TracedBSRWeight
 from torchao_superblock.common.all_or_nothing import all_or_nothing
 from torchao_superblock.common.blocks import parse_blocksize
+from torchao_superblock.common.kept_blocks import KeptBlocks
 from torchao_superblock.common.modules import block_masks_of, copy_hooks
 from torchao_superblock.common.sharding import is_dtensor
 from torchao_superblock.ops import ACTIVATIONS, bsr_linear, build_plan
@@ -287,7 +288,11 @@ class BSRLinear(nn.Module):
 
     @classmethod
     def from_dense(
-        cls, linear: nn.Linear, blocksize: int | tuple[int, int] | None = None
+        cls,
+        linear: nn.Linear,
+        blocksize: int | tuple[int, int] | None = None,
+        *,
+        keep: KeptBlocks | None = None,
     ) -> "BSRLinear":
         """Convert a linear layer whose weight has blocks of zeros.
 
@@ -298,6 +303,7 @@ class BSRLinear(nn.Module):
                 they are.
             blocksize: int, `(rows, cols)`, or None to read it off the zeros
                 (:func:`torchao_superblock.bsr.format.infer_blocksize`).
+            keep: blocks to store whatever they hold, as one that is trained on may be zero now.
 
         Raises:
             TypeError: `linear` is not exactly an `nn.Linear`, or its dtype is not supported.
@@ -336,7 +342,7 @@ class BSRLinear(nn.Module):
         blocksize = parse_blocksize(blocksize)
         with torch.inference_mode(False):  # tensors made in inference mode could never be trained
             if stored is None:
-                stored = dense_to_bsr(linear.weight, blocksize)
+                stored = dense_to_bsr(linear.weight, blocksize, keep)
             crow_indices, col_indices, values = stored
             layer = cls(
                 linear.in_features,

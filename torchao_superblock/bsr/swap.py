@@ -1,22 +1,38 @@
 """Replace the linear layers of a model by :class:`BSRLinear` where that pays, and say what became of each."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from numbers import Real
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.optim import Optimizer
 
 from torchao_superblock.bsr.dataflow import dataflows
 from torchao_superblock.bsr.dead_features import drop_dead_features
-from torchao_superblock.bsr.format import infer_blocksize, nonzero_blocks
+from torchao_superblock.bsr.format import (
+    gather_blocks,
+    infer_blocksize,
+    nonzero_blocks,
+    stored_blocks,
+)
 from torchao_superblock.bsr.fused_activations import fold_activations
 from torchao_superblock.bsr.gated_mlp import fuse_gates
 from torchao_superblock.bsr.layers import twin_of
 from torchao_superblock.bsr.linear import BSRLinear, conversion_obstacle
+from torchao_superblock.bsr.measure import find_parts, time_parts
+from torchao_superblock.bsr.optimizer_state import (
+    WAY_OUT,
+    Move,
+    check_optimizer,
+    notes,
+    stored_blocks_in,
+)
 from torchao_superblock.common.all_or_nothing import all_or_nothing
 from torchao_superblock.common.blocks import parse_blocksize, whole_block_grid
+from torchao_superblock.common.kept_blocks import KeptBlocks, kept_blocks
 from torchao_superblock.common.modules import (
     block_masks_of,
     parameter_owners,
@@ -40,9 +56,13 @@ class SwapEntry:
         sparsity: fraction of blocks that hold only zeros, or None where it was not looked at.
         reason: a sentence.
         code: a short stable word: `swapped`, or why not: `customised`, `filtered_out`, `invalid_indices`,
-            `linear_subclass`, `meta_device`, `no_twin` (not in a linear layer), `odd_shape`, `other_blocksize`,
-            `parametrized`, `shape_not_multiple`, `sharded`, `slower_than_dense`, `sparse_layout`, `tied_weight`,
-            `too_few_zero_blocks`, `uninitialized`, `unsupported_dtype`, `weight_subclass`.
+            `linear_subclass`, `meta_device`, `no_twin` (not in a linear layer), `not_called` (by the example that was
+            measured with), `odd_shape`, `other_blocksize`, `parametrized`, `shape_not_multiple`, `sharded`,
+            `slower_than_dense`, `sparse_layout`, `tied_weight`, `too_few_zero_blocks`, `uninitialized`,
+            `unsupported_dtype`, `weight_subclass`.
+        dense_ms: where it was measured: milliseconds that the dense layer takes, or the module around it that had to
+            be timed as a whole.
+        bsr_ms: the same, swapped.
     """
 
     fqn: str
@@ -51,6 +71,8 @@ class SwapEntry:
     sparsity: float | None
     reason: str
     code: str
+    dense_ms: float | None = None
+    bsr_ms: float | None = None
 
 
 @dataclass
@@ -73,22 +95,27 @@ class SwapReport:
         lines = [
             f"{len(self.swapped)} of {len(self.swapped) + len(self.skipped)} weights swapped to BSR"
         ]
-        rows = [("layer", "shape", "block", "sparsity", "result")]
-        for entry in [*self.swapped, *self.skipped]:
+        entries = [*self.swapped, *self.skipped]
+        measured = any(entry.dense_ms is not None for entry in entries)
+        times = ("dense ms", "BSR ms") if measured else ()
+        rows = [("layer", "shape", "block", "sparsity", *times, "result")]
+        for entry in entries:
+            pair = (entry.dense_ms, entry.bsr_ms) if measured else ()
             rows.append(
                 (
                     entry.fqn,
                     "x".join(map(str, entry.shape)),
                     "x".join(map(str, entry.blocksize)) if entry.blocksize else "-",
                     f"{entry.sparsity:.1%}" if entry.sparsity is not None else "-",
+                    *("-" if ms is None else f"{ms:.3f}" for ms in pair),
                     "swapped" if entry.code == "swapped" else f"skipped: {entry.reason}",
                 )
             )
         if len(rows) > 1:
-            widths = [max(len(row[column]) for row in rows) for column in range(4)]
+            widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
             for row in rows:
                 cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-                lines.append("  ".join([*cells, row[4]]))
+                lines.append("  ".join([*cells, row[-1]]))
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 
@@ -123,19 +150,21 @@ def swap_to_bsr(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     fuse_activations: bool = False,
     drop_dead_features: bool = False,
+    measure: object = None,
+    optimizer: Optimizer | None = None,
 ) -> SwapReport:
     """Replace, in place, every linear layer with enough zero blocks by a :class:`BSRLinear`.
 
     The weights are looked at as they are: where the zeros come from does not matter. A weight with the layout
     `torch.sparse_bsr` becomes a :class:`BSRLinear` with the blocks that it stores. If anything fails, the model is as
-    it was. An optimizer built before holds the dense weights: build it again to fine-tune the stored blocks.
+    it was. An optimizer built before holds the dense weights: pass it as `optimizer` to train on, or build it again.
 
     Args:
         model: any module, not itself an `nn.Linear`.
         blocksize: int or `(rows, cols)` for all layers; None reads each layer's off its zeros.
         min_sparsity: a layer with a smaller fraction of zero blocks is skipped. None means "where it is faster than
             dense": a table of measured break-even points by device, block size and dtype. Where nobody measured, it
-            takes a cautious 0.9 and the report says so.
+            takes a cautious 0.9 and the report says so. With `measure` the times decide alone.
         filter_fn: `filter_fn(module, fqn) -> bool`; a layer for which it is False is skipped.
         fuse_activations: let a swapped layer apply the activation that directly follows it (ReLU, GELU or SiLU, also
             those of timm and transformers), and compute a gated MLP's `activation(gate(x)) * up(x)` at once, where that
@@ -155,6 +184,16 @@ def swap_to_bsr(
             be trained, and `swap_to_dense` has only zeros to put in their place. Whoever calls the first layer alone
             gets fewer features. They go in whole blocks of both layers; where their number is a multiple of 64, as GPU
             kernels want it, it stays one. The report's shapes are those before.
+        measure: an example input of the model (a tensor, a tuple of arguments or a dict of keyword arguments): each
+            layer that could be swapped is timed dense and swapped on what it is called with, on this machine, and
+            swapped if that is faster; a `nn.TransformerEncoderLayer` is timed whole, since any swapped layer turns its
+            fused path off. Eager forwards, with `optimizer` forwards and backwards. The report has both times. The
+            model runs once; the same shapes are timed once.
+        optimizer: goes on with the stored blocks in the place of the dense weights: the same object, with the same
+            groups and the state of the stored blocks, so that schedulers and a GradScaler stay valid. Blocks that the
+            squashed mask kept are stored though they are zero. Any optimizer of `torch.optim` that steps each element
+            by itself. A gain of the mask is part of the weights since the squash; a note says what follows for the
+            learning rate. Gradients are not taken over.
 
     Returns:
         A :class:`SwapReport` that accounts for every `nn.Linear` of the model and every other weight.
@@ -163,7 +202,10 @@ def swap_to_bsr(
         RuntimeError: a block mask is not squashed yet.
         ValueError: `model` is itself an `nn.Linear` (it cannot be replaced in place), or `min_sparsity` is
             outside [0, 1], or `blocksize` is below 1, or the model is wrapped in DistributedDataParallel.
-        TypeError: `model` is not a module, or `blocksize` is not an int or a pair.
+            With `optimizer`: it lacks a trained weight that is swapped, or `drop_dead_features` would drop what it
+            trains. With `measure`: the model does not take the example.
+        TypeError: `model` is not a module, or `blocksize` is not an int or a pair, or the optimizer's steps mix
+            elements of a weight (Adafactor, Muon, LBFGS) or are not known.
 
     Example:
         >>> sparsifier.squash_mask()  # doctest: +SKIP
@@ -180,6 +222,13 @@ def swap_to_bsr(
             raise ValueError(f"swap_to_bsr: min_sparsity must lie in [0, 1], got {min_sparsity}")
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"swap_to_bsr: filter_fn must be callable, got {filter_fn!r}")
+    if optimizer is not None:
+        check_optimizer(optimizer)
+        if drop_dead_features:
+            raise ValueError(
+                "swap_to_bsr: drop_dead_features drops weights that the optimizer trains; leave it out to train on, "
+                "and swap for inference afterwards"
+            )
     for fqn, module in model.named_modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             raise ValueError(
@@ -200,6 +249,8 @@ def swap_to_bsr(
 
     report = SwapReport()
     replacements: dict[nn.Module, BSRLinear] = {}
+    kept: dict[nn.Module, KeptBlocks | None] = {}
+    entries: dict[nn.Module, SwapEntry] = {}
     owners = parameter_owners(model)
     for fqn, module in model.named_modules():
         name = without_compile_prefix(fqn)
@@ -207,18 +258,102 @@ def swap_to_bsr(
         if twin is None and not isinstance(module, nn.Linear):
             report.skipped += _other_weights(module, name)
             continue
-        entry = _judge(module, name, blocksize, min_sparsity, filter_fn, owners)
+        kept[module] = None if optimizer is None else _kept(module)
+        entry = _judge(
+            module,
+            name,
+            blocksize,
+            min_sparsity,
+            filter_fn,
+            owners,
+            kept[module],
+            measure is not None,
+        )
         if entry.code == "swapped":
             try:
-                replacements[module] = twin.bsr.from_dense(module, entry.blocksize)
+                replacements[module] = twin.bsr.from_dense(
+                    module, entry.blocksize, keep=kept[module]
+                )
             except Exception as error:
                 error.add_note(f"while swapping {entry.fqn!r}")
                 raise
+            entries[module] = entry
+        else:
+            report.skipped.append(entry)
+    if measure is not None:
+        entries = _measured(model, replacements, entries, measure, optimizer is not None)
+    for module, entry in entries.items():
+        if entry.code == "swapped":
             report.swapped.append(entry)
         else:
             report.skipped.append(entry)
-    _replace(model, replacements, report, fuse_activations, drop_dead_features)
+            del replacements[module]
+    moves = []
+    if optimizer is not None:
+        moves = [
+            _move(entries[module].fqn, module, layer, kept[module])
+            for module, layer in replacements.items()
+        ]
+    with nullcontext() if optimizer is None else stored_blocks_in(optimizer, moves):
+        _replace(model, replacements, report, fuse_activations, drop_dead_features)
+    if optimizer is not None:
+        report.notes += notes(optimizer, moves)
     return report
+
+
+def _measured(
+    model: nn.Module,
+    replacements: dict[nn.Module, BSRLinear],
+    entries: dict[nn.Module, SwapEntry],
+    example_input: object,
+    train: bool,
+) -> dict[nn.Module, SwapEntry]:
+    """The entries with their times; what is not faster, or not called, is swapped no more."""
+    parts = find_parts(model, replacements)
+    entries = dict(entries)
+    for part, timing in time_parts(model, parts, example_input, train=train).items():
+        for module in part.replacements:
+            entry = entries[module]
+            if timing is None:
+                entries[module] = replace(
+                    entry,
+                    code="not_called",
+                    reason="the example that was measured with never reaches it",
+                )
+                continue
+            entry = replace(entry, dense_ms=timing.dense_ms, bsr_ms=timing.bsr_ms)
+            if timing.bsr_ms >= timing.dense_ms:
+                what = "it" if part.module is module else f"{without_compile_prefix(part.fqn)!r}"
+                entry = replace(
+                    entry,
+                    code="slower_than_dense",
+                    reason=f"{what} takes {timing.bsr_ms:.3f} ms swapped and {timing.dense_ms:.3f} ms dense",
+                )
+            entries[module] = entry
+    return entries
+
+
+def _kept(linear: nn.Module) -> KeptBlocks | None:
+    """What the mask of this layer kept, if it was squashed in this process."""
+    weight = linear._parameters.get("weight")
+    return None if weight is None else kept_blocks(weight)
+
+
+def _move(fqn: str, linear: nn.Linear, layer: BSRLinear, keep: KeptBlocks | None) -> Move:
+    if linear.weight.layout is not torch.strided:
+        raise ValueError(
+            f"swap_to_bsr: the weight of {fqn!r} has the layout {linear.weight.layout}, and an optimizer has no state "
+            f"by blocks for it; {WAY_OUT}"
+        )
+    index = layer.crow_indices, layer.col_indices, layer.blocksize
+    return Move(
+        f"{fqn}.weight",
+        f"{fqn}.values",
+        linear.weight,
+        layer.values,
+        lambda tensor: gather_blocks(tensor, *index),
+        1.0 if keep is None else keep.gain,
+    )
 
 
 def _judge(
@@ -228,6 +363,8 @@ def _judge(
     min_sparsity: float | None,
     filter_fn: Callable[[nn.Module, str], bool] | None,
     owners: dict[tuple[object, int], list[str]],
+    keep: KeptBlocks | None,
+    measured: bool,
 ) -> SwapEntry:
     """Decide about one layer without touching it."""
     shape = (linear.out_features, linear.in_features)
@@ -246,18 +383,20 @@ def _judge(
     if linear.weight.layout is torch.sparse_bsr:
         return _judge_stored(linear, fqn, blocksize, min_sparsity)
     if blocksize is None:
-        blocksize = infer_blocksize(linear.weight)
+        blocksize = infer_blocksize(linear.weight) if keep is None else keep.blocksize
     unfit = shape_obstacle(shape, blocksize)
     if unfit is not None or blocksize is None:
         zeros = (linear.weight.detach() == 0).double().mean().item()
         remark = f"; {zeros:.1%} of its elements are zero" if zeros else ""
         return entry("shape_not_multiple", f"{unfit}{remark}")
-    sparsity = 1.0 - nonzero_blocks(linear.weight, blocksize).float().mean().item()
+    sparsity = 1.0 - stored_blocks(linear.weight, blocksize, keep).float().mean().item()
     if min_sparsity is not None:
         needed, code = min_sparsity, "too_few_zero_blocks"
         rule = f"min_sparsity is {needed:.1%}"
     elif sparsity == 0.0:
         return entry("too_few_zero_blocks", "no block of its weight is all zeros", sparsity)
+    elif measured:
+        needed, code, rule = 0.0, "too_few_zero_blocks", ""
     else:
         needed, measured, where = break_even(
             linear.weight.device.type, blocksize, linear.weight.dtype
@@ -349,8 +488,8 @@ def _replace(
             )
         if not (drop_features or fuse_activations):
             return
-        flows, notes = dataflows(model)
-        report.notes += notes
+        flows, remarks = dataflows(model)
+        report.notes += remarks
         if drop_features:
             report.notes += drop_dead_features(model, flows)
         if fuse_activations:

@@ -1,6 +1,6 @@
 """From which block sparsity on the op is faster than a dense linear layer: the table behind `min_sparsity=None`.
 
-The numbers come from `benchmarks/bsr_linear.py`, which sweeps the sparsity for each block size and reports the point
+The numbers come from `benchmarks/break_even.py`, which sweeps the sparsity for each block size and reports the point
 at which dense and block-sparse take the same time; each entry here is that point for the slower of the two MLP shapes
 of ViT-B/16, rounded up to a multiple of 0.05.
 """

@@ -20,7 +20,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from torchao_superblock.pruning.masks.base import BlockMask, find_mask, masks_of
+from torchao_superblock.pruning.finding import find_mask, masks_of
+from torchao_superblock.pruning.masks.base import BlockMask
 from torchao_superblock.pruning.reading import RAW, read_once, reader, rebuild_reader, scope
 from torchao_superblock.pruning.written import forget_lost_write, read_watched
 

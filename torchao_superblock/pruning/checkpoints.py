@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from torchao_superblock.pruning.masks.base import has_mask, masks_of, refuse_broken_state
+from torchao_superblock.pruning.finding import has_mask, masks_of
+from torchao_superblock.pruning.masks.base import refuse_broken_state
 
 
 def refuse_dense_checkpoints(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from torchao_superblock.pruning.masks.base import has_mask, masks_of
+from torchao_superblock.pruning.finding import has_mask, masks_of
 
 RAW = object()
 """Marks a tensor whose reads return the weight under the mask."""

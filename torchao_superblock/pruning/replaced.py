@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from torchao_superblock.pruning.attach import equip
-from torchao_superblock.pruning.masks.base import find_mask
+from torchao_superblock.pruning.finding import find_mask
 from torchao_superblock.pruning.targets import find_module
 
 Links = tuple[tuple[nn.Module, str, nn.Module], ...]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -16,21 +15,19 @@ from torch.ao.pruning import BaseSparsifier, CubicSL, LambdaSL
 
 from torchao_superblock.common.all_or_nothing import all_or_nothing
 from torchao_superblock.common.blocks import block_grid, check_blocksize
-from torchao_superblock.common.modules import hand_over_hooks
-from torchao_superblock.common.names import find_fqn, nearest_names, without_wrapper_prefixes
+from torchao_superblock.common.names import find_fqn, nearest_names
 from torchao_superblock.common.swappable import TWINS
 from torchao_superblock.pruning.attach import attach
 from torchao_superblock.pruning.checkpoints import refuse_dense_checkpoints
-from torchao_superblock.pruning.masks.base import (
-    BlockMask,
-    check_sparsity_level,
-    find_mask,
-    named_masks,
-)
+from torchao_superblock.pruning.convert import replace_squashed
+from torchao_superblock.pruning.finding import find_mask, named_masks
+from torchao_superblock.pruning.masks.base import BlockMask
 from torchao_superblock.pruning.masks.given import GivenMask
+from torchao_superblock.pruning.masks.settings import check_sparsity_level
 from torchao_superblock.pruning.ramp import Progress, Ramp, check_ramp
 from torchao_superblock.pruning.reading import read_masked_children_once
 from torchao_superblock.pruning.replaced import Links, follow, refuse_adapters
+from torchao_superblock.pruning.sparse_params import kept_params, leave_params
 from torchao_superblock.pruning.squash import check_foldable, fold
 from torchao_superblock.pruning.summary import MaskedTensor, MaskSummary
 from torchao_superblock.pruning.targets import (
@@ -388,7 +385,7 @@ class BlockSparsifier(BaseSparsifier):
         """
         if not self._squashing:
             self._require_groups("squash_mask")
-        kept = self._kept_params(params_to_keep, params_to_keep_per_layer)
+        kept = kept_params(self.groups, params_to_keep, params_to_keep_per_layer)
         found = [
             (group["tensor_fqn"], group["module"], group["tensor_name"], mask)
             for group, mask in self._masks()
@@ -398,7 +395,7 @@ class BlockSparsifier(BaseSparsifier):
         fold(self.model, found)
         for group, params in zip(self.groups, kept, strict=True):
             if params:
-                _leave_params(group, params, self.groups)
+                leave_params(group, params, self.groups)
         self._notice_squash()
 
     def convert(
@@ -442,49 +439,7 @@ class BlockSparsifier(BaseSparsifier):
             )
         if mapping is None:
             mapping = {nn.Linear: TWINS[nn.Linear].bsr}
-        names = {fqn.rpartition(".")[0] for fqn in self._squashed}
-        squashed = {id(ref()) for ref in self._squashed.values() if ref() is not None}
-        convertible = [
-            (path, child)
-            for path, child in module.named_modules(remove_duplicate=False)
-            if type(child) in mapping
-        ]
-        # The very modules; in a copy those of the same name; in a wrapped copy but for the prefix.
-        targets = (
-            [(path, child) for path, child in convertible if id(child) in squashed]
-            or [(path, child) for path, child in convertible if path in names]
-            or [
-                (path, child)
-                for path, child in convertible
-                if without_wrapper_prefixes(path) in names
-            ]
-        )
-        if not targets:
-            kinds = ", ".join(kind.__name__ for kind in mapping)
-            raise ValueError(
-                f"convert: no module among {sorted(names)} in this {type(module).__name__} is of a "
-                f"type in mapping ({kinds})"
-            )
-        converted: dict[int, nn.Module] = {}
-        for path, child in targets:
-            if id(child) not in converted:
-                source = child if inplace else copy.deepcopy(child)
-                try:
-                    new = mapping[type(child)].from_dense(source)  # type: ignore[attr-defined]
-                except (TypeError, ValueError, RuntimeError) as error:
-                    raise type(error)(f"convert: {path!r}: {error}") from error
-                _carry_over(source, new)
-                converted[id(child)] = new
-        if id(module) in converted:
-            return converted[id(module)]
-        # Copying with the converted modules already in the memo neither copies the dense weights
-        # nor loses the sharing between modules.
-        result = module if inplace else copy.deepcopy(module, dict(converted))
-        with all_or_nothing(result):
-            for path, child in targets:
-                parent, _, name = path.rpartition(".")
-                result.get_submodule(parent)._modules[name] = converted[id(child)]
-        return result
+        return replace_squashed(module, mapping, self._squashed, inplace)
 
     # ---------------------------------------------------------------------------------------------
     # Saving
@@ -649,29 +604,6 @@ class BlockSparsifier(BaseSparsifier):
             if mask is not None:
                 yield group, mask
 
-    def _kept_params(
-        self,
-        params_to_keep: tuple[str, ...] | None,
-        per_layer: dict[str, tuple[str, ...]] | None,
-    ) -> list[dict[str, Any]]:
-        """The `sparse_params` of each group, after validating what was asked for."""
-        everywhere = _check_names(params_to_keep, self.groups[0], "params_to_keep")
-        layers: dict[str, tuple[str, ...]] = {}
-        known = [group["module_fqn"] for group in self.groups]
-        for fqn, names in (per_layer or {}).items():
-            name = find_fqn(fqn, known)
-            if name not in known:
-                raise ValueError(
-                    f"squash_mask: params_to_keep_per_layer names {fqn!r}, which has no mask"
-                    + nearest_names(fqn, known)
-                )
-            where = f"params_to_keep_per_layer[{fqn!r}]"
-            layers[name] = _check_names(names, self.groups[0], where)
-        return [
-            {name: group[name] for name in (*everywhere, *layers.get(group["module_fqn"], ()))}
-            for group in self.groups
-        ]
-
 
 def _weight(group: dict[str, Any]) -> Tensor:
     return group["module"]._parameters[group["tensor_name"]]
@@ -695,30 +627,6 @@ def _refuse_ddp(model: nn.Module, groups: list[dict[str, Any]]) -> None:
                 )
 
 
-def _check_names(names: object, group: dict[str, Any], where: str) -> tuple[str, ...]:
-    if names is None:
-        return ()
-    if isinstance(names, str) or not isinstance(names, Iterable):
-        raise TypeError(f"squash_mask: {where}={names!r} must be a tuple of setting names")
-    known = [key for key in group if key != "module"]
-    for name in names:
-        if name not in known:
-            raise ValueError(
-                f"squash_mask: {where} names {name!r}, which a group does not have; it has "
-                f"{', '.join(map(repr, known))}"
-            )
-    return tuple(names)
-
-
-def _leave_params(
-    group: dict[str, Any], params: dict[str, Any], groups: list[dict[str, Any]]
-) -> None:
-    module = group["module"]
-    if sum(other["module"] is module for other in groups) > 1:
-        params = {**getattr(module, "sparse_params", {}), group["tensor_name"]: params}
-    module.sparse_params = params
-
-
 def _check_same_blocks(
     group: dict[str, Any], settings: Mapping[str, Any], mask: object, where: str
 ) -> None:
@@ -736,11 +644,3 @@ def _check_same_blocks(
             f"{where}the saved mask has {tuple(mask.shape)} blocks and the weight here has {grid}: "
             "it was saved for a weight of another shape"
         )
-
-
-def _carry_over(old: nn.Module, new: nn.Module) -> None:
-    """Hooks, settings that were left on the module, and mode."""
-    hand_over_hooks(old, new)
-    if hasattr(old, "sparse_params"):
-        new.sparse_params = old.sparse_params
-    new.train(old.training)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from torchao_superblock.common.all_or_nothing import all_or_nothing
+from torchao_superblock.common.kept_blocks import remember_kept
 from torchao_superblock.common.names import find_fqn, nearest_names
 from torchao_superblock.common.sharding import (
     GATHER_FIRST,
@@ -15,7 +16,8 @@ from torchao_superblock.common.sharding import (
 )
 from torchao_superblock.pruning.attach import detach
 from torchao_superblock.pruning.checkpoints import accept_dense_checkpoints
-from torchao_superblock.pruning.masks.base import BlockMask, named_masks
+from torchao_superblock.pruning.finding import named_masks
+from torchao_superblock.pruning.masks.base import BlockMask
 from torchao_superblock.pruning.reading import undo_read_once
 from torchao_superblock.pruning.replaced import refuse_adapters
 from torchao_superblock.pruning.written import refuse_lost_write
@@ -137,8 +139,11 @@ def fold(model: nn.Module, found: list[Found]) -> None:
         # Clearing blocks twice changes nothing; multiplying them twice does.
         repeatable = mask.factors().dtype == torch.bool
         with all_or_nothing(module, () if repeatable else (weight,)):
+            kept = mask.block_mask()
+            gain = mask.gain_now
             mask.fold_(weight)
             detach(module, name)
+        remember_kept(weight, kept, mask.blocksize, gain)
     undo_read_once(model)
     accept_dense_checkpoints(model)
 

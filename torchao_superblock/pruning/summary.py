@@ -34,6 +34,8 @@ class MaskedTensor:
         zeros: fraction of the weight's elements in pruned blocks; differs from `sparsity` where the
             blocks at the edges are smaller. None on the meta device.
         swap_obstacle: why no swap can use the zeros, a sentence; None if one can.
+        gain: what the next forward multiplies kept blocks by (1.0 on the meta device), and a squash the
+            weights; Adam's learning rate for them has to grow as much to go on after it.
     """
 
     fqn: str
@@ -47,6 +49,7 @@ class MaskedTensor:
     scores_frozen: bool = False
     zeros: float | None = None
     swap_obstacle: str | None = None
+    gain: float = 1.0
 
     @classmethod
     def of(cls, group: Mapping[str, Any], mask: BlockMask) -> MaskedTensor:
@@ -71,6 +74,7 @@ class MaskedTensor:
             scores_frozen=trained and not mask.scores.requires_grad,
             zeros=zeros,
             swap_obstacle=_swap_obstacle(group, mask),
+            gain=mask.gain_now,
         )
 
 

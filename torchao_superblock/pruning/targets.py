@@ -20,7 +20,8 @@ from torchao_superblock.common.names import nearest_names, without_wrapper_prefi
 from torchao_superblock.common.sharding import is_dtensor
 from torchao_superblock.common.weights import is_hidden, other_weights
 from torchao_superblock.ops.block_mask import nonzero_blocks
-from torchao_superblock.pruning.masks.base import Check, find_mask
+from torchao_superblock.pruning.finding import find_mask
+from torchao_superblock.pruning.masks.settings import Check
 
 _EXTRAS = ("mask", "types", "exclude")
 """What an entry may have besides its name and settings."""

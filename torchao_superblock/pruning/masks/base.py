@@ -9,15 +9,13 @@ own.
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from torchao_superblock.common.blocks import BlockSize, block_grid, check_blocksize
-from torchao_superblock.common.modules import block_masks_of
 from torchao_superblock.common.sharding import (
     full_tensor,
     is_dtensor,
@@ -29,8 +27,6 @@ from torchao_superblock.ops.block_mask import (
     BROKEN,
     block_mask,
     block_norm,
-    mask_weight,
-    mask_weight_backward,
     scale_blocks_,
 )
 from torchao_superblock.ops.mask_guards import (
@@ -41,60 +37,14 @@ from torchao_superblock.ops.mask_guards import (
     pattern_checksum,
     settle,
 )
+from torchao_superblock.pruning.masks.product import MaskWeight
+from torchao_superblock.pruning.masks.settings import (
+    Check,
+    check_blocksize_setting,
+    check_gain,
+    check_sparsity_level,
+)
 from torchao_superblock.pruning.ramp import Progress
-
-Check = Callable[[object, str], Any]
-"""`check(value, where)`: the setting, normalised, or an error that begins with `where`."""
-
-
-STATISTIC_SCALE = 2.0**-60
-"""Statistics travel as gradients; this small they move no norm that gradients are clipped by."""
-
-
-class MaskWeight(torch.autograd.Function):
-    """`weight * factors`; what else is known of the blocks leaves as the gradient of `scores`.
-
-    grad_weight = grad * factors
-    grad_scores[R, C] = sum over the block of grad * weight   (straight through the hard choice)
-                     or sum over the block of grad * grad, times STATISTIC_SCALE
-                     or 0 unless live
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        weight: Tensor,
-        scores: Tensor,
-        factors: Tensor,
-        live: Tensor,
-        blocksize: tuple[int, int],
-        statistic: bool = False,
-    ) -> Tensor:
-        return mask_weight(weight, factors, blocksize, live)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        weight, scores, factors, live, blocksize, statistic = inputs
-        ctx.blocksize = blocksize
-        ctx.scores_dtype = scores.dtype
-        ctx.statistic = statistic
-        needed = ctx.needs_input_grad[1] and not statistic
-        ctx.save_for_backward(weight if needed else None, factors, live)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        weight, factors, live = ctx.saved_tensors
-        if ctx.statistic and ctx.needs_input_grad[1]:
-            weight = grad
-        grad_weight, grad_scores = mask_weight_backward(
-            grad, weight, factors, live, ctx.blocksize, ctx.needs_input_grad[0]
-        )
-        if grad_scores is not None:
-            if ctx.statistic:
-                grad_scores = grad_scores * STATISTIC_SCALE
-            grad_scores = grad_scores.to(ctx.scores_dtype)
-        return grad_weight, grad_scores, None, None, None, None
 
 
 class BlockMask(nn.Module):
@@ -214,7 +164,7 @@ class BlockMask(nn.Module):
         """Every setting of a group with its check, the common ones first."""
         return {
             "sparsity_level": check_sparsity_level,
-            "blocksize": _check_blocksize_setting,
+            "blocksize": check_blocksize_setting,
             "gain": check_gain,
             **cls.SETTINGS,
         }
@@ -247,6 +197,11 @@ class BlockMask(nn.Module):
     def full_scores(self) -> Tensor:
         """The float32 scores of all blocks, without gradient, gathered where they are sharded."""
         return self.scores.detach()
+
+    @property
+    def gain_now(self) -> float:
+        """What the next forward multiplies kept blocks by, beside what is soft about them."""
+        return 1.0 if self.factor is None or self.factor.is_meta else float(self.factor)
 
     def factors(self) -> Tensor:
         """What the next forward multiplies the blocks by: `(R, C)`, bool or float32."""
@@ -672,32 +627,6 @@ def refuse_nan(weight: Tensor, where: str) -> None:
         raise ValueError(f"{where}contains NaN, so its blocks have no norm to be ranked by")
 
 
-def find_mask(module: nn.Module, tensor_name: str) -> BlockMask | None:
-    """The mask on a tensor of this module, or None."""
-    return masks_of(module).get(tensor_name)
-
-
-def masks_of(module: nn.Module) -> dict[str, BlockMask]:
-    """Masks on the tensors of this very module, by tensor name."""
-    return {name: mask for name, mask in block_masks_of(module) if isinstance(mask, BlockMask)}
-
-
-def named_masks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, BlockMask]]:
-    """Every mask in a model.
-
-    Yields:
-        The FQN of the masked tensor, the module that owns it, the tensor's name there, and the mask.
-    """
-    for path, module in model.named_modules():
-        for name, mask in masks_of(module).items():
-            yield (f"{path}.{name}" if path else name), module, name, mask
-
-
-def has_mask(module: nn.Module) -> bool:
-    """Whether there is a mask anywhere in a module."""
-    return any(isinstance(child, BlockMask) for child in module.modules())
-
-
 def _double(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
@@ -705,73 +634,3 @@ def _double(device: torch.device) -> torch.dtype:
 def kept_blocks(n_blocks: int, sparsity_level: float) -> int:
     """How many of `n_blocks` a level keeps: at least one, rounded to the nearest."""
     return max(1, round(n_blocks * (1 - sparsity_level)))
-
-
-def _check_blocksize_setting(value: object, where: str = "") -> BlockSize:
-    rows, cols = check_blocksize(value, where)
-    return (rows, cols) if isinstance(value, tuple | list) else rows
-
-
-def check_gain(value: object, where: str = "") -> float:
-    """Returns the exponent as a float, or raises with `where` in front."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{where}gain={value!r} must be a number in [0, 1]")
-    if not 0 <= value <= 1:
-        raise ValueError(
-            f"{where}gain={value} is outside [0, 1]: kept blocks are multiplied by density ** -gain, "
-            "for example 0.5; 0 for no gain"
-        )
-    return float(value)
-
-
-def check_count(value: object, where: str = "", name: str = "update_every") -> int:
-    """Returns a number of steps, at least 1, or raises with `where` in front."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{where}{name}={value!r} must be a number of calls of step()")
-    if value < 1:
-        raise ValueError(f"{where}{name}={value} must be at least 1")
-    return int(value)
-
-
-def check_fraction(value: object, where: str = "", name: str = "drop_fraction") -> float:
-    """Returns a number in `[0, 1)`, or raises with `where` in front."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{where}{name}={value!r} must be a number in [0, 1)")
-    if not 0 <= value < 1:
-        raise ValueError(f"{where}{name}={value} is outside [0, 1)")
-    return float(value)
-
-
-def check_sharpness(value: object, where: str = "", name: str = "final_sharpness") -> float:
-    """Returns a number of at least 1, or raises with `where` in front."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{where}{name}={value!r} must be a number of at least 1")
-    if not 1 <= value < math.inf:
-        raise ValueError(f"{where}{name}={value} must be at least 1, where it starts, and finite")
-    return float(value)
-
-
-def check_flag(value: object, where: str = "", name: str = "gradient_weighted") -> bool:
-    """Returns True or False, or raises with `where` in front."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{where}{name}={value!r} must be True or False")
-    return value
-
-
-def check_sparsity_level(value: object, where: str = "") -> float:
-    """Returns the level as a float, or raises with `where` in front."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        if isinstance(value, Tensor) and value.numel() == 1:
-            value = value.item()
-        else:
-            raise TypeError(
-                f"{where}sparsity_level={value!r} is a {type(value).__name__}; it must be a number "
-                "in [0, 1), the fraction of blocks to prune"
-            )
-    level = float(value)
-    if not 0 <= level < 1:
-        raise ValueError(
-            f"{where}sparsity_level={level} is outside [0, 1): it is the fraction of blocks to "
-            "prune, for example 0.8; at 1 nothing would be left"
-        )
-    return level

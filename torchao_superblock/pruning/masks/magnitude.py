@@ -14,13 +14,8 @@ import torch
 from torch import Tensor
 
 from torchao_superblock.common.blocks import BlockSize
-from torchao_superblock.pruning.masks.base import (
-    BlockMask,
-    Check,
-    check_count,
-    check_flag,
-    refuse_nan,
-)
+from torchao_superblock.pruning.masks.base import BlockMask, refuse_nan
+from torchao_superblock.pruning.masks.settings import Check, check_count, check_flag
 from torchao_superblock.pruning.ramp import Progress
 from torchao_superblock.pruning.sparsifier import BlockSparsifier
 

@@ -15,13 +15,8 @@ from torch import Tensor
 
 from torchao_superblock.common.blocks import BlockSize
 from torchao_superblock.ops.block_mask import BROKEN
-from torchao_superblock.pruning.masks.base import (
-    BlockMask,
-    Check,
-    check_count,
-    check_fraction,
-    scale_local_blocks_,
-)
+from torchao_superblock.pruning.masks.base import BlockMask, scale_local_blocks_
+from torchao_superblock.pruning.masks.settings import Check, check_count, check_fraction
 from torchao_superblock.pruning.ramp import Progress
 from torchao_superblock.pruning.sparsifier import BlockSparsifier
 

@@ -19,14 +19,8 @@ from torch import Tensor
 
 from torchao_superblock.common.blocks import BlockSize
 from torchao_superblock.ops.block_mask import mask_weight, mask_weight_backward
-from torchao_superblock.pruning.masks.base import (
-    BlockMask,
-    Check,
-    check_count,
-    check_sharpness,
-    refuse_nan,
-    scale_local_blocks_,
-)
+from torchao_superblock.pruning.masks.base import BlockMask, refuse_nan, scale_local_blocks_
+from torchao_superblock.pruning.masks.settings import Check, check_count, check_sharpness
 from torchao_superblock.pruning.ramp import Progress
 from torchao_superblock.pruning.sparsifier import BlockSparsifier
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from torchao_superblock.common.blocks import BlockSize
 from torchao_superblock.common.sharding import is_dtensor
-from torchao_superblock.pruning.masks.base import BlockMask, Check
+from torchao_superblock.pruning.masks.base import BlockMask
+from torchao_superblock.pruning.masks.settings import Check
 from torchao_superblock.pruning.ramp import Progress
 from torchao_superblock.pruning.sparsifier import BlockSparsifier
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchao_superblock.common.blocks import check_blocksize
-from torchao_superblock.pruning.masks.base import check_sparsity_level
+from torchao_superblock.pruning.masks.settings import check_sparsity_level
 from torchao_superblock.pruning.one_shot.capture import Call, Target, find_bias
 from torchao_superblock.pruning.one_shot.forwards import Forwards, Stream
 from torchao_superblock.pruning.one_shot.moments import Moments

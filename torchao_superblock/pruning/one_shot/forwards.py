@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from torchao_superblock.common.calls import call_model, eval_mode
 from torchao_superblock.pruning.one_shot.capture import Call, LinearCalls, Target, plain_linear
 
 _NOTHING = object()
@@ -94,7 +95,7 @@ class Forwards:
 
     def __enter__(self) -> Forwards:
         with ExitStack() as stack:
-            stack.enter_context(_eval_mode(self.model))
+            stack.enter_context(eval_mode(self.model))
             if "torch._dynamo" in sys.modules:  # seconds to import, and nothing is compiled without
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             for module in self.model.modules():
@@ -234,31 +235,6 @@ class _Run:
                 record.output = copied(output)
                 record.children.clear()
         return output
-
-
-def call_model(model: nn.Module, batch: object) -> object:
-    """One forward: a tensor is the argument, a tuple the arguments, a dict the keyword arguments."""
-    if isinstance(batch, Tensor):
-        return model(batch)
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, tuple | list):
-        return model(*batch)
-    raise TypeError(
-        f"a batch is a {type(batch).__name__}; it must be a tensor, a tuple of positional arguments "
-        "or a dict of keyword arguments of the model"
-    )
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def is_plain(tree: object) -> bool:

@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from torchao_superblock.pruning.masks.base import check_sparsity_level, kept_blocks
+from torchao_superblock.pruning.masks.base import kept_blocks
+from torchao_superblock.pruning.masks.settings import check_sparsity_level
 from torchao_superblock.pruning.one_shot.sensitivity import LayerSensitivity, Sensitivity
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchao_superblock.common.blocks import BlockSize, block_grid
-from torchao_superblock.pruning.masks.base import check_sparsity_level, kept_blocks
+from torchao_superblock.common.calls import shown
+from torchao_superblock.pruning.masks.base import kept_blocks
+from torchao_superblock.pruning.masks.settings import check_sparsity_level
 from torchao_superblock.pruning.one_shot.calibration import Calibration, Part, find_targets
 from torchao_superblock.pruning.one_shot.capture import Target
 from torchao_superblock.pruning.one_shot.moments import Moments
@@ -20,8 +22,6 @@ from torchao_superblock.pruning.one_shot.report import OneShotReport, PrunedTens
 from torchao_superblock.pruning.one_shot.solve import Problem, block_costs, choose_blocks, repair
 
 ALLOCATIONS = ("uniform", "global")
-
-T = TypeVar("T")
 
 
 def prune_one_shot(
@@ -357,14 +357,3 @@ def check_solve_dtype(
             "the equations have no solution"
         )
     return dtype
-
-
-def shown(steps: Sequence[T], title: str, progress: bool) -> Iterable[T]:
-    """The steps, with a bar where it is wanted and tqdm is there."""
-    if not progress:
-        return steps
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return steps
-    return tqdm(steps, desc=title)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from torchao_superblock.common.blocks import BlockSize
-from torchao_superblock.pruning.masks.base import check_sparsity_level
+from torchao_superblock.common.calls import shown
+from torchao_superblock.pruning.masks.settings import check_sparsity_level
 from torchao_superblock.pruning.one_shot.calibration import Calibration, find_targets
 from torchao_superblock.pruning.one_shot.prune import (
     Layers,
     check_damping,
     check_solve_dtype,
-    shown,
 )
 from torchao_superblock.pruning.summary import _by, _table
 from torchao_superblock.pruning.targets import SkippedTensor
