@@ -10,9 +10,9 @@ features, blocks of 64, 25088 tokens). Candidates for the gate:
     dense           two `nn.Linear`, as a model calls them
     separate        two `BSRLinear`, then the activation and the product
     composed        the activation in the first product's kernel, the second multiplied into it in place
-    fused           both products and their product in one plain Triton kernel (CUDA only)
+    at once         both products and their product in one plain Triton kernel (CUDA only)
 
-`fused` is timed wherever the kernel can run, whether or not `cuda_gated.serves` would choose it: that rule rests on
+`at once` is timed whether or not `cuda_gated.serves` would choose it: that rule rests on
 what this prints. Errors are ||out - reference|| / ||reference|| against float64.
 """
 
@@ -35,7 +35,7 @@ from benchmarks.measure.weights import random_block_sparse
 from benchmarks.report.files import Report
 from benchmarks.report.options import add_common_arguments, pick_device
 from torchao_superblock import swap_to_bsr
-from torchao_superblock.ops.gated import Operands, composed
+from torchao_superblock.ops import Operands, bsr_gated_linear
 
 # Name, hidden features, features, block size, tokens on a GPU.
 CELLS = [
@@ -95,18 +95,13 @@ def cell(
     swap_to_bsr(fused, blocksize, min_sparsity=0, fuse_activations=True)
     x = torch.randn(tokens, features, device=device, dtype=dtype)
     gate, up = (Operands(*layer.operands()) for layer in (separate.gate_proj, separate.up_proj))
-    rest = (*gate[:4], *up[:4], gate.plan, up.plan)
-
     gates = {
         "dense": lambda: F.silu(dense.gate_proj(x)) * dense.up_proj(x),
         "separate": lambda: F.silu(separate.gate_proj(x)) * separate.up_proj(x),
-        "composed": lambda: composed("silu", x, *rest),
+        "composed": lambda: bsr_gated_linear(x, gate, up, "silu", at_once=False),
     }
     if device.type == "cuda":
-        from torchao_superblock.ops import cuda_gated
-
-        if cuda_gated.can_compute(x, gate, up):
-            gates["fused"] = lambda: cuda_gated.forward(x, gate, up, "silu")
+        gates["at once"] = lambda: bsr_gated_linear(x, gate, up, "silu", at_once=True)
     models = {"dense": dense, "separate": separate, "as swapped": fused}
     whole = {key: (lambda model=model: model(x)) for key, model in models.items()}
 

@@ -124,6 +124,8 @@ def test_errors():
     x = torch.randn(5, 64)
     with pytest.raises(ValueError, match="unknown activation 'none'; choose one of 'relu'"):
         bsr_gated_linear(x, gate, up, "none")
+    with pytest.raises(ValueError, match=r"no kernel computes both products of x \(5, 64\)"):
+        bsr_gated_linear(x, gate, up, "silu", at_once=True)
     op = OPS["silu"]
     cases = [
         (ValueError, "same features and block size", (x, *flat(gate, layer(1, N=48)[1]))),

@@ -7,12 +7,23 @@ from torch import nn
 from torchao_superblock.ops.activations import ACTIVATIONS
 from torchao_superblock.ops.backends import backends
 from torchao_superblock.ops.bsr_linear import bsr_linear
+from torchao_superblock.ops.gated import Operands, bsr_gated_linear
 from torchao_superblock.ops.plan import Plan, build_plan, split_plan
 
 if TYPE_CHECKING:
     from torchao_superblock.ops.tuning import TuneReport
 
-__all__ = ["ACTIVATIONS", "Plan", "backends", "bsr_linear", "build_plan", "split_plan", "tune"]
+__all__ = [
+    "ACTIVATIONS",
+    "Operands",
+    "Plan",
+    "backends",
+    "bsr_gated_linear",
+    "bsr_linear",
+    "build_plan",
+    "split_plan",
+    "tune",
+]
 
 
 def tune(model: nn.Module, example_input: Any) -> "TuneReport":

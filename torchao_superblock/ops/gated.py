@@ -45,7 +45,9 @@ class Operands(NamedTuple):
     plan: Tensor | None = None
 
 
-def bsr_gated_linear(x: Tensor, gate: Operands, up: Operands, activation: str) -> Tensor:
+def bsr_gated_linear(
+    x: Tensor, gate: Operands, up: Operands, activation: str, *, at_once: bool | None = None
+) -> Tensor:
     """Gated linear unit with both weights in BSR format: `activation(x @ gate.T) * (x @ up.T)`, with biases.
 
     See `GLU Variants Improve Transformer <https://arxiv.org/abs/2002.05202>`_. Differentiable like the two products,
@@ -56,12 +58,14 @@ def bsr_gated_linear(x: Tensor, gate: Operands, up: Operands, activation: str) -
         gate: the weight in front of the activation.
         up: the weight behind it, with the same numbers of features and the same block size.
         activation: as in :func:`torchao_superblock.ops.bsr_linear`.
+        at_once: True computes both products in one kernel, False one after the other; None what is expected to be
+            faster.
 
     Returns:
         `(..., N)`, contiguous, dtype of `x`.
 
     Raises:
-        ValueError: a shape does not fit, or the activation is unknown.
+        ValueError: a shape does not fit, the activation is unknown, or no kernel computes both products of such a call.
         TypeError: a dtype does not fit.
         RuntimeError: the tensors are on different devices.
 
@@ -77,9 +81,17 @@ def bsr_gated_linear(x: Tensor, gate: Operands, up: Operands, activation: str) -
         )
     rest = (*gate[:4], *up[:4], gate.plan, up.plan)
     # In a compiled program the op decides when it runs.
-    if (x.is_cuda and torch.compiler.is_compiling()) or computes_both(x, gate, up):
+    compiled = x.is_cuda and torch.compiler.is_compiling()
+    if at_once is None and (compiled or computes_both(x, gate, up)):
         return OPS[activation](x, *rest)
-    return composed(activation, x, *rest, with_gradients=torch.is_grad_enabled())
+    if not at_once:
+        return _composed(activation, x, *rest, with_gradients=torch.is_grad_enabled())
+    if not x.is_cuda or not cuda_backend().can_compute(x, gate, up):
+        raise ValueError(
+            f"bsr_gated_linear: no kernel computes both products of x {tuple(x.shape)} ({x.dtype}, {x.device}) and "
+            f"blocks {tuple(gate.values.shape[1:])} at once; leave at_once out"
+        )
+    return _both(activation, x, *rest)
 
 
 def computes_both(x: Tensor, gate: Operands, up: Operands) -> bool:
@@ -107,7 +119,7 @@ def _operands(
     )
 
 
-def composed(
+def _composed(
     activation: str, x: Tensor, *rest: Tensor | None, with_gradients: bool = False
 ) -> Tensor:
     """The same of two products."""
@@ -182,8 +194,10 @@ def cuda_backend() -> Any:
 
 class _NoBackend:
     @staticmethod
-    def serves(x: Tensor, gate: Operands, up: Operands) -> bool:
+    def can_compute(x: Tensor, gate: Operands, up: Operands) -> bool:
         return False
+
+    serves = can_compute
 
 
 def _fake(x: Tensor, *rest: Tensor | None) -> Tensor:
@@ -192,14 +206,20 @@ def _fake(x: Tensor, *rest: Tensor | None) -> Tensor:
 
 def _on_cpu(activation: str, x: Tensor, *rest: Tensor | None) -> Tensor:
     _check(x, *_operands(*rest))
-    return composed(activation, x, *rest)
+    return _composed(activation, x, *rest)
 
 
 def _on_cuda(activation: str, x: Tensor, *rest: Tensor | None) -> Tensor:
     gate, up = _operands(*rest)
+    _check(x, gate, up)
+    at_once = cuda_backend().serves(x, gate, up)
+    return (_both if at_once else _composed)(activation, x, *rest)
+
+
+def _both(activation: str, x: Tensor, *rest: Tensor | None) -> Tensor:
+    """Both products in one kernel."""
+    gate, up = _operands(*rest)
     N = _check(x, gate, up)
-    if not cuda_backend().serves(x, gate, up):
-        return composed(activation, x, *rest)
     y = cuda_backend().forward(x.reshape(-1, x.shape[-1]), gate, up, activation)
     return y.view(*x.shape[:-1], N)
 
@@ -209,7 +229,7 @@ def _autograd(activation: str, x: Tensor, *rest: Tensor | None) -> Tensor:
         tensor is not None and tensor.requires_grad for tensor in (x, *rest)
     )
     if needs_gradients or torch.autograd.forward_ad._current_level >= 0:
-        return composed(activation, x, *rest, with_gradients=True)
+        return _composed(activation, x, *rest, with_gradients=True)
     with torch._C._AutoDispatchBelowAutograd():
         return OPS[activation](x, *rest)
 
