@@ -89,6 +89,14 @@ def test_a_fused_activation_without_a_place_is_refused():
         assert_unchanged(model, before)
 
 
+def test_a_single_layer_with_its_activation():
+    model = nn.Sequential(prune(nn.Linear(32, 64), 16), nn.ReLU())
+    swap_to_bsr(model, 16, min_sparsity=0, fuse_activations=True)
+    assert model[0].activation == "relu"
+    swap_to_dense(model)
+    assert [type(module) for module in model] == [nn.Linear, nn.ReLU]
+
+
 def test_a_place_whose_layer_is_gone_applies_the_activation_itself():
     model = swapped(fuse_activations=True)
     model[0] = prune(nn.Linear(32, 64), 16)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from torchao_superblock.bsr.folded_activation import activation_name
+from torchao_superblock.bsr.folded_activation import FoldedActivation, activation_name
 from torchao_superblock.bsr.linear import LINEAR_TYPES, BSRLinear, has_own_forward
 from torchao_superblock.common.modules import HOOKS, has_hooks
 from torchao_superblock.common.names import by_class, without_compile_prefix
@@ -176,7 +176,10 @@ def dataflows(model: nn.Module) -> tuple[list[Dataflow], list[str]]:
         known = by_class(_known, _class(module)) or _Known("forward", ())
         layers, others = _pieces(module, known.opened)
         may_fold = any(activation_name(piece) is not None for piece in others)
-        if isinstance(module, _CONTAINERS) or not layers or not (may_fold or len(layers) > 1):
+        is_folded = any(isinstance(piece, FoldedActivation) for piece in others)
+        if isinstance(module, _CONTAINERS) or not layers:
+            continue
+        if not (may_fold or is_folded or len(layers) > 1):
             continue
         try:
             flows.append(Dataflow(module, name, *trace(module, *known)))
