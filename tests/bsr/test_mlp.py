@@ -361,6 +361,19 @@ class TestLeftAlone:
             lambda model: model(x, x),
         )
 
+    @pytest.mark.parametrize("is_tensor", [True, False])
+    def test_a_second_reader_that_asks_for_tensors(self, is_tensor):
+        class Asks(MLP):
+            def forward(self, x):
+                y = self.fc1(x)
+                z = self.act(y)
+                if isinstance(y, torch.Tensor) == is_tensor:
+                    return self.fc2(z) + y[..., :64] + z[..., 32:]
+                return self.fc2(z)
+
+        x = torch.randn(3, 64)
+        self.check(Asks(), lambda model: model(x))
+
     def test_a_layer_that_runs_twice(self):
         class Twice(nn.Module):
             def __init__(self):
@@ -528,6 +541,18 @@ def test_reports_say_what_equals_to_rounding():
     )
     with torch.no_grad():
         assert relative_error(model(x), expected) <= 1e-5
+
+
+def test_a_forward_that_takes_tensors_only():
+    class Strict(MLP):
+        def forward(self, x):
+            if not isinstance(x, torch.Tensor):
+                raise TypeError("not a tensor")
+            return super().forward(x)
+
+    model = build(Strict)
+    swap(model)
+    assert model.fc1.activation == "gelu"
 
 
 class Swish(nn.Module):

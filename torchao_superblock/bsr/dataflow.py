@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from torchao_superblock.bsr.folded_activation import FoldedActivation, activation_name
 from torchao_superblock.bsr.linear import LINEAR_TYPES, BSRLinear, has_own_forward
@@ -198,30 +198,28 @@ class Untraceable(Exception):
 
 def trace(module: nn.Module, method: str, opened: tuple[str, ...]) -> Traced:
     """The dataflow of one module; raises :class:`Untraceable`."""
-    if method == "forward" and has_own_forward(module):
-        raise Untraceable("it has a forward of its own")
+    own = has_own_forward(module) if method == "forward" else method in vars(module)
+    if own:
+        raise Untraceable(f"it has a {method} of its own")
     function = getattr(_class(module), method, None)
     if function is None:
         raise Untraceable(f"it has no {method}")
     traces = []
     for given, training in itertools.product(_cases(function), (False, True)):
-        try:
-            stand_in = _stand_in(module, opened, training)
-            # What is drawn while tracing must not be missing afterwards.
-            with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-                warnings.simplefilter("ignore")
-                before = dict(vars(stand_in))
-                graph = _Tracer(method, opened).trace(stand_in, given)
-        except MemoryError:
-            raise
-        except Exception as error:
-            reason = (str(error).splitlines() or [""])[0]
-            raise Untraceable(f"{type(error).__name__}: {reason}") from error
-        traced = _read(graph, stand_in)
-        after = vars(stand_in)
-        if after.keys() != before.keys() or any(after[k] is not v for k, v in before.items()):
-            traced.gates.clear()  # a forward that keeps something does more than it returns
-        traces.append(traced)
+        found: list[Traced] = []
+        reasons: list[str] = []
+        # What stands for a tensor is none to `isinstance`, or it is: some forwards ask, and one of both must do.
+        for tracer in (_Tracer, _TensorTracer):
+            try:
+                found.append(_trace_once(tracer(method, opened), module, given, training))
+            except MemoryError:
+                raise
+            except Exception as error:
+                text = (str(error).splitlines() or [""])[0]
+                reasons.append(f"{type(error).__name__}: {text}")
+        if not found:
+            raise Untraceable(reasons[0])
+        traces += found
     chains = {
         path: _common([traced.chains[path] for traced in traces])
         for path in traces[0].chains
@@ -233,6 +231,22 @@ def trace(module: nn.Module, method: str, opened: tuple[str, ...]) -> Traced:
         if all(traced.gates.get(path) == gate for traced in traces)
     }
     return Traced(chains, gates)
+
+
+def _trace_once(
+    tracer: _Tracer, module: nn.Module, given: dict[str, Any], training: bool
+) -> Traced:
+    stand_in = _stand_in(module, tracer.opened, training)
+    before = dict(vars(stand_in))
+    # What is drawn while tracing must not be missing afterwards.
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        graph = tracer.trace(stand_in, given)
+    traced = _read(graph, stand_in)
+    after = vars(stand_in)
+    if after.keys() != before.keys() or any(after[k] is not v for k, v in before.items()):
+        traced.gates.clear()  # a forward that keeps something does more than it returns
+    return traced
 
 
 def _common(chains: list[tuple[Step, ...]]) -> tuple[Step, ...]:
@@ -266,10 +280,29 @@ class _Tracer(fx.Tracer):
     def __init__(self, method: str, opened: tuple[str, ...]) -> None:
         super().__init__()
         self.traced_func_name = method
-        self._opened = opened
+        self.opened = opened
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name not in self._opened
+        return module_qualified_name not in self.opened
+
+
+class _TensorProxy(fx.Proxy):
+    """One that `isinstance` takes for a tensor, and for no parameter."""
+
+    _is_param = _is_buffer = False
+
+    @property
+    def __class__(self) -> type:
+        return Tensor
+
+
+class _TensorTracer(_Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _TensorProxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        # Tensors of the program itself, which it would be taken for, become attributes of the graph.
+        return a.node if type(a) is _TensorProxy else super().create_arg(a)
 
 
 def _pieces(module: nn.Module, opened: tuple[str, ...]) -> tuple[list[BSRLinear], list[Any]]:
