@@ -541,6 +541,11 @@ def test_reports_say_what_equals_to_rounding():
     )
     with torch.no_grad():
         assert relative_error(model(x), expected) <= 1e-5
+    _, _, report = gated(lambda: Gated(transformers.activations.FastGELUActivation()))
+    assert report.notes == [
+        "gate_proj and up_proj: computed at once with the gelu_tanh and the product behind them, which equals the "
+        "model's own to rounding"
+    ]
 
 
 def test_a_forward_that_takes_tensors_only():

@@ -15,7 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from torchao_superblock.bsr.dataflow import Dataflow, Gate
-from torchao_superblock.bsr.folded_activation import Activation, activation_name
+from torchao_superblock.bsr.folded_activation import (
+    Activation,
+    activation_name,
+    is_equal_to_rounding,
+)
 from torchao_superblock.bsr.linear import LINEAR_TYPES, BSRLinear, has_own_forward
 from torchao_superblock.common.modules import has_hooks
 from torchao_superblock.ops.gated import Operands, bsr_gated_linear, computes_both
@@ -155,8 +159,10 @@ def fuse_gates(flows: Sequence[Dataflow]) -> list[str]:
             reason = obstacle(flow, gate)
             if reason is None and not isinstance(flow.owner, GatedMLP):
                 fuse_gate(flow.owner, gate, flow.piece(gate.activation))
+                rounding = is_equal_to_rounding(flow.piece(gate.activation))
+                remark = ", which equals the model's own to rounding" if rounding else ""
                 notes.append(
-                    f"{names}: computed at once with the {name} and the product behind them"
+                    f"{names}: computed at once with the {name} and the product behind them{remark}"
                 )
             elif reason is not None:
                 notes.append(
