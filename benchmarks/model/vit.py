@@ -83,7 +83,7 @@ def swapped(model: nn.Module, blocksize: int, *, narrow: bool = False) -> nn.Mod
 
 
 def unswapped(model: nn.Module) -> nn.Module:
-    """A dense copy of a swapped model: what dropping features alone gives."""
+    """A dense copy of a swapped model: what dropping features alone gives. Activations run in their own places."""
     from torchao_superblock import BSRLinear
 
     model = copy.deepcopy(model)
@@ -94,8 +94,7 @@ def unswapped(model: nn.Module) -> nn.Module:
             linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
             linear.weight = nn.Parameter(layer.to_dense(), requires_grad=False)
             linear.bias = layer.bias
-            gelu = nn.GELU() if layer.activation == "gelu" else nn.Identity()
-            setattr(parent, name, nn.Sequential(linear, gelu))
+            setattr(parent, name, linear)
     return model.eval()
 
 
