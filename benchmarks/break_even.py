@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` whe
 from benchmarks.layer.cells import DOWN, UP, VIT_TOKENS, Cell
 from benchmarks.layer.runs import Context, run_cells
 from benchmarks.layer.script import Sections, is_wrong, run_script
+from benchmarks.report.crossing import break_even
 from benchmarks.report.files import Report
 from benchmarks.report.picture import BLOCK_COLORS, pyplot
 
@@ -72,21 +73,6 @@ def pivot(rows: Sequence[Row]) -> list[Row]:
         line = table.setdefault(key, {"block": row["block"], "N x K": row["N x K"]})
         line[f"{row['sparsity']:g}"] = row["ours x"]
     return list(table.values())
-
-
-def break_even(points: Sequence[tuple[float, float]]) -> float | None:
-    """Sparsity from which a curve of (sparsity, speedup) stays above 1, linearly interpolated.
-
-    Returns:
-        0.0 if it is above 1 everywhere, None if it ends below 1.
-    """
-    points = sorted(points)
-    if not points or points[-1][1] < 1:
-        return None
-    for (low, below), (high, above) in zip(points[-2::-1], points[:0:-1], strict=True):
-        if below < 1:
-            return low + (1 - below) / (above - below) * (high - low)
-    return 0.0
 
 
 def break_even_rows(rows: Sequence[Row]) -> list[Row]:

@@ -30,19 +30,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` when run as a file
 
-from benchmarks.judge.cells import DENSE, FLOOR, Question, Results, Row
+from benchmarks.cells.results import Results, go_on
+from benchmarks.cells.workers import CLOSING_SECONDS, run_cells
+from benchmarks.judge.cells import DENSE, FLOOR, Cell, Question, Row
 from benchmarks.judge.digest import compare, points
 from benchmarks.judge.lm import SIZES, LanguageModel
 from benchmarks.judge.methods import METHODS, ONE_SHOT
 from benchmarks.judge.minilm import ONE_SHOT_THEN_FIXED, SCOPES, Distilled, OneShot
 from benchmarks.judge.mnist import Mnist
 from benchmarks.judge.picture import draw
-from benchmarks.judge.workers import run_cells
 from benchmarks.report.files import Report
 from benchmarks.report.options import add_common_arguments, pick_device
-
-CLOSING_SECONDS = 8.0
-"""Kept back from a budget, for the report and the picture."""
 
 
 def point(text: str) -> tuple[int, float]:
@@ -156,14 +154,6 @@ def ask(options: argparse.Namespace, device: torch.device) -> Question:
     return Distilled(chosen, methods, seeds, steps=steps, minutes=minutes, batch=batch)
 
 
-def earlier_stem(report: Report) -> str:
-    """The file name of the newest run of this question, device and label; of today if there is none."""
-    _, _, rest = report.stem.partition("_")
-    date = "[0-9]" * 4 + "-[0-9][0-9]-[0-9][0-9]"
-    found = sorted(report.directory.glob(f"{date}_{rest}.csv"))
-    return found[-1].stem if found else report.stem
-
-
 def write(
     report: Report, question: Question, results: Results, left: list[Row], pictures: bool
 ) -> Path:
@@ -209,8 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
         directory=options.output_dir,
         label=options.label,
     )
-    report.stem = earlier_stem(report)
-    results = Results(report.directory / f"{report.stem}.csv")
+    results = go_on(report, Cell)
     if options.redo:
         results.forget(cell for cell in question.cells() if cell.method in options.redo)
     left = run_cells(

@@ -41,7 +41,8 @@ from benchmarks.measure.interleaved import measure
 from benchmarks.measure.precision import precision
 from benchmarks.measure.quiet import quiet
 from benchmarks.measure.timings import Measurements
-from benchmarks.models.vit import (
+from benchmarks.model.compare import fastest
+from benchmarks.model.vit import (
     build_vit,
     compile_layers,
     hidden_features,
@@ -316,19 +317,6 @@ class Bench:
             title = f"ViT-B/16, MLP layers block-sparse, {rest}\n{where}, {mode}"
             figure = draw_speedups(rows, axis, title)
             self.report.figure(figure, f"{axis}_{mode}", title.replace("\n", ", "))
-
-
-def fastest(measured: Measurements, side: str) -> str:
-    """Name of the fastest candidate whose name starts with `side`."""
-    times = {
-        name: timing.median
-        for name in measured
-        if name.startswith(side + ",") and (timing := measured.timing(name)) is not None
-    }
-    if not times:
-        reasons = {n: measured.failure(n) for n in measured if n.startswith(side)}
-        raise RuntimeError(f"nothing to time for {side}: {reasons}")
-    return min(times, key=times.__getitem__)
 
 
 def draw_speedups(rows: Sequence[Row], axis: str, title: str) -> Any:

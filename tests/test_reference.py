@@ -107,6 +107,30 @@ def of_transformers() -> dict[str, Any]:
     }
 
 
+def of_lightning() -> dict[str, Any]:
+    """The library, and a small module that has its data with it."""
+    lightning = importlib.import_module("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Sequential(nn.Linear(128, 128))
+
+        def training_step(self, batch: torch.Tensor, _: int) -> torch.Tensor:
+            return self.model(batch).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+        def train_dataloader(self) -> torch.utils.data.DataLoader:
+            return torch.utils.data.DataLoader(torch.randn(1000, 128))
+
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    quiet |= {"enable_model_summary": False, "accelerator": "cpu"}
+    trainer = functools.partial(lightning.Trainer, **quiet)
+    return {"lightning": types.SimpleNamespace(Trainer=trainer), "module": Module()}
+
+
 def names_of(path: str) -> dict[str, Any]:
     """What the examples of an object take as given."""
     name = path.rsplit(".", 1)[-1]
@@ -156,6 +180,10 @@ def names_of(path: str) -> dict[str, Any]:
         torch.save({"model_ema": state, "args": args}, "checkpoint.pth")
     elif name in ("BlockSparseConfig", "SparsifierCallback"):
         names |= of_transformers()
+    elif name == "BlockSparsity":
+        names |= of_lightning()
+    elif name == "sparsify_":
+        names |= {"model": half_zero()}
     elif name == "BSRWeight":
         names |= {"linear": half_zero()[0], "x": x}
     return names

@@ -374,8 +374,8 @@ class Distilled(OneShot):
 
         return one_shot_then_fixed
 
-    def steps_in(self, minutes: float, tick: Tick) -> int:
-        """How many dense steps fit: measured on a copy, after two that warm up."""
+    def steps_in(self, minutes: float, cell: Cell, tick: Tick) -> int:
+        """How many steps of the cell's method fit: measured on a copy, after two that warm up."""
         tick("measuring a step")
         trial, ends = copy.deepcopy(self._encoder), []
 
@@ -386,8 +386,9 @@ class Distilled(OneShot):
             return self.loss(model, batch)
 
         train(
-            trial, dense, [], 0.0, 0, batches=itertools.islice(self.batches(0), 8),
-            loss_fn=timed, total_steps=8, optimization=self.optimization,
+            trial, self.method(cell.method, cell.seed), SCOPES[cell.setting.partition(", ")[0]],
+            cell.sparsity, cell.block, batches=itertools.islice(self.batches(0), 16),
+            loss_fn=timed, total_steps=16, optimization=self.optimization,
             autocast=bfloat16_is_fast(next(trial.parameters()).device), tick=tick,
         )  # fmt: skip
         seconds = (ends[-1] - ends[2]) / (len(ends) - 3)
@@ -399,7 +400,7 @@ class Distilled(OneShot):
         torch.manual_seed(cell.seed)
         scope, _, length = cell.setting.partition(", ")
         amount, kind = length.split()
-        steps = int(amount) if kind == "steps" else self.steps_in(float(amount), tick)
+        steps = int(amount) if kind == "steps" else self.steps_in(float(amount), cell, tick)
         student = copy.deepcopy(self._encoder)
         start = time.monotonic()
         loss = train(

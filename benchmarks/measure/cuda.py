@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -43,7 +43,8 @@ def copies_beyond_cache(nbytes: int, device: str | torch.device) -> int:
     return max(1, min(64, -(-3 * l2_bytes() // max(1, nbytes))))
 
 
-def _capture(functions: list[Callable[[], object]], calls: int) -> torch.cuda.CUDAGraph:
+def capture(functions: Sequence[Callable[[], object]], calls: int = 1) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of `calls` calls that take turns through `functions`, after a few to warm up."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -85,7 +86,7 @@ def measure_cuda(
             if graph:
                 calls = len(functions) * max(1, -(-20 // len(functions)))
                 try:
-                    sampler = _capture(functions, calls).replay
+                    sampler = capture(functions, calls).replay
                     sampler()
                     torch.cuda.synchronize()
                 except Exception as error:

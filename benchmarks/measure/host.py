@@ -19,6 +19,7 @@ def measure_host(
     calls: int = 50,
     rounds: int = 40,
     wait: bool = False,
+    warm: int = 20,
 ) -> Measurements:
     """Host seconds per call: what Python, the dispatcher and the launch cost.
 
@@ -28,13 +29,14 @@ def measure_host(
         rounds: samples of each candidate.
         wait: include the wait for the GPU at the end of a sample: the time per call of an eager
             stream of calls, whichever of host and GPU is slower.
+        warm: calls of each candidate before the first sample.
     """
     results = Measurements()
     samples: dict[str, list[float]] = {}
     with quiet():
         for name, function in candidates.items():
             try:
-                for _ in range(20):
+                for _ in range(warm):
                     function()
                 samples[name] = []
             except Exception as error:

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from benchmarks import quality
+from benchmarks.cells.results import Results
+from benchmarks.cells.workers import run_cells, seconds_needed
 from benchmarks.judge import lm, minilm, mnist, packages, rivals
-from benchmarks.judge.cells import Cell, Results, sweep
+from benchmarks.judge.cells import Cell, sweep
 from benchmarks.judge.digest import compare, points
 from benchmarks.judge.methods import METHODS, ONE_SHOT
 from benchmarks.judge.training import Optimization, pruned_blocks, train
-from benchmarks.judge.workers import run_cells, seconds_needed
 from tests.benchmarks.toy_question import Toy
 
 CONFIG = [{"tensor_fqn": "layers.*.weight"}]
@@ -210,15 +211,15 @@ def test_seeds_come_one_after_the_other_and_dense_once_each():
 
 def test_results_survive_in_the_file(tmp_path):
     path = tmp_path / "cells.csv"
-    Results(path).add(CELL, {"score": 1.25, "steps": 3, "note": "a, b"})
-    again = Results(path)
+    Results(path, Cell).add(CELL, {"score": 1.25, "steps": 3, "note": "a, b"})
+    again = Results(path, Cell)
     assert again.rows == {CELL: {"score": 1.25, "steps": 3, "note": "a, b"}}
     other = Cell("b", "dense", 0, 0.0, 0)
-    Results(path).add(other, {"score": 2.0})  # another process
+    Results(path, Cell).add(other, {"score": 2.0})  # another process
     again.add(CELL, {"score": 1.5})
-    assert Results(path).rows == {CELL: {"score": 1.5}, other: {"score": 2.0}}
+    assert Results(path, Cell).rows == {CELL: {"score": 1.5}, other: {"score": 2.0}}
     again.forget([CELL])
-    assert list(Results(path).rows) == [other]
+    assert list(Results(path, Cell).rows) == [other]
     assert [file.name for file in tmp_path.iterdir()] == ["cells.csv"]  # nothing half-written
 
 
@@ -227,18 +228,18 @@ def test_a_row_that_cannot_be_written_leaves_the_file(tmp_path):
         def __str__(self):
             raise OSError("disk full")
 
-    results = Results(tmp_path / "cells.csv")
+    results = Results(tmp_path / "cells.csv", Cell)
     results.add(CELL, {"score": 1.0})
     with pytest.raises(OSError, match="disk full"):
         results.add(Cell("b", "dense", 0, 0.0, 0), {"score": Broken()})
-    assert Results(tmp_path / "cells.csv").rows == {CELL: {"score": 1.0}}
+    assert Results(tmp_path / "cells.csv", Cell).rows == {CELL: {"score": 1.0}}
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     path = tmp_path / "other.csv"
     path.write_text("section,ms\nForward,1.0\n")
     with pytest.raises(ValueError, match="is no file of cells"):
-        Results(path)
+        Results(path, Cell)
     assert path.read_text() == "section,ms\nForward,1.0\n"
 
 
@@ -249,7 +250,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 
 def test_cells_that_fail_or_kill_their_worker_are_left_and_the_others_run(tmp_path):
     question = Toy(("fails", "works", "dies", "too"))
-    results = Results(tmp_path / "cells.csv")
+    results = Results(tmp_path / "cells.csv", Cell)
     left = run_cells(question, results, devices=["cpu"], threads=1)
     # A worker loads once, however many cells it runs.
     assert {(c.method, row["score"], row["loads"]) for c, row in results.rows.items()} == {
@@ -263,7 +264,7 @@ def test_cells_that_fail_or_kill_their_worker_are_left_and_the_others_run(tmp_pa
 
 def test_a_finished_cell_is_not_run_again(tmp_path):
     question = Toy(("works",), seeds=2)
-    results = Results(tmp_path / "cells.csv")
+    results = Results(tmp_path / "cells.csv", Cell)
     for cell in question.cells():
         results.add(cell, {"score": 99.0})
     assert run_cells(question, results, devices=["cpu"], threads=1) == []
@@ -272,7 +273,7 @@ def test_a_finished_cell_is_not_run_again(tmp_path):
 
 def test_what_does_not_fit_into_the_budget_is_not_begun(tmp_path):
     question = Toy(("works",), seeds=2)
-    results = Results(tmp_path / "cells.csv")
+    results = Results(tmp_path / "cells.csv", Cell)
     left = run_cells(question, results, devices=["cpu"], threads=1, budget=-1.0)
     assert len(left) == 2 and not results.rows
     assert all("were spent" in row["because"] for row in left)
@@ -294,7 +295,7 @@ def test_what_runs_when_the_budget_ends_is_stopped(tmp_path):
     ticks = iter(range(10**9))
     left = run_cells(
         Toy(("endless", "works")),
-        Results(tmp_path / "cells.csv"),
+        Results(tmp_path / "cells.csv", Cell),
         devices=["cpu"],
         threads=1,
         budget=200.0,

@@ -37,9 +37,12 @@ class CountCalls(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
+        self.activations: set[str] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.torchao_superblock.bsr_linear.default
+        if func is torch.ops.torchao_superblock.bsr_linear.default:
+            self.count += 1
+            self.activations.add(args[6] if len(args) > 6 else "none")
         return func(*args, **(kwargs or {}))
 
 

@@ -8,8 +8,8 @@ from torch import nn
 from tests.bsr.common import assert_unchanged, prune, prune_all, snapshot
 from tests.reference import relative_error
 from torchao_superblock.bsr import BSRLinear, swap_to_bsr
+from torchao_superblock.bsr.dead_features import DETERMINISTIC
 from torchao_superblock.bsr.folded_activation import FoldedActivation
-from torchao_superblock.bsr.sequential import DETERMINISTIC
 
 
 class TestFuseActivations:
@@ -83,7 +83,13 @@ class TestFuseActivations:
         expected = {name: module(x) for name, module in callable_.items()}
         report = swap_to_bsr(model, min_sparsity=0.25, fuse_activations=True)
         assert len(report.swapped) == 9
-        assert not report.notes
+        assert sorted(report.notes) == [
+            "forward of an instance.0: the GELU behind it runs on its own, since forward of an instance.1 has a "
+            "forward of its own",
+            "hook on the activation.0: the GELU behind it runs on its own, since hooks watch hook on the activation.1",
+            "hook on the layer.0: the ReLU behind it runs on its own, since hooks watch hook on the layer.0",
+            "used twice.0: the ReLU behind it runs on its own, since used twice.0 has another place in the model",
+        ]
         for module in model.modules():
             assert not isinstance(module, BSRLinear) or module.activation == "none"
         seen.clear()
@@ -120,11 +126,11 @@ class TestFuseActivations:
         before = snapshot(model)
         real, calls = FoldedActivation.__init__, []
 
-        def failing(self, module):
-            calls.append(module)
+        def failing(self, *args):
+            calls.append(self)
             if len(calls) == 2:
                 raise RuntimeError("out of memory")
-            real(self, module)
+            real(self, *args)
 
         monkeypatch.setattr(FoldedActivation, "__init__", failing)
         with pytest.raises(RuntimeError, match="out of memory"):
@@ -414,9 +420,10 @@ class TestDropDeadFeatures:
         assert relative_error(model(x), expected) <= 1e-6
 
     def test_nothing_is_dropped_where_somebody_could_tell(self):
-        class Reversed(nn.Sequential):
+        class Twofold(nn.Sequential):
             def forward(self, x):
-                return self[2](self[1](self[0](x)))
+                y = self[1](self[0](x))
+                return y.mean() + self[2](y)
 
         def first(**kwargs):
             return pruned(96, 96, 16, empty_rows=(1, 4), **kwargs)
@@ -451,7 +458,7 @@ class TestDropDeadFeatures:
         sharded.bias = Parameter(sharded.bias.detach())
         model = nn.ModuleDict(
             {
-                "own forward": Reversed(first(), nn.ReLU(), second()),
+                "own forward": Twofold(first(), nn.ReLU(), second()),
                 "used twice": nn.Sequential(twice, nn.ReLU(), twice),
                 "tied biases": nn.Sequential(tied, nn.ReLU(), other),
                 "biases in one memory": nn.Sequential(views[0], nn.ReLU(), views[1]),
@@ -479,7 +486,9 @@ class TestDropDeadFeatures:
         }
         expected = {name: module(x) for name, module in callable_.items()}
         report = drop(model, filter_fn=lambda module, fqn: fqn != "one is dense.2")
-        assert len(report.swapped) == 30 and not report.notes
+        assert len(report.swapped) == 30
+        assert all("none of its features are dropped, since" in note for note in report.notes)
+        assert len(report.notes) == 6
         for module in model.modules():
             assert not isinstance(module, BSRLinear) or not module.is_narrowed
         for name, module in callable_.items():

@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 
 from tests.bsr.common import Model, assert_unchanged, prune, prune_all, snapshot
 from tests.injection import each_interruption
+from tests.reference import relative_error
 from torchao_superblock import BSRLinear, load_bsr, save_bsr, swap_to_bsr, swap_to_dense
 
 
@@ -88,8 +89,28 @@ def test_a_fused_activation_without_a_place_is_refused():
         assert_unchanged(model, before)
 
 
-def test_a_place_whose_layer_is_gone_is_refused():
+def test_a_single_layer_with_its_activation():
+    model = nn.Sequential(prune(nn.Linear(32, 64), 16), nn.ReLU())
+    swap_to_bsr(model, 16, min_sparsity=0, fuse_activations=True)
+    assert model[0].activation == "relu"
+    swap_to_dense(model)
+    assert [type(module) for module in model] == [nn.Linear, nn.ReLU]
+
+
+def test_a_place_whose_layer_is_gone_applies_the_activation_itself():
     model = swapped(fuse_activations=True)
+    model[0] = prune(nn.Linear(32, 64), 16)
+    x = torch.randn(3, 32)
+    expected = model[2](nn.functional.gelu(model[0](x)))
+    assert relative_error(model(x), expected) <= 1e-6
+    swap_to_dense(model)
+    assert type(model[1]) is nn.GELU
+    assert relative_error(model(x), expected) <= 1e-6
+
+
+def test_a_place_of_an_earlier_release_whose_layer_is_gone_is_refused():
+    model = swapped(fuse_activations=True)
+    del model[1]._front, model[1]._original  # as in its pickles
     model[0] = prune(nn.Linear(32, 64), 16)
     before = snapshot(model)
     with pytest.raises(ValueError, match="'1': no layer right before it applies the gelu"):

@@ -15,7 +15,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from tests.reference import random_bsr, relative_error
 from torchao_superblock import BSRLinear, backends, swap_to_bsr
-from torchao_superblock.ops import fast_path, pytorch
+from torchao_superblock.ops import Operands, bsr_gated_linear, fast_path, pytorch
 from torchao_superblock.ops.backends import Backend, register_backend
 from torchao_superblock.ops.break_even import break_even
 
@@ -147,6 +147,15 @@ assert sum(fast_path.n_entries()) == kinds + 1
 with torch.autocast("toy", torch.bfloat16):
     y = layer(x.to("toy"))
 assert y.dtype == torch.bfloat16 and same(y, x @ dense.T + bias, 1e-2)
+
+# The op of gated MLPs is two products there, as it brings no kernel for both.
+operands = [(layer.crow_indices, layer.col_indices, layer.values.detach(), None)] * 2
+z = x @ dense.T
+gated = torch.ops.torchao_superblock.bsr_gated_linear_silu(x.to("toy"), *operands[0], *operands[1])
+assert same(gated, nn.functional.silu(z) * z)
+with torch.autocast("toy", torch.bfloat16), torch.no_grad():
+    gated = bsr_gated_linear(x.to("toy"), Operands(*operands[0]), Operands(*operands[1]), "silu")
+assert gated.dtype == torch.bfloat16 and same(gated, nn.functional.silu(z) * z, 2e-2)
 
 # A swap asks the device's own table.
 model = nn.Sequential(nn.Linear(64, 32))

@@ -3,6 +3,8 @@
 from torchao_superblock.bsr import legacy
 from torchao_superblock.bsr.attention import BSRMultiheadAttention
 from torchao_superblock.bsr.conv1x1 import BSRConv1x1
+from torchao_superblock.bsr.dataflow import register_mlp
+from torchao_superblock.bsr.folded_activation import register_activation
 from torchao_superblock.bsr.linear import BSRLinear
 from torchao_superblock.bsr.load import load_bsr
 from torchao_superblock.bsr.save import save_bsr
@@ -18,6 +20,8 @@ __all__ = [
     "SwapEntry",
     "SwapReport",
     "load_bsr",
+    "register_activation",
+    "register_mlp",
     "save_bsr",
     "swap_to_bsr",
     "swap_to_dense",

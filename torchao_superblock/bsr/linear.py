@@ -11,6 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from torchao_superblock.bsr.casting import cast_like
+from torchao_superblock.bsr.folded_activation import FoldedActivation, is_watched
 from torchao_superblock.bsr.format import (
     bsr_parts,
     bsr_to_dense,
@@ -194,6 +195,9 @@ class BSRLinear(nn.Module):
     Attributes:
         weight: a :class:`BSRWeight` that stands for the `(N, K)` weight.
         dense_shape: as given, or else the layer's own shape.
+        place: where the activation was folded into the layer, the :class:`FoldedActivation` that keeps its place, in a
+            tuple; else None. Hooks that are put on either of the two see what they saw before: the activation is
+            applied in its place while they are there.
 
     Raises:
         ValueError, TypeError: the arguments break an invariant; the message says which.
@@ -217,6 +221,9 @@ class BSRLinear(nn.Module):
     """What the table of break-even points, which was made with linear layers, is raised to."""
     _dense_shape: tuple[int, int] | None = None
     _index_record: IndexRecord | None = None  # what `plan` was made from
+    place: tuple[FoldedActivation] | None = (
+        None  # of the activation, if it was folded into the layer
+    )
 
     def __init__(
         self,
@@ -448,6 +455,13 @@ class BSRLinear(nn.Module):
         return self._dense_shape or (self.out_features, self.in_features)
 
     @property
+    def applied_activation(self) -> str:
+        """`activation`, or `"none"` while hooks watch what comes between it and the rest of the layer."""
+        if self.place is None or self.activation == "none":
+            return self.activation
+        return "none" if is_watched(self, self.place[0]) else self.activation
+
+    @property
     def is_narrowed(self) -> bool:
         """Whether features of the `nn.Linear` that the layer stands for were dropped."""
         return self.dense_shape != (self.out_features, self.in_features)
@@ -462,28 +476,28 @@ class BSRLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in_features)` -> `(..., out_features)`, contiguous."""
+        *operands, plan = self.operands()
+        activation = self.applied_activation
+        return _run(x, self.in_features, self.out_features, *operands, activation, plan)
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """`(crow_indices, col_indices, values, bias, plan)`, as the op takes them."""
         if torch.compiler.is_compiling():
+            return self._tensors()
+        # nn.Module.__getattr__ takes longer for each than a small kernel takes for its work.
+        parameters, buffers = self._parameters, self._buffers
+        try:
+            crow_indices, col_indices = buffers["crow_indices"], buffers["col_indices"]
+            values, plan = parameters["values"], buffers["plan"]
+            bias = parameters["bias"] if "bias" in parameters else self.bias
+        except KeyError:  # parametrized, or kept elsewhere by what shards the model
             crow_indices, col_indices, values, bias, plan = self._tensors()
-        else:
-            # nn.Module.__getattr__ takes longer for each than a small kernel takes for its work.
-            parameters, buffers = self._parameters, self._buffers
-            try:
-                crow_indices, col_indices = buffers["crow_indices"], buffers["col_indices"]
-                values, plan = parameters["values"], buffers["plan"]
-                bias = parameters["bias"] if "bias" in parameters else self.bias
-            except KeyError:  # parametrized, or kept elsewhere by what shards the model
-                crow_indices, col_indices, values, bias, plan = self._tensors()
-            plan = self._plan_for(crow_indices, col_indices, plan)
-        return _run(
-            x,
-            self.in_features,
-            self.out_features,
+        return (
             crow_indices,
             col_indices,
             values,
             bias,
-            self.activation,
-            plan,
+            self._plan_for(crow_indices, col_indices, plan),
         )
 
     def blocks(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torchao_superblock.bsr import tensor_file
 from torchao_superblock.bsr.attention import attention_obstacle, become_bsr, projections
 from torchao_superblock.bsr.casting import cast_like
-from torchao_superblock.bsr.folded_activation import FoldedActivation, activation_name
+from torchao_superblock.bsr.dataflow import dataflows
+from torchao_superblock.bsr.folded_activation import (
+    FoldedActivation,
+    activation_module,
+    activation_name,
+    fold_into,
+)
+from torchao_superblock.bsr.gated_mlp import fuse_gates
 from torchao_superblock.bsr.linear import BSRLinear, bsr_type, customisation
 from torchao_superblock.bsr.packed_linear import PackedBSRLinear
 from torchao_superblock.bsr.serialization import (
@@ -24,7 +31,7 @@ from torchao_superblock.bsr.serialization import (
 )
 from torchao_superblock.bsr.swap import is_one_layer, turn_off_nested_tensors
 from torchao_superblock.common.all_or_nothing import all_or_nothing, overwrite
-from torchao_superblock.common.modules import block_masks_of, replace_modules
+from torchao_superblock.common.modules import block_masks_of, hand_over_hooks, replace_modules
 from torchao_superblock.common.swappable import TWINS, module_obstacle
 
 
@@ -83,9 +90,22 @@ class _Loading:
 
     new_modules: dict[nn.Module, nn.Module]
     attentions: dict[nn.MultiheadAttention, dict[str, BSRLinear]]
+    places: list["_Place"]
+    gated: dict[str, str]
     in_place: dict[str, Tensor]
     on_meta: dict[str, Tensor]
     ties: list[list[tuple[str, str]]]
+
+
+@dataclass
+class _Place:
+    """Of an activation that a layer applies: where it is, what is there, and which layer that is."""
+
+    parent: nn.Module
+    name: str
+    old: Any
+    folded: FoldedActivation
+    layer: str
 
 
 def _check_model(model: nn.Module, path: str) -> None:
@@ -193,7 +213,8 @@ def _plan(model: nn.Module, saved: Saved) -> _Loading:
     layers = saved.description.layers
     modules = dict(model.named_modules(remove_duplicate=False))
     _check_names(modules, saved)
-    new_modules: dict[nn.Module, nn.Module] = _fold(modules, saved)
+    places = _fold(modules, saved)
+    new_modules: dict[nn.Module, nn.Module] = {}
     attentions, parts = _attentions(modules, saved)
     replaced = set()  # parameters of an attention itself
     for fqn, spec in layers.items():
@@ -225,6 +246,8 @@ def _plan(model: nn.Module, saved: Saved) -> _Loading:
     return _Loading(
         new_modules,
         attentions,
+        places,
+        saved.description.gated,
         {key: tensor for key, tensor in rest.items() if not own[key].is_meta},
         {key: tensor for key, tensor in rest.items() if own[key].is_meta},
         ties,
@@ -246,6 +269,14 @@ def _load(model: nn.Module, loading: _Loading) -> None:
         replace_modules(model, loading.new_modules)
         for attention, layers in loading.attentions.items():
             become_bsr(attention, layers)
+        for place in loading.places:
+            if place.old is not place.folded:
+                if isinstance(place.old, nn.Module):
+                    hand_over_hooks(place.old, place.folded)
+                setattr(place.parent, place.name, place.folded)
+            fold_into(model.get_submodule(place.layer), place.folded)
+        if loading.gated:
+            fuse_gates([flow for flow in dataflows(model)[0] if flow.fqn in loading.gated])
         turn_off_nested_tensors(model)
         # Each part is loaded with strict=False because it is only a part; the whole was compared before.
         if loading.in_place:
@@ -318,10 +349,15 @@ def _same(one: Tensor, other: Tensor) -> bool:
 def _check_names(modules: dict[str, nn.Module], saved: Saved) -> None:
     """Every module that the file describes is in the model."""
     description = saved.description
-    described = [*description.layers, *description.folded, *description.attention]
     parts = _parts(description)
+    described = [
+        *description.layers,
+        *description.folded,
+        *description.attention,
+        *description.gated,
+    ]
     described = [fqn for fqn in described if fqn not in parts]
-    missing = [fqn for fqn in described if fqn not in modules]
+    missing = [fqn for fqn in described if fqn not in modules and _at(modules, fqn) is None]
     if not missing:
         return
     way_out = "it must have the architecture of the model that was saved"
@@ -378,9 +414,8 @@ def _attentions(
                 raise ValueError(
                     f"{where} has {size}={spec[size]} in the file, but {getattr(attention, size)} in the model"
                 )
-    if (
-        not saved.description.attention
-    ):  # of an earlier release, which knew the last layer of an attention only
+    # Earlier releases swapped the last layer of an attention only, and wrote no description of one.
+    if not saved.description.attention:
         for fqn in saved.description.layers:
             owner, _, name = fqn.rpartition(".")
             attention = modules.get(owner)
@@ -394,45 +429,65 @@ def _attentions(
     return {attention: {} for attention, *_ in typed.values()}, typed
 
 
-def _fold(modules: dict[str, nn.Module], saved: Saved) -> dict[nn.Module, FoldedActivation]:
-    """What to put in place of the activations that the file's layers apply themselves, so that none runs twice."""
-    replacements = {}
+def _at(modules: dict[str, nn.Module], fqn: str) -> Any:
+    """The module of this name, or the function that is an attribute; None if there is none."""
+    parent, _, name = fqn.rpartition(".")
+    found = getattr(modules.get(parent), name, None)
+    return found if isinstance(found, nn.Module) or activation_name(found) is not None else None
+
+
+def _fold(modules: dict[str, nn.Module], saved: Saved) -> list[_Place]:
+    """The places of the activations that the file's layers apply themselves, so that none runs twice."""
+    places = []
     folded = saved.description.folded
-    for fqn, module in modules.items():
+    own = {fqn for fqn, module in modules.items() if isinstance(module, FoldedActivation)}
+    for fqn in [*folded, *sorted(own - folded.keys())]:
+        old = _at(modules, fqn)
+        is_own = isinstance(old, FoldedActivation)
         if fqn in folded:
-            _check_is_applied(fqn, modules, saved)
-        if fqn in folded and activation_name(module) == folded[fqn]:
-            replacements[module] = FoldedActivation(module)
-        elif folded.get(fqn) != getattr(module, "activation", None) and (
-            fqn in folded or isinstance(module, FoldedActivation)
-        ):
+            layer = _applied_by(fqn, modules, saved)
+        activation = old.activation if is_own else activation_name(old)
+        if activation != folded.get(fqn) and not (fqn not in folded and old.is_left_to_itself):
             raise ValueError(
-                f"load_bsr: at {fqn!r} {saved.path!r} has {_name(folded.get(fqn))}, the model has {module}; "
+                f"load_bsr: at {fqn!r} {saved.path!r} has {_name(folded.get(fqn))}, the model has {old}; "
                 "build the model as it was when it was saved, or as it was before the swap"
             )
-    return replacements
+        if fqn not in folded:
+            continue
+        parent, _, name = fqn.rpartition(".")
+        if not is_own or old.original is None:
+            owner, path = _common_owner(fqn, layer)
+            original = activation_module(activation) if is_own else old
+            place = FoldedActivation(original, modules[owner], path)
+        else:
+            place = old
+        places.append(_Place(modules[parent], name, old, place, layer))
+    return places
+
+
+def _common_owner(fqn: str, layer: str) -> tuple[str, str]:
+    """FQN of the innermost module that both are in, and the layer's path in it."""
+    owner, path = "", layer
+    while (name := path.partition(".")[0]) != path and fqn.startswith(f"{owner}{name}."):
+        owner, path = f"{owner}{name}.", path.partition(".")[2]
+    return owner.removesuffix("."), path
 
 
 def _name(activation: str | None) -> str:
     return f"a folded {activation}" if activation else "an activation that runs on its own"
 
 
-def _check_is_applied(fqn: str, modules: dict[str, nn.Module], saved: Saved) -> None:
-    """The block-sparse layer in front of a folded activation applies it."""
-    layers, folded = saved.description.layers, saved.description.folded
-    parent, _, name = fqn.rpartition(".")
-    before = None
-    for sibling in modules[parent]._modules:
-        if sibling == name:
-            break
-        path = f"{parent}.{sibling}" if parent else sibling
-        before = path if path in layers else before
-    applied = layers[before]["activation"] if before is not None else None
-    if applied != folded[fqn]:
+def _applied_by(fqn: str, modules: dict[str, nn.Module], saved: Saved) -> str:
+    """FQN of the block-sparse layer that applies a folded activation."""
+    description = saved.description
+    layer = description.applies(fqn, modules[fqn.rpartition(".")[0]]._modules)
+    applied = description.layers[layer]["activation"] if layer is not None else None
+    if applied != description.folded[fqn]:
         raise ValueError(
-            f"load_bsr: {saved.path!r} is damaged: {fqn!r} is {_name(folded[fqn])}, but the layer in front of it "
-            f"({before}) applies {applied}"
+            f"load_bsr: {saved.path!r} is damaged: {fqn!r} is {_name(description.folded[fqn])}, but the layer in front "
+            f"of it ({layer}) applies {applied}"
         )
+    return layer
 
 
 def _build_layer(

@@ -1,12 +1,16 @@
 """What the metadata of a saved model says: which layers are block-sparse, and what must hold for the file to be whole.
 
     format, version   "torchao_superblock.bsr"; "1", or "2" where features of some layers were dropped, or "3" where
-                      some layers are projections of an attention, or no linear ones
+                      there is a key of version 3, each of which is left out where it is empty
     layers            JSON: FQN -> in_features, out_features, blocksize, activation, bias; dense_shape (version 2);
-                      kind (version 3): what the layer stands for, where that is no nn.Linear: "nn.Conv2d", 1x1
+                      kind (version 3): what the layer stands for, where that is no nn.Linear: "nn.Conv2d", 1x1, or
+                      what its library calls it
     attention         JSON: FQN -> embed_dim, kdim, vdim, num_heads and the names of its projections among the layers
                       (version 3)
     folded            JSON: FQN -> the activation that stood there and that the layer before it applies itself
+    folded_by         JSON: FQN in `folded` -> FQN of that layer, where it is not the nearest block-sparse sibling in
+                      front of it (version 3)
+    gated             JSON: FQN of a gated MLP -> the activation that it computes at once with its layers (version 3)
     aliases           JSON: name -> name of the tensor that it shares its memory with
     checksums         JSON: name -> CRC-32 of the tensor's name, dtype, shape and bytes
     checksum          CRC-32 of all the others
@@ -14,8 +18,10 @@
 Files of releases before there were checksums lack the last two.
 """
 
+import itertools
 import json
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +29,7 @@ from torch import nn
 
 from torchao_superblock.bsr.attention import IN_PROJECTIONS, BSRMultiheadAttention
 from torchao_superblock.bsr.folded_activation import FoldedActivation
+from torchao_superblock.bsr.gated_mlp import GatedMLP
 from torchao_superblock.bsr.linear import BSRLinear
 from torchao_superblock.common.blocks import parse_blocksize, whole_block_grid
 from torchao_superblock.ops import ACTIVATIONS
@@ -30,6 +37,7 @@ from torchao_superblock.ops import ACTIVATIONS
 FORMAT = "torchao_superblock.bsr"
 VERSIONS = ("1", "2", "3")
 _KEYS = {"format", "version", "layers", "folded", "aliases"}
+_NEW_KEYS = {"attention", "folded_by", "gated"}  # of version 3; left out where empty
 _CHECKS = {"checksums", "checksum"}
 _LAYER_KEYS = {"in_features", "out_features", "blocksize", "activation", "bias"}
 ATTENTION_SIZES = ("embed_dim", "kdim", "vdim", "num_heads")
@@ -46,7 +54,25 @@ class Description:
     folded: dict[str, str]
     aliases: dict[str, str] = field(default_factory=dict)
     checksums: dict[str, str] | None = None
+    folded_by: dict[str, str] = field(default_factory=dict)
+    gated: dict[str, str] = field(default_factory=dict)
     attention: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def applies(self, place: str, siblings: Iterable[str]) -> str | None:
+        """FQN of the layer that applies a folded activation.
+
+        Args:
+            place: FQN of the activation.
+            siblings: names of the children of the module that it is in.
+        """
+        if place in self.folded_by:
+            return self.folded_by[place]
+        parent, _, name = place.rpartition(".")
+        before = None
+        for sibling in itertools.takewhile(lambda sibling: sibling != name, siblings):
+            path = f"{parent}.{sibling}" if parent else sibling
+            before = path if path in self.layers else before
+        return before
 
 
 def describe(model: nn.Module, aliases: dict[str, str]) -> Description:
@@ -65,41 +91,44 @@ def describe(model: nn.Module, aliases: dict[str, str]) -> Description:
         for fqn, module in modules.items()
         if isinstance(module, BSRLinear)
     }
-    folded = {
-        fqn: module.activation
-        for fqn, module in modules.items()
-        if isinstance(module, FoldedActivation)
+    names = {module: fqn for fqn, module in modules.items()}
+    description = Description(layers, {}, aliases)
+    for fqn, module in modules.items():
+        if isinstance(module, FoldedActivation) and not module.is_left_to_itself:
+            description.folded[fqn] = module.activation
+            layer = names.get(module.layer())
+            siblings = modules[fqn.rpartition(".")[0]]._modules
+            if layer is not None and layer != description.applies(fqn, siblings):
+                description.folded_by[fqn] = layer
+        elif isinstance(module, GatedMLP):
+            description.gated[fqn] = module.fused_activation
+        elif isinstance(module, BSRMultiheadAttention):
+            description.attention[fqn] = _described_attention(module)
+    return description
+
+
+def _described_attention(module: BSRMultiheadAttention) -> dict[str, Any]:
+    names = (*IN_PROJECTIONS.values(), "out_proj")
+    return {size: getattr(module, size) for size in ATTENTION_SIZES} | {
+        "projections": [name for name in names if isinstance(module._modules.get(name), BSRLinear)]
     }
-    attention = {
-        fqn: {size: getattr(module, size) for size in ATTENTION_SIZES}
-        | {
-            "projections": [
-                name
-                for name in (*IN_PROJECTIONS.values(), "out_proj")
-                if isinstance(module._modules.get(name), BSRLinear)
-            ]
-        }
-        for fqn, module in modules.items()
-        if isinstance(module, BSRMultiheadAttention)
-    }
-    return Description(layers, folded, aliases, attention=attention)
 
 
 def to_metadata(description: Description, checksums: dict[str, str]) -> dict[str, str]:
     """The metadata for a description; its length depends on the names of the checksums only."""
-    layers, attention = description.layers, description.attention
-    is_new = attention or any("kind" in layer for layer in layers.values())
-    version = "3" if is_new else "2" if any("dense_shape" in x for x in layers.values()) else "1"
-    metadata = {
+    layers = description.layers
+    new = {key: json.dumps(getattr(description, key)) for key in _NEW_KEYS}
+    new = {key: text for key, text in new.items() if text != "{}"}
+    is_new = new or any("kind" in layer for layer in layers.values())
+    is_narrowed = any("dense_shape" in layer for layer in layers.values())
+    metadata = new | {
         "format": FORMAT,
-        "version": version,
+        "version": "3" if is_new else "2" if is_narrowed else "1",
         "layers": json.dumps(layers),
         "folded": json.dumps(description.folded),
         "aliases": json.dumps(description.aliases),
         "checksums": json.dumps(checksums),
     }
-    if is_new:
-        metadata["attention"] = json.dumps(attention)
     return metadata | {"checksum": _checksum(metadata)}
 
 
@@ -112,29 +141,42 @@ def from_metadata(metadata: dict[str, str]) -> Description:
     Raises:
         ValueError: it is not what :func:`to_metadata` or an earlier release makes; the message says how.
     """
-    keys = _KEYS | ({"attention"} if metadata["version"] == "3" else set())
-    whole = metadata.keys() == keys | _CHECKS
-    if not whole and metadata.keys() != keys:
+    known = metadata.keys() - (_NEW_KEYS if metadata["version"] == "3" else set())
+    whole = known == _KEYS | _CHECKS
+    if not whole and known != _KEYS:
         raise ValueError(f"its metadata has the keys {', '.join(sorted(metadata))}")
     if whole and metadata["checksum"] != _checksum(metadata):
         raise ValueError("its metadata does not have the checksum of what was saved")
     try:
-        layers, folded, aliases, checksums, attention = (
+        layers, folded, aliases, checksums, folded_by, gated, attention = (
             json.loads(metadata.get(key, "{}"))
-            for key in ("layers", "folded", "aliases", "checksums", "attention")
+            for key in (
+                "layers",
+                "folded",
+                "aliases",
+                "checksums",
+                "folded_by",
+                "gated",
+                "attention",
+            )
         )
         for fqn, spec in layers.items():
             _check_layer(fqn, spec)
         for fqn, spec in attention.items():
             _check_attention(fqn, spec, layers)
-        for texts in (folded, aliases, checksums):
+        for texts in (folded, aliases, checksums, folded_by, gated):
             if not all(type(text) is str for text in texts.values()):
                 raise TypeError(f"{texts} does not hold texts")
+        for place, layer in folded_by.items():
+            if place not in folded or layer not in layers:
+                raise ValueError(f"{place!r} is said to be folded into {layer!r}")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"its metadata cannot be read ({type(error).__name__}: {error})"
         ) from error
-    return Description(layers, folded, aliases, checksums if whole else None, attention)
+    return Description(
+        layers, folded, aliases, checksums if whole else None, folded_by, gated, attention
+    )
 
 
 def _check_layer(fqn: str, spec: dict[str, Any]) -> None:

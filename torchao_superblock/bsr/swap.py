@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from torchao_superblock.bsr import sequential
 from torchao_superblock.bsr.attention import (
     IN_PROJECTIONS,
     attention_obstacle,
@@ -21,12 +20,16 @@ from torchao_superblock.bsr.attention import (
     with_blocks,
 )
 from torchao_superblock.bsr.attention_swap import judge_attention
+from torchao_superblock.bsr.dataflow import dataflows
+from torchao_superblock.bsr.dead_features import drop_dead_features
 from torchao_superblock.bsr.format import (
     gather_blocks,
     infer_blocksize,
     nonzero_blocks,
     stored_blocks,
 )
+from torchao_superblock.bsr.fused_activations import fold_activations
+from torchao_superblock.bsr.gated_mlp import fuse_gates
 from torchao_superblock.bsr.layers import twin_of
 from torchao_superblock.bsr.linear import BSRLinear, bsr_type, conversion_obstacle
 from torchao_superblock.bsr.measure import find_parts, time_parts
@@ -185,11 +188,17 @@ def swap_to_bsr(
             takes a cautious 0.9 and the report says so. With `measure` the times decide alone.
         filter_fn: `filter_fn(module, fqn) -> bool`; a layer for which it is False is skipped. A projection that an
             `nn.MultiheadAttention` holds itself comes as an `nn.Linear` with its weight and the FQN of the weight.
-        fuse_activations: let a swapped layer of an `nn.Sequential` apply the activation that directly follows it
-            (`nn.ReLU`, `nn.GELU` or `nn.SiLU`), where that gives the same result: no hook sits between the two
-            and the layer has no other place in the model. An identity keeps the activation's place, so names stay as
-            they are. In a training step the activation runs on its own all the same.
-        drop_dead_features: make two swapped layers of an `nn.Sequential`, with nothing but activations and dropout
+        fuse_activations: let a swapped layer apply the activation that directly follows it (ReLU, GELU or SiLU, also
+            those of timm and transformers), and compute a gated MLP's `activation(gate(x)) * up(x)` at once, where that
+            gives the same result: nothing else reads the layer's output, no hook sits between the two, and the layer
+            has no other place in the model. What follows what is read off each module that calls swapped layers, by
+            tracing its forward (`torch.fx`, a few milliseconds each; no module should run meanwhile); `register_mlp`
+            says what tracing cannot know. What cannot be traced is left alone and stands in the report. Names stay as
+            they are: an identity keeps the activation's place, and a gated MLP becomes a subclass of its class. Hooks
+            that are put between the pieces later see what they saw before, as the activation then runs on its own; an
+            adapter put around a layer that applies an activation is refused when it runs. In a training step the
+            activation runs on its own all the same.
+        drop_dead_features: make two swapped layers that follow each other, with nothing but activations and dropout
             between them, narrower by the features that need not be computed: those that the second layer stores no
             block for, and those that the first layer stores none for. The latter are the same for every input, and what
             the second layer makes of them goes into its bias (they stay if it has none or cannot hold it, or if a
@@ -600,10 +609,15 @@ def _replace(
                 f"{without_compile_prefix(fqn) or 'the model'}: use_nested_tensor is False now, since a swapped layer "
                 "takes no nested tensors; padding is computed and masked instead"
             )
+        if not (drop_features or fuse_activations):
+            return
+        flows, remarks = dataflows(model)
+        report.notes += remarks
         if drop_features:
-            report.notes += sequential.drop_dead_features(model)
+            report.notes += drop_dead_features(model, flows)
         if fuse_activations:
-            report.notes += sequential.fold_activations(model)
+            report.notes += fuse_gates(flows)
+            report.notes += fold_activations(model, flows)
 
 
 def turn_off_nested_tensors(model: nn.Module) -> list[str]:

@@ -1,8 +1,8 @@
 """The way back: the :class:`BSRLinear` layers of a model become `nn.Linear` again."""
 
+import math
 import warnings
-from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,13 @@ from torchao_superblock.bsr.attention import (
     BSRMultiheadAttention,
     become_dense,
 )
+from torchao_superblock.bsr.dataflow import Dataflow, dataflows
+from torchao_superblock.bsr.dead_features import linear_pairs
 from torchao_superblock.bsr.folded_activation import FoldedActivation, activation_module
 from torchao_superblock.bsr.format import check_bsr
+from torchao_superblock.bsr.gated_mlp import GatedMLP, unfuse_gate
 from torchao_superblock.bsr.linear import BSRLinear, customisation
 from torchao_superblock.bsr.packed_linear import PackedBSRLinear
-from torchao_superblock.bsr.sequential import linear_pairs
 from torchao_superblock.common.all_or_nothing import all_or_nothing
 from torchao_superblock.common.modules import parameter_owners, replace_modules, storage_address
 from torchao_superblock.common.names import without_compile_prefix
@@ -38,7 +40,7 @@ def swap_to_dense(model: nn.Module) -> list[str]:
 
     Features that `drop_dead_features=True` removed come back as zeros, behind those that were kept: shapes and the
     model's output are those of the dense model, though not the order of these hidden features, nor the weights in them
-    that had no influence. That needs both layers of the pair, in their `nn.Sequential`.
+    that had no influence. That needs both layers of the pair, in the module that calls them.
 
     `use_nested_tensor` of an `nn.TransformerEncoder`, which a swap turns off, becomes what a new one would have.
 
@@ -51,6 +53,7 @@ def swap_to_dense(model: nn.Module) -> list[str]:
 
     Raises:
         TypeError: `model` is not a module.
+        RuntimeError: something was put around a layer that applies an activation whose place is kept behind it.
         ValueError: a layer cannot be made dense; all of those are named, with the reason: its activation has no place
             to go back to, the other half of its narrowed pair is elsewhere, its tensors are sharded, parametrized or
             shared with another layer, its indices are no BSR pattern, or it has something of its own that would be
@@ -86,8 +89,15 @@ def swap_to_dense(model: nn.Module) -> list[str]:
             layers[module] = without_compile_prefix(fqn)
         if isinstance(module, BSRMultiheadAttention):
             attentions[module] = without_compile_prefix(fqn)
-    activations = _folded(model)
-    outputs, inputs = _dropped(model)
+    kept_places = {
+        module: without_compile_prefix(fqn)
+        for fqn, module in model.named_modules()
+        if isinstance(module, FoldedActivation)
+    }
+    is_fused = bool(kept_places) or any(layer.is_narrowed for layer in layers)
+    flows = dataflows(model)[0] if is_fused else []
+    activations = _folded(flows)
+    outputs, inputs = _dropped(model, flows)
     owners = parameter_owners(model)
     problems = [
         f"{fqn!r}: {reason}"
@@ -99,11 +109,10 @@ def swap_to_dense(model: nn.Module) -> list[str]:
         for attention, fqn in attentions.items()
         if type(attention) is not BSRMultiheadAttention
     ]
-    applied = set(activations.values())
     problems += [
-        f"{without_compile_prefix(fqn)!r}: no layer right before it applies the {module.activation} that stood there"
-        for fqn, module in model.named_modules()
-        if isinstance(module, FoldedActivation) and module not in applied
+        f"{fqn!r}: no layer right before it applies the {place.activation} that stood there"
+        for place, fqn in kept_places.items()
+        if place not in activations.values() and not place.is_left_to_itself
     ]
     if problems:
         raise ValueError(f"swap_to_dense: cannot make dense {'; '.join(problems)}")
@@ -111,11 +120,16 @@ def swap_to_dense(model: nn.Module) -> list[str]:
     # Tensors made in inference mode could never be trained.
     with all_or_nothing(model), torch.inference_mode(False), torch.no_grad():
         replacements: dict[nn.Module, nn.Module] = {
-            layer: _to_linear(layer, outputs.get(layer, 0), inputs.get(layer, 0), cls)
+            layer: _to_linear(layer, *outputs.get(layer, (0, 1)), inputs.get(layer, 0), cls)
             for layer, cls in _types(model, layers)
         }
-        for folded in applied:
-            replacements[folded] = activation_module(folded.activation).train(folded.training)
+        functions = {}
+        for place in kept_places:
+            original = place.original or activation_module(place.activation)
+            if isinstance(original, nn.Module):
+                replacements[place] = original.train(place.training)
+            else:
+                functions[place] = original
         encoders = [
             encoder
             for encoder in model.modules()
@@ -125,6 +139,10 @@ def swap_to_dense(model: nn.Module) -> list[str]:
         replace_modules(model, replacements)
         for attention in attentions:
             become_dense(attention)
+        _put_back(model, functions)
+        for module in model.modules():
+            if isinstance(module, GatedMLP):
+                unfuse_gate(module)
         for encoder in encoders:
             encoder.use_nested_tensor = _takes_nested_tensors(encoder)
     names = {
@@ -135,36 +153,55 @@ def swap_to_dense(model: nn.Module) -> list[str]:
     return [names.get(fqn, fqn) for fqn in layers.values()]
 
 
-def _folded(model: nn.Module) -> dict[BSRLinear, FoldedActivation]:
+def _folded(flows: Sequence[Dataflow]) -> dict[BSRLinear, FoldedActivation]:
     """The layers whose activation has a place right behind them, each with the module that keeps that place."""
-    return {
-        layer: behind
-        for parent in model.modules()
-        for layer, behind in pairwise(parent._modules.values())
-        if isinstance(layer, BSRLinear)
-        and isinstance(behind, FoldedActivation)
-        and layer.activation == behind.activation
-    }
+    folded = {}
+    for flow in flows:
+        for path, steps in flow.chains.items():
+            layer = flow.piece(path)
+            behind = flow.piece(steps[0].path) if steps and steps[0].path else None
+            if (
+                isinstance(layer, BSRLinear)
+                and isinstance(behind, FoldedActivation)
+                and layer.activation == behind.activation
+            ):
+                folded[layer] = behind
+    return folded
 
 
-def _dropped(model: nn.Module) -> tuple[dict[BSRLinear, int], dict[BSRLinear, int]]:
-    """How many outputs and inputs each layer of a narrowed pair has lost, where both its layers agree on it."""
+def _dropped(
+    model: nn.Module, flows: Sequence[Dataflow]
+) -> tuple[dict[BSRLinear, tuple[int, int]], dict[BSRLinear, int]]:
+    """How many outputs and inputs each layer of a narrowed pair has lost, where all its layers agree on it.
+
+    Outputs are lost in each part of a layer: `(outputs, parts)`.
+    """
     outputs, inputs = {}, {}
-    for pair in linear_pairs(model):
-        first, second = pair.sequential._modules[pair.first], pair.sequential._modules[pair.second]
-        if (first.out_features, first.dense_shape[0]) == (
-            second.in_features,
-            second.dense_shape[1],
+    for pair in linear_pairs(model, flows):
+        parts, second = 2 if pair.is_packed else 1, pair.last
+        now, before = parts * second.in_features, parts * second.dense_shape[1]
+        if all(
+            (first.out_features, first.dense_shape[0]) == (now, before) for first in pair.firsts
         ):
-            outputs[first] = inputs[second] = first.dense_shape[0] - first.out_features
+            inputs[second] = second.dense_shape[1] - second.in_features
+            outputs |= dict.fromkeys(pair.firsts, (inputs[second], parts))
     return outputs, inputs
+
+
+def _put_back(model: nn.Module, functions: dict[FoldedActivation, Callable]) -> None:
+    """Functions that were attributes are attributes again."""
+    for parent in model.modules():
+        for name, child in list(parent._modules.items()):
+            if child in functions:
+                delattr(parent, name)
+                setattr(parent, name, functions[child])
 
 
 def _obstacles(
     layer: BSRLinear,
     owners: dict[tuple[object, int], list[str]],
     has_place: bool,
-    outputs: dict[BSRLinear, int],
+    outputs: dict[BSRLinear, tuple[int, int]],
     inputs: dict[BSRLinear, int],
 ) -> Iterator[str]:
     """Why a layer cannot become an `nn.Linear`."""
@@ -192,11 +229,11 @@ def _obstacles(
             f"it applies {layer.activation}, which an nn.Linear does not, and no place is kept for it behind it; "
             "set layer.activation to 'none' and put the activation behind it"
         )
-    restored = (shape[0] + outputs.get(layer, 0), shape[1] + inputs.get(layer, 0))
+    restored = (shape[0] + math.prod(outputs.get(layer, (0,))), shape[1] + inputs.get(layer, 0))
     if restored != layer.dense_shape:
         yield (
-            f"features were dropped from {layer.dense_shape} to {shape}, and the layer that shares them is not next to "
-            "it in an nn.Sequential, with nothing but activations and dropout between them and no hooks or ties; "
+            f"features were dropped from {layer.dense_shape} to {shape}, and the layer that shares them does not "
+            "follow in the same module, with nothing but activations and dropout between them and no hooks or ties; "
             "convert the whole model that was swapped"
         )
 
@@ -214,13 +251,17 @@ def _types(
         yield layer, NonDynamicallyQuantizableLinear if layer in attention else nn.Linear
 
 
-def _to_linear(layer: BSRLinear, outputs: int, inputs: int, cls: type[nn.Linear]) -> nn.Module:
-    """The dense twin, with as many outputs and inputs of zeros behind its own."""
+def _to_linear(
+    layer: BSRLinear, outputs: int, parts: int, inputs: int, cls: type[nn.Linear]
+) -> nn.Module:
+    """The dense twin, with as many inputs of zeros behind its own, and as many outputs behind each part of its own."""
     weight, bias = layer.matrix_of(layer.to_dense()), layer.bias
     if outputs or inputs:
-        weight = F.pad(weight, (0, inputs, 0, outputs))
+        weight = weight.view(parts, -1, weight.shape[1])
+        weight = F.pad(weight, (0, inputs, 0, outputs)).flatten(0, 1)
     if outputs and bias is not None:
-        bias = nn.Parameter(F.pad(bias, (0, outputs)), bias.requires_grad)
+        padded = F.pad(bias.view(parts, -1), (0, outputs)).flatten()
+        bias = nn.Parameter(padded, bias.requires_grad)
     dense = layer.dense_module(weight, bias)
     if type(dense) is nn.Linear:
         dense.__class__ = cls  # the types differ in name alone

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def without_compile_prefix(fqn: str) -> str:
@@ -35,3 +38,9 @@ def nearest_names(name: str, names: Sequence[str]) -> str:
     if not close:
         return ""
     return "; nearest: " + ", ".join(map(repr, close))
+
+
+def by_class(table: Mapping[type | str, T], cls: type) -> T | None:
+    """The entry for exactly this class, which is in the table as itself or by its qualified name."""
+    entry = table.get(cls)
+    return table.get(f"{cls.__module__}.{cls.__qualname__}") if entry is None else entry

@@ -8,7 +8,9 @@ from torch import nn
 from torchao_superblock.ops import op, pytorch
 from torchao_superblock.ops.activations import ACTIVATIONS
 from torchao_superblock.ops.backends import backends
+from torchao_superblock.ops.gated import bsr_gated_linear
 from torchao_superblock.ops.op import bsr_linear
+from torchao_superblock.ops.operands import Operands
 from torchao_superblock.ops.plan import Plan, build_plan, split_plan
 
 if TYPE_CHECKING:
@@ -19,7 +21,17 @@ if TYPE_CHECKING:
 sys.modules[f"{__name__}.bsr_linear"] = op
 sys.modules[f"{__name__}.gather_gemm"] = pytorch
 
-__all__ = ["ACTIVATIONS", "Plan", "backends", "bsr_linear", "build_plan", "split_plan", "tune"]
+__all__ = [
+    "ACTIVATIONS",
+    "Operands",
+    "Plan",
+    "backends",
+    "bsr_gated_linear",
+    "bsr_linear",
+    "build_plan",
+    "split_plan",
+    "tune",
+]
 
 
 def tune(model: nn.Module, example_input: Any) -> "TuneReport":

@@ -153,9 +153,11 @@ class _BSRLinearFunction(torch.autograd.Function):
     each call, which takes the host several times as long as all the rest."""
 
     @staticmethod
-    def forward(ctx, *args):
-        *args, run = args
-        y = run(*args)
+    def forward(
+        ctx, x, crow_indices, col_indices, values, bias, out_features, activation, plan, run
+    ):
+        args = (x, crow_indices, col_indices, values, bias, out_features, activation, plan)
+        y = run(x, crow_indices, col_indices, values, bias, out_features, activation, plan)
         if y is None:
             y = _below(_ops.bsr_linear.default, *args)
         _save(ctx, y, args)

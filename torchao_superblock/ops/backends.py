@@ -2,7 +2,8 @@
 
 A device is a folder and a line at the end of this file, or a call of :func:`register_backend` from another package.
 The op's kernels for the dispatcher, its autocast, the short way of repeated calls, the break-even table, the kernels of
-masks and :func:`backends` follow from it. Nothing here imports a backend before it is needed; backends import no op.
+masks and of gated MLPs and :func:`backends` follow from it. Nothing here imports a backend before it is needed;
+backends import no op.
 """
 
 import importlib
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -50,6 +51,23 @@ class BackendModule(Protocol):
     backend_info: Callable[[], dict[str, object]]
 
 
+class GatedKernels(Protocol):
+    """What computes both products of a gated MLP at once: a module with these functions of `x, gate, up`.
+
+    The weights are :class:`torchao_superblock.ops.Operands`; they may be rows of larger ones, so `crow_indices` need
+    not start at 0. `x` is `(M, K)`, M >= 1, to `forward`, and `(..., K)` to the others.
+
+    Attributes:
+        can_compute: whether it takes such operands.
+        serves: whether it is expected to be faster than two products, too.
+        forward: of `x, gate, up, activation`: `activation(x @ gate.T) * (x @ up.T)`, with biases, `(M, N)`.
+    """
+
+    can_compute: Callable[..., bool]
+    serves: Callable[..., bool]
+    forward: Callable[..., Tensor]
+
+
 @dataclass(frozen=True)
 class Backend:
     """The line of a device.
@@ -66,6 +84,8 @@ class Backend:
             a dense layer}. None, or no entry for a block size, leaves a swap to a cautious guess.
         mask_source: the path of a module with the functions of `ops/block_mask/kernels.py`; None, or where it cannot
             be imported, leaves masks to plain PyTorch.
+        gated_source: the path of a module as :class:`GatedKernels` has it; None, or where it cannot be imported, leaves
+            a gated MLP to two products.
     """
 
     device_type: str
@@ -75,6 +95,7 @@ class Backend:
     leaves_closures: bool = False
     break_even_points: str | Callable | None = None
     mask_source: str | None = None
+    gated_source: str | None = None
 
     @cached_property
     def dispatch_key(self) -> str:
@@ -96,10 +117,12 @@ class Backend:
     @cached_property
     def mask_kernels(self) -> ModuleType | None:
         """What `mask_source` names, imported at first need."""
-        try:
-            return None if self.mask_source is None else importlib.import_module(self.mask_source)
-        except ImportError:
-            return None
+        return _optional(self.mask_source)
+
+    @cached_property
+    def gated_kernels(self) -> GatedKernels | None:
+        """What `gated_source` names, imported at first need."""
+        return _optional(self.gated_source)
 
     def points(self, dtype: torch.dtype, capability: tuple[int, int] | None) -> dict[int, float]:
         """Its `break_even_points` for a dtype and a compute capability."""
@@ -107,6 +130,13 @@ class Backend:
         if isinstance(find, str):
             find = pkgutil.resolve_name(find)
         return {} if find is None else find(dtype, capability)
+
+
+def _optional(path: str | None) -> Any:
+    try:
+        return None if path is None else importlib.import_module(path)
+    except ImportError:
+        return None
 
 
 _backends: dict[str, Backend] = {}
@@ -210,5 +240,6 @@ register_backend(
         leaves_closures=True,
         break_even_points="torchao_superblock.ops.break_even:cuda_points",
         mask_source="torchao_superblock.ops.block_mask.kernels",
+        gated_source="torchao_superblock.ops.cuda.gated",
     )
 )

@@ -30,12 +30,12 @@ def check_forward(
     Returns:
         N and C.
     """
-    nnz, r, c = _check_blocks(values)
+    nnz, r, c = check_blocks(values)
     if x.dim() < 1:
         raise ValueError("bsr_linear: x must have shape (..., in_features), got a 0-dim tensor")
     K = x.shape[-1]
     C = -(-K // c)
-    _check_index(crow_indices, col_indices, nnz, plan, C)
+    check_index(crow_indices, col_indices, nnz, plan, C)
     whole = (crow_indices.shape[0] - 1) * r
     N = whole if out_features is None else out_features
     if out_features is not None and not (whole - r < N <= whole):
@@ -59,7 +59,7 @@ def check_forward(
         raise ValueError(
             f"bsr_linear: unknown activation {activation!r}; choose one of {', '.join(map(repr, ACTIVATIONS))}"
         )
-    _check_devices(x, crow_indices, col_indices, values, bias, plan)
+    check_devices(x, crow_indices, col_indices, values, bias, plan)
     return N, C
 
 
@@ -76,14 +76,14 @@ def check_grad_x(
     Returns:
         R and C.
     """
-    nnz, r, c = _check_blocks(values)
+    nnz, r, c = check_blocks(values)
     if in_features < 0:
         raise ValueError(f"bsr_linear backward: in_features={in_features} must not be negative")
     C = -(-in_features // c)
-    _check_index(crow_indices, col_indices, nnz, plan, C)
+    check_index(crow_indices, col_indices, nnz, plan, C)
     R = crow_indices.shape[0] - 1
     _check_grad(grad, values, "values", R, r)
-    _check_devices(grad, crow_indices, col_indices, values, plan)
+    check_devices(grad, crow_indices, col_indices, values, plan)
     return R, C
 
 
@@ -110,10 +110,10 @@ def check_grad_values(
             "bsr_linear backward: x must have shape (..., in_features), got a 0-dim tensor"
         )
     C = -(-x.shape[-1] // block_cols)
-    _check_index(crow_indices, col_indices, col_indices.numel(), plan, C)
+    check_index(crow_indices, col_indices, col_indices.numel(), plan, C)
     R = crow_indices.shape[0] - 1
     _check_grad(grad, x, "x", R, block_rows)
-    _check_devices(grad, x, crow_indices, col_indices, plan)
+    check_devices(grad, x, crow_indices, col_indices, plan)
     if grad.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             f"bsr_linear backward: grad {tuple(grad.shape)} and x {tuple(x.shape)} differ in their leading dimensions"
@@ -121,7 +121,7 @@ def check_grad_values(
     return R, C
 
 
-def _check_index(
+def check_index(
     crow_indices: Tensor, col_indices: Tensor, nnz: int, plan: Tensor | None, C: int
 ) -> None:
     if crow_indices.dtype != torch.int32 or col_indices.dtype != torch.int32:
@@ -148,7 +148,7 @@ def _check_index(
         )
 
 
-def _check_devices(x: Tensor, *others: Tensor | None) -> None:
+def check_devices(x: Tensor, *others: Tensor | None) -> None:
     device = x.device
     for other in others:
         if other is not None and other.device != device:
@@ -158,7 +158,7 @@ def _check_devices(x: Tensor, *others: Tensor | None) -> None:
             )
 
 
-def _check_blocks(values: Tensor) -> tuple[int, int, int]:
+def check_blocks(values: Tensor) -> tuple[int, int, int]:
     """Check that there are blocks of at least one element; return (nnz, r, c)."""
     if values.dim() != 3 or values.shape[1] < 1 or values.shape[2] < 1:
         raise ValueError(

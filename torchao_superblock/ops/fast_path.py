@@ -112,12 +112,21 @@ def forget() -> None:
     _entries.clear()
 
 
-def again(*args: Any) -> Tensor | None:
-    """The op's output for these eight arguments, if a call like this one was remembered; None otherwise.
+def again(
+    x: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    out_features: int | None,
+    activation: str,
+    plan: Tensor | None,
+) -> Tensor | None:
+    """The op's output for these arguments, if a call like this one was remembered; None otherwise.
 
-    Where x is not exactly a Tensor, nothing is asked of any of them.
+    Where x is not exactly a Tensor, nothing is asked of any of them. (They are named one by one here and where they
+    are handed on: packing and unpacking them takes half a microsecond.)
     """
-    x, crow_indices, col_indices, values, bias, out_features, activation, plan = args
     if not USABLE or type(x) is not Tensor or _n_dispatch_modes():
         return None
     try:
@@ -135,8 +144,10 @@ def again(*args: Any) -> Tensor | None:
             and same(x, crow_indices, col_indices, values, b, p)
         ):
             if differentiate is not None and torch.is_grad_enabled():
-                return differentiate(*args, run)
-            y = run(*args)
+                return differentiate(
+                    x, crow_indices, col_indices, values, bias, out_features, activation, plan, run
+                )
+            y = run(x, crow_indices, col_indices, values, bias, out_features, activation, plan)
             if y is not None:
                 return y
     return None

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from torchao_superblock.ops.activations import ACTIVATIONS
+
 _COUNTER = "torch.utils.flop_counter"
 
 _Shape = Sequence[int]
@@ -44,10 +46,32 @@ def _grad_values_flops(
     return 2 * math.prod(x_shape[:-1]) * col_shape[0] * block_rows * block_cols
 
 
+def _gated_flops(
+    x_shape: _Shape,
+    gate_crow_shape: _Shape,
+    gate_col_shape: _Shape,
+    gate_values_shape: _Shape,
+    gate_bias_shape: _Shape | None,
+    up_crow_shape: _Shape,
+    up_col_shape: _Shape,
+    up_values_shape: _Shape,
+    *args: Any,
+    **_: Any,
+) -> int:
+    stored = math.prod(gate_values_shape) + math.prod(up_values_shape)
+    return 2 * math.prod(x_shape[:-1]) * stored
+
+
 def _register(counter: ModuleType) -> None:
-    ops = torch.ops.torchao_superblock
-    counter.register_flop_formula([ops.bsr_linear, ops.bsr_linear_grad_x])(_forward_flops)
-    counter.register_flop_formula(ops.bsr_linear_grad_values)(_grad_values_flops)
+    formulas = {
+        "bsr_linear": _forward_flops,
+        "bsr_linear_grad_x": _forward_flops,
+        "bsr_linear_grad_values": _grad_values_flops,
+    } | {f"bsr_gated_linear_{name}": _gated_flops for name in ACTIVATIONS if name != "none"}
+    for name, formula in formulas.items():
+        op = getattr(torch.ops.torchao_superblock, name, None)
+        if op is not None and op not in counter.flop_registry:
+            counter.register_flop_formula(op)(formula)
 
 
 class _Loader(importlib.abc.Loader):
@@ -82,9 +106,9 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def register_formulas() -> None:
-    """Register the formulas as soon as `torch.utils.flop_counter` is there."""
+    """Register the formulas of all ops that there are as soon as `torch.utils.flop_counter` is there."""
     counter = sys.modules.get(_COUNTER)
-    if counter is None:
-        sys.meta_path.insert(0, _Finder())
-    else:
+    if counter is not None:
         _register(counter)
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())

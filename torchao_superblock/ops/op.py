@@ -272,29 +272,37 @@ def _register_dispatch(backend: Backend) -> None:
     fast_path.admit(backend.dispatch_key)
 
 
+def autocast_key(backend: Backend) -> str | None:
+    """The dispatch key of a device's autocast; None where this torch has none for it."""
+    key = f"Autocast{backend.dispatch_key}"
+    return key if hasattr(torch._C.DispatchKey, key) else None
+
+
+def cast_to(dtype: torch.dtype, tensor: Tensor | None, device_type: str) -> Tensor | None:
+    """An operand in the dtype of an autocast region: not an index, nor float64, nor what is elsewhere."""
+    if (
+        tensor is None
+        or tensor.device.type != device_type
+        or tensor.dtype == torch.float64
+        or not tensor.is_floating_point()
+    ):
+        return tensor
+    return tensor.to(dtype)
+
+
 def _register_autocast(backend: Backend) -> None:
     """As F.linear: x, values and bias go to the region's own dtype; float64 is left alone.
 
     torch.library.register_autocast would fix one dtype for good and refuse keyword arguments.
     """
-    device_type, dispatch_key = backend.device_type, f"Autocast{backend.dispatch_key}"
-    if not hasattr(torch._C.DispatchKey, dispatch_key):
-        return  # this torch has no autocast for that device
+    device_type, dispatch_key = backend.device_type, autocast_key(backend)
+    if dispatch_key is None:
+        return
     below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, dispatch_key))
-
-    def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        if (
-            tensor is None
-            or tensor.device.type != device_type
-            or tensor.dtype == torch.float64
-            or not tensor.is_floating_point()
-        ):
-            return tensor
-        return tensor.to(dtype)
 
     def autocast(x, crow_indices, col_indices, values, bias=None, *others, **named):
         dtype = torch.get_autocast_dtype(device_type)
-        x, values, bias = cast(x, dtype), cast(values, dtype), cast(bias, dtype)
+        x, values, bias = (cast_to(dtype, tensor, device_type) for tensor in (x, values, bias))
         with torch._C._ExcludeDispatchKeyGuard(below):
             return _forward_op(x, crow_indices, col_indices, values, bias, *others, **named)
 

@@ -6,7 +6,7 @@ import torch
 
 from torchao_superblock.ops.cuda.problem import NATIVE, TF32, Device, Problem
 
-H200 = Device(0, "NVIDIA H200", 90, 132, 4917.0, overlaps=True, gluon=True, clusters=True)
+H200 = Device(0, "NVIDIA H200", 90, 132, 4814.0, overlaps=True, gluon=True, clusters=True)
 H100 = H200._replace(name="NVIDIA H100 80GB HBM3", memory_rate=3352.0)
 OLD_TRITON = H200._replace(gluon=False, clusters=False)
 A100 = Device(0, "NVIDIA A100-SXM4-80GB", 80, 108, 2039.0)

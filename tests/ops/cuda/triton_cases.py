@@ -474,7 +474,7 @@ def check_repeated_calls() -> None:
     x = fresh(2, 96)
     call(x, False), call(x, False), call(x, True)  # a new shape is only noted at first
     call(fresh(2, 96), True)
-    for shape in ((3, 96), (1, 2, 96), (4, 5, 96), (2, 1, 3, 96)):
+    for shape in ((96,), (3, 96), (1, 2, 96), (4, 5, 96), (2, 1, 3, 96)):
         call(fresh(*shape), False), call(fresh(*shape), False), call(fresh(*shape), True)
     with torch.inference_mode():
         call(fresh(2, 96), False), call(fresh(2, 96), True)

@@ -10,6 +10,7 @@ Legend: M tokens, N out features, K in features, R x C the block grid, r x c the
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,10 @@ from torchao_superblock.ops.cuda.problem import (
 from torchao_superblock.ops.plan import Plan, build_plan, split_plan
 from torchao_superblock.ops.precision import allows_tf32
 
-_current_device = (lambda: -1) if INTERPRET else torch._C._cuda_getDevice
+# What torch.cuda.current_device() asks. CPU tensors, which only Triton's interpreter serves, are on device -1.
+_current_device = getattr(torch._C, "_cuda_getDevice", None)
+if INTERPRET or _current_device is None:
+    _current_device = partial(int, -1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,9 +239,9 @@ def call(
     Args:
         general: the op's general implementation over this backend, with the arguments that follow, which are the op's.
     """
-    arguments = (x, crow, col, values, bias, out_features, activation, plan)
-    y = fast_path.again(*arguments)
+    y = fast_path.again(x, crow, col, values, bias, out_features, activation, plan)
     if y is None:
+        arguments = (x, crow, col, values, bias, out_features, activation, plan)
         y = general(*arguments)
         # Shapes that may never come back are not worth an entry.
         if _observer is None and fast_path.seen(x, values):

@@ -130,9 +130,23 @@ def plain(problem: Problem, tile: MatmulTile | None = None) -> Choice:
         packed = problem.precision == TF32X3 and problem.M > 512
     else:
         packed = problem.precision in (TF32, TF32X3)
+    if tile is None:
+        if problem.M >= GLUON_TOKENS:  # where tokens may be counted
+            problem = problem.bucketed()
+        tile, processors = _matmul_tile(problem), problem.device.processors
+        programs = -(-problem.M // tile.BM) * R * -(-r // tile.BN)
+        # The work of processors is evened out where they get one or two programs. In bfloat16 with 64 outputs in a
+        # tile, that saved an H200 up to 8 % of the time; with fewer it did not.
+        if (
+            problem.dtype.itemsize == 2
+            and tile.BN >= 64
+            and tile.splits == 1
+            and processors < programs <= 2 * processors
+        ):
+            tile = tile._replace(even=True)
     furthest = _TALLEST * stride_m + C * c * stride_k
     int64 = max(furthest, _TALLEST * R * r, (nnz + 1) * r * c) >= _INT32_LIMIT
-    return Choice("matmul", tile or _matmul_tile(problem), packed, int64)
+    return Choice("matmul", tile, packed, int64)
 
 
 def smaller(choice: Choice) -> Choice:
@@ -256,20 +270,6 @@ _LONG_ROW = 160
 
 
 def _matmul_tile(problem: Problem) -> MatmulTile:
-    """The rule, with the work of processors evened out where they get one or two programs.
-
-    In bfloat16 with 64 outputs in a tile, that saved an H200 up to 8 % of the time; with fewer it did not.
-    """
-    if problem.M >= GLUON_TOKENS:
-        problem = problem.bucketed()
-    tile, processors = _uneven_tile(problem), problem.device.processors
-    programs = -(-problem.M // tile.BM) * problem.R * -(-problem.r // tile.BN)
-    one_or_two = processors < programs <= 2 * processors
-    measured = problem.dtype.itemsize == 2 and tile.BN >= 64 and tile.splits == 1
-    return tile._replace(even=True) if measured and one_or_two else tile
-
-
-def _uneven_tile(problem: Problem) -> MatmulTile:
     """Measured on an H200; the same shapes suit an Ampere GPU, with less shared memory taken care of at launch.
 
     Small tiles and few stages win again and again: a block row holds few blocks, so a program spends much of its time
@@ -334,7 +334,7 @@ def _uneven_tile(problem: Problem) -> MatmulTile:
 
 
 def _matmul_candidates(problem: Problem) -> list[MatmulTile]:
-    rule = _matmul_tile(problem)
+    rule = plain(problem).tile
     few_tokens = problem.M <= 64
     heights = [
         BM

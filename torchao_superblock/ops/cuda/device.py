@@ -15,7 +15,7 @@ INTERPRET: bool = triton.knobs.runtime.interpret
 
 # Gigabytes a second between a card and its memory. A card that is not here is asked for its clock and the width of its
 # bus.
-_MEMORY_RATES = {"NVIDIA H200": 4917.0, "NVIDIA H100 80GB HBM3": 3352.0}
+_MEMORY_RATES = {"NVIDIA H200": 4814.0, "NVIDIA H100 80GB HBM3": 3352.0}
 
 # Devices by index, as far as they were asked for. Where there is none, a test or a compiler may add one.
 devices: dict[int, Device] = {}

@@ -37,7 +37,7 @@ _INDICES = (*INDICES, "bias_ptr")
 
 
 @triton.jit
-def _activate(z, ACTIVATION: tl.constexpr):
+def activate(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == 1:
         # Not maximum(): that would turn NaN into 0.
         z = tl.where(z < 0, 0.0, z)
@@ -243,7 +243,7 @@ def bsr_matmul_kernel(
         if HAS_BIAS:
             bias = tl.load(bias_ptr + row.to(tl.int64) * r + n_in)
             acc += bias.to(acc_dtype)[None, :]
-        acc = _activate(acc, ACTIVATION)
+        acc = activate(acc, ACTIVATION)
     y_tile = y_base + (m.to(index_dtype) * N)[:, None] + y_n[None, :]
     tl.store(y_tile, acc.to(y_ptr.dtype.element_ty), mask=stored)
 
@@ -271,7 +271,7 @@ def sum_splits_kernel(
         total += tl.load(partial_ptr + split * numel.to(tl.int64) + i, mask=inside, other=0.0)
     if HAS_BIAS:
         total += tl.load(bias_ptr + i % N, mask=inside, other=0.0).to(total.dtype)
-    total = _activate(total, ACTIVATION)
+    total = activate(total, ACTIVATION)
     tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -374,7 +374,7 @@ def prepare(
             values, low = pack(values, perm)
         M, strides = shape[0], (N, 1)
         if len(shape) != 2:
-            M = math.prod(shape[:-1])
+            M, strides = math.prod(shape[:-1]), (N, 1)[-len(shape) :]
             for size in shape[-2:0:-1]:
                 strides = (size * strides[0], *strides)
         y = out = empty(shape, strides, dtype)

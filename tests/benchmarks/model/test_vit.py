@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("torchvision", reason="the benchmark needs torchvision (the `examples` extra)")
 
 from benchmarks.measure.error import relative_error
-from benchmarks.models import vit
+from benchmarks.model import vit
 
 SMALL = {"image_size": 32, "num_layers": 2, "num_heads": 2, "hidden_dim": 64, "mlp_dim": 128}
 

@@ -9,8 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.measure.quiet import quiet
-from benchmarks.measure.weights import random_block_sparse
+from benchmarks.model import forms
+from benchmarks.model.masks import zero_blocks_of
+
+SCOPES = {"mlp": r"encoder\.layers\..*\.mlp\.", "all": r"encoder\.layers\."}
+"""Names of the weights that are made sparse: those of the MLPs, or every linear of the encoder."""
+HUGE = {
+    "patch_size": 14,
+    "num_layers": 32,
+    "num_heads": 16,
+    "hidden_dim": 1280,
+    "mlp_dim": 5120,
+}
+"""What torchvision's vit_h_14 has other than vit_b_16."""
 
 
 def build_vit(**overrides: Any) -> nn.Module:
@@ -40,13 +51,7 @@ def mlp_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 def zero_blocks(model: nn.Module, blocksize: int, sparsity: float) -> nn.Module:
     """Zeroes random blocks of every MLP weight, in place."""
-    for seed, (_, linear) in enumerate(mlp_linears(model)):
-        n, k = linear.weight.shape
-        pattern = random_block_sparse(
-            n, k, blocksize, sparsity, seed=seed, dtype=linear.weight.dtype,
-            device=linear.weight.device,
-        )  # fmt: skip
-        linear.weight.mul_(pattern.dense != 0)
+    zero_blocks_of(model, SCOPES["mlp"], blocksize, sparsity)
     return model
 
 
@@ -78,7 +83,7 @@ def swapped(model: nn.Module, blocksize: int, *, narrow: bool = False) -> nn.Mod
 
 
 def unswapped(model: nn.Module) -> nn.Module:
-    """A dense copy of a swapped model: what dropping features alone gives."""
+    """A dense copy of a swapped model: what dropping features alone gives. Activations run in their own places."""
     from torchao_superblock import BSRLinear
 
     model = copy.deepcopy(model)
@@ -89,8 +94,7 @@ def unswapped(model: nn.Module) -> nn.Module:
             linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
             linear.weight = nn.Parameter(layer.to_dense(), requires_grad=False)
             linear.bias = layer.bias
-            gelu = nn.GELU() if layer.activation == "gelu" else nn.Identity()
-            setattr(parent, name, nn.Sequential(linear, gelu))
+            setattr(parent, name, linear)
     return model.eval()
 
 
@@ -101,12 +105,8 @@ def hidden_features(model: nn.Module) -> int:
 
 def with_torch_bsr(model: nn.Module, blocksize: int) -> nn.Module:
     """A copy of `model` whose MLP weights are torch.sparse_bsr tensors."""
-    model = copy.deepcopy(model)
-    with quiet():
-        for _, linear in mlp_linears(model):
-            sparse = linear.weight.to_sparse_bsr(blocksize)
-            linear.weight = nn.Parameter(sparse, requires_grad=False)
-    return model
+    names = [f"{name}.weight" for name, _ in mlp_linears(model)]
+    return forms.with_torch_bsr(model, names, blocksize)
 
 
 def compile_layers(model: nn.Module, device: torch.device) -> nn.Module:

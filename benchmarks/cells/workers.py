@@ -14,10 +14,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.judge.cells import Cell, Question, Results, Row
+from benchmarks.cells.question import Cell, Question, Row
+from benchmarks.cells.results import Results
 from benchmarks.measure.quiet import quiet
 from benchmarks.report.facts import device_name
 from benchmarks.report.progress import Progress
+
+CLOSING_SECONDS = 8.0
+"""Kept back from a budget, for the report and the pictures."""
 
 
 def _work(question: Question, device: str, threads: int, pipe: Connection) -> None:
@@ -130,7 +134,7 @@ def run_cells(
     begin = clock()
     cells = question.cells()
     todo = [cell for cell in cells if cell not in results.rows]
-    progress = Progress(len(cells), f"quality: {question.name}")
+    progress = Progress(len(cells), question.name)
     progress.done = len(cells) - len(todo)
     left: list[Row] = []
     hardware = device_name(devices[0])
