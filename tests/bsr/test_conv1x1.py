@@ -186,6 +186,29 @@ def test_compiled_without_a_break(memory_format):
         assert y.stride() == model(x).stride()
 
 
+def test_exported():
+    model, x = Model().eval(), torch.randn(2, 32, 6, 6)
+    swap_to_bsr(model, 8, min_sparsity=0.5)
+    program = torch.export.export(model, (x,))
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    conv = prune(nn.Conv2d(64, 128, 1, stride=2), 16).to("cuda", torch.bfloat16)
+    layer, exact = BSRConv1x1.from_dense(conv, 16), copy.deepcopy(conv).double()
+    for memory_format in FORMATS.values():
+        x = torch.randn(4, 64, 9, 9, device="cuda", dtype=torch.bfloat16)
+        x = x.to(memory_format=memory_format).requires_grad_()
+        y = layer(x)
+        assert relative_error(y, exact(x.double())) < 1e-2 and same_format(y, conv(x))
+        y.sum().backward()
+        assert x.grad.isfinite().all() and layer.values.grad.isfinite().all()
+    (entry,) = swap_to_bsr(nn.Sequential(conv), 16).skipped
+    assert entry.code == "slower_than_dense" and "nobody has measured" in entry.reason
+    assert swap_to_bsr(nn.Sequential(conv), 16, min_sparsity=0.5).swapped
+
+
 def test_there_and_back():
     model, x = Model().train(), torch.randn(2, 32, 6, 6)
     dense = copy.deepcopy(model)
