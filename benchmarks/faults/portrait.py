@@ -43,12 +43,19 @@ def portrait(model: nn.Module, prefix: str = "") -> Portrait:
             if "hook" in name and _sized(value)
         }
         result[f"{fqn}: attributes"] = {
-            name: value
+            name: _without_addresses(value)
             for name, value in attributes.items()
             if not name.startswith("_")
             and isinstance(value, bool | int | float | str | tuple | None)
         }
     return result
+
+
+def _without_addresses(value: object) -> object:
+    """A value that is equal in two models built alike: modules in a tuple are known by their class."""
+    if not isinstance(value, tuple):
+        return value
+    return tuple(type(v).__name__ if isinstance(v, nn.Module) else v for v in value)
 
 
 def _sized(value: object) -> bool:
