@@ -20,6 +20,7 @@ from torchao_superblock.bsr import (
 )
 from torchao_superblock.bsr.gated_mlp import GatedMLP
 from torchao_superblock.bsr.serialization import Description, from_metadata, to_metadata
+from torchao_superblock.model_file import read_model
 
 
 class Backwards(nn.Module):
@@ -35,6 +36,15 @@ class Backwards(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
+class Forwards(Backwards):
+    """Between the two layers, which a file alone could not tell by the names."""
+
+    def __init__(self):
+        super().__init__()
+        self.act = self._modules.pop("act")
+        self.fc2 = self._modules.pop("fc2")
+
+
 class Block(nn.Module):
     def __init__(self, *parts: str):
         super().__init__()
@@ -42,13 +52,14 @@ class Block(nn.Module):
             self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
         if "folded_by" in parts:
             self.mlp = Backwards()
+            self.other = Forwards()
         if "gated" in parts:
             self.gated = Gated()
 
     def forward(self, x):
         if hasattr(self, "attention"):
             x = x + self.attention(x, x, x, need_weights=False)[0]
-        for name in ("mlp", "gated"):
+        for name in ("mlp", "other", "gated"):
             if hasattr(self, name):
                 x = x + getattr(self, name)(x)
         return x
@@ -82,9 +93,11 @@ def test_each_new_key_is_written_where_it_says_something(parts, tmp_path):
         assert type(fresh.attention) is BSRMultiheadAttention
     if "gated" in parts:
         assert isinstance(fresh.gated, GatedMLP)
-    swap_to_dense(fresh)
-    for key, tensor in dense.state_dict().items():
-        assert torch.equal(fresh.state_dict()[key], tensor), key
+    alone = read_model(path).model  # as the command line has it, of nothing but the file
+    for one in (fresh, alone):
+        swap_to_dense(one)
+        for key, tensor in dense.state_dict().items():
+            assert torch.equal(one.state_dict()[key], tensor), key
 
 
 def test_keys_of_version_3_belong_to_it_alone():

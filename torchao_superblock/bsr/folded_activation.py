@@ -132,6 +132,11 @@ class FoldedActivation(nn.Identity):
     def original(self) -> Activation | None:
         return None if self._original is None else self._original[0]
 
+    @property
+    def owner(self) -> nn.Module | None:
+        """The module that calls the layer and the activation; None in a pickle of an earlier release."""
+        return None if self._front is None else self._front[0]
+
     def in_front(self) -> nn.Module | None:
         """What is in the layer's place now; None if nothing is, or that is not known."""
         if self._front is None:

@@ -8,8 +8,8 @@
     attention         JSON: FQN -> embed_dim, kdim, vdim, num_heads and the names of its projections among the layers
                       (version 3)
     folded            JSON: FQN -> the activation that stood there and that the layer before it applies itself
-    folded_by         JSON: FQN in `folded` -> FQN of that layer, where it is not the nearest block-sparse sibling in
-                      front of it (version 3)
+    folded_by         JSON: FQN in `folded` -> FQN of that layer, where places are not numbered, or it is not the
+                      nearest block-sparse one in front (version 3)
     gated             JSON: FQN of a gated MLP -> the activation that it computes at once with its layers (version 3)
     aliases           JSON: name -> name of the tensor that it shares its memory with
     checksums         JSON: name -> CRC-32 of the tensor's name, dtype, shape and bytes
@@ -97,8 +97,12 @@ def describe(model: nn.Module, aliases: dict[str, str]) -> Description:
         if isinstance(module, FoldedActivation) and not module.is_left_to_itself:
             description.folded[fqn] = module.activation
             layer = names.get(module.layer())
-            siblings = modules[fqn.rpartition(".")[0]]._modules
-            if layer is not None and layer != description.applies(fqn, siblings):
+            parent, _, name = fqn.rpartition(".")
+            # A file has no order of children but that of numbers.
+            is_clear = name.isdecimal() and layer == description.applies(
+                fqn, modules[parent]._modules
+            )
+            if layer is not None and not is_clear:
                 description.folded_by[fqn] = layer
         elif isinstance(module, GatedMLP):
             description.gated[fqn] = module.fused_activation

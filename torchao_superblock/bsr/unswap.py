@@ -96,7 +96,7 @@ def swap_to_dense(model: nn.Module) -> list[str]:
     }
     is_fused = bool(kept_places) or any(layer.is_narrowed for layer in layers)
     flows = dataflows(model)[0] if is_fused else []
-    activations = _folded(flows)
+    activations = _folded(flows, kept_places)
     outputs, inputs = _dropped(model, flows)
     owners = parameter_owners(model)
     problems = [
@@ -153,9 +153,17 @@ def swap_to_dense(model: nn.Module) -> list[str]:
     return [names.get(fqn, fqn) for fqn in layers.values()]
 
 
-def _folded(flows: Sequence[Dataflow]) -> dict[BSRLinear, FoldedActivation]:
+def _folded(
+    flows: Sequence[Dataflow], places: Iterable[FoldedActivation]
+) -> dict[BSRLinear, FoldedActivation]:
     """The layers whose activation has a place right behind them, each with the module that keeps that place."""
     folded = {}
+    for place in places:
+        # A module without a forward holds what a file alone says, and that which layer applies what.
+        if type(place.owner) is nn.Module:
+            layer = place.layer()
+            if isinstance(layer, BSRLinear) and layer.activation == place.activation:
+                folded[layer] = place
     for flow in flows:
         for path, steps in flow.chains.items():
             layer = flow.piece(path)
