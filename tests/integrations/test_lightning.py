@@ -164,7 +164,8 @@ def test_an_average_is_squashed_under_the_trained_masks(use_buffers, tmp_path):
         assert torch.equal(zero_blocks(layer.weight), ~mask)
 
 
-def test_an_average_of_a_swapped_module_keeps_its_indices(tmp_path):
+@pytest.mark.parametrize("use_buffers", [True, False])
+def test_an_average_of_a_swapped_module_keeps_its_indices(use_buffers, tmp_path):
     average_class = getattr(pl.callbacks, "WeightAveraging", None)
     if average_class is None:
         pytest.skip("this Lightning has no WeightAveraging")
@@ -174,7 +175,7 @@ def test_an_average_of_a_swapped_module_keeps_its_indices(tmp_path):
     swap_to_bsr(module, min_sparsity=0.5)
     module.sparsity[0] = None
     before = module.model[0].col_indices.clone()
-    run = trainer(tmp_path, average_class(use_buffers=False), max_epochs=1)
+    run = trainer(tmp_path, average_class(use_buffers=use_buffers), max_epochs=1)
     run.fit(module, data(), data())
     assert torch.equal(module.model[0].col_indices, before)
     assert module.loss(next(iter(data()))).isfinite()
