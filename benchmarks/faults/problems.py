@@ -20,6 +20,7 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
     "silu": F.silu,
+    "quick_gelu": lambda y: y * torch.sigmoid(1.702 * y),
 }
 # Relative errors of norms that rounding explains, where sums are kept in at least float32. An activation that runs in
 # the dtype itself, in training, rounds its input once more.

@@ -87,7 +87,7 @@ def test_repr():
     )
 
 
-@pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh", "silu", "quick_gelu"])
 def test_activation_is_the_same_with_and_without_grad(activation):
     layer = small(activation=activation)
     x = torch.randn(5, 6)

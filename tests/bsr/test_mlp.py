@@ -19,7 +19,12 @@ from torchao_superblock.bsr import (
     swap_to_bsr,
     swap_to_dense,
 )
-from torchao_superblock.bsr.folded_activation import FoldedActivation
+from torchao_superblock.bsr.folded_activation import (
+    FoldedActivation,
+    activation_module,
+    activation_name,
+)
+from torchao_superblock.ops import ACTIVATIONS
 
 
 class MLP(nn.Module):
@@ -99,6 +104,12 @@ ARCHITECTURES = {
             **SIZES,
         ),
         *("fc1", "fc2", "activation_fn", "gelu_tanh"),
+    ),
+    "transformers CLIPMLP, as CLIP has it": (
+        lambda: transformers_mlp(
+            "clip", "CLIPMLP", "CLIPVisionConfig", num_attention_heads=4, **SIZES
+        ),
+        *("fc1", "fc2", "activation_fn", "quick_gelu"),
     ),
     "transformers T5DenseActDense": (
         lambda: transformers_mlp("t5", "T5DenseActDense", "T5Config", d_model=64, d_ff=96),
@@ -286,6 +297,13 @@ class TestWhatIsAddedLater:
         assert type(dense.act) is nn.GELU
         for one in (model, dense):
             assert relative_error(one(x), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name != "none"])
+def test_every_activation_of_the_op_has_a_module_that_computes_it(name):
+    module, x = activation_module(name), torch.randn(100)
+    assert activation_name(module) == activation_name(ACTIVATIONS[name]) == name
+    assert torch.equal(module(x), ACTIVATIONS[name](x))
 
 
 def test_reentrant_checkpointing_recomputes_within_rounding():

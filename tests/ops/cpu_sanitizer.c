@@ -84,6 +84,8 @@ static double activate(double z, int activation) {
         return 0.5 * z * (1 + tanh(sqrt(2 / acos(-1.0)) * (z + 0.044715 * z * z * z)));
     case SB_SILU:
         return z / (1 + exp(-z));
+    case SB_QUICK_GELU:
+        return z / (1 + exp(-1.702 * z));
     default:
         return z;
     }
@@ -140,7 +142,7 @@ static void compare(const char *what, double got, double expected, double scale,
 }
 
 static void problem(int64_t M, int64_t R, int64_t C, int64_t r, int64_t c, int dtype, int density) {
-    const int threads = 1 + (int)draw(3), activation = (int)draw(5), with_bias = (int)draw(2);
+    const int threads = 1 + (int)draw(3), activation = (int)draw(6), with_bias = (int)draw(2);
     const int64_t N = R * r, K = C * c;
     int32_t *crow = buffer(sizeof(int32_t) * (size_t)(R + 1)), *all = buffer(sizeof(int32_t) * (size_t)(R * C));
     int64_t nnz = 0;

@@ -87,7 +87,7 @@ def test_products_match_float64(kernel: str, dtype: torch.dtype, blocksize) -> N
         x = strided(M, C * c, dtype, case % 6)
         grad = strided(M, R * r, dtype, (case + 3) % 6)
         bias = torch.randn(R * r).to(dtype) if case % 3 else None
-        activation = list(ACTIVATIONS)[case % 5]
+        activation = list(ACTIVATIONS)[case % len(ACTIVATIONS)]
 
         y = cpu.forward(x, crow, col, values, bias, activation, plan)
         z = x.double() @ dense.double().t() + (0 if bias is None else bias.double())

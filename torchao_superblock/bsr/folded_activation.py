@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchao_superblock.common.modules import has_hooks
 from torchao_superblock.common.names import by_class
-from torchao_superblock.ops import ACTIVATIONS
+from torchao_superblock.ops.activations import ACTIVATIONS, quick_gelu
 
 Activation = nn.Module | Callable[[Tensor], Tensor]
 
@@ -23,6 +23,7 @@ _FUNCTIONS: dict[Callable, str] = {
     torch.relu: "relu",
     F.gelu: "gelu",
     F.silu: "silu",
+    quick_gelu: "quick_gelu",
 }
 # Those whose own formula gives other bits than the op's.
 _TO_ROUNDING: dict[type | str, bool] = {}
@@ -60,6 +61,14 @@ def register_activation(
     _TO_ROUNDING[cls] = to_rounding
 
 
+class QuickGELU(nn.Module):
+    """:func:`torchao_superblock.ops.activations.quick_gelu`, of which torch has no module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return quick_gelu(x)
+
+
+register_activation(QuickGELU, "quick_gelu")
 register_activation(nn.ReLU, "relu")
 register_activation(nn.SiLU, "silu")
 register_activation(
@@ -94,7 +103,7 @@ def activation_module(name: str) -> nn.Module:
     """A module for which :func:`activation_name` gives this name."""
     if name in ("gelu", "gelu_tanh"):
         return nn.GELU("tanh" if name == "gelu_tanh" else "none")
-    return {"relu": nn.ReLU, "silu": nn.SiLU}[name]()
+    return {"relu": nn.ReLU, "silu": nn.SiLU, "quick_gelu": QuickGELU}[name]()
 
 
 class FoldedActivation(nn.Identity):

@@ -188,7 +188,7 @@ class BSRLinear(nn.Module):
         col_indices: `(nnz,)` int32, sorted and unique in each block row.
         values: `(nnz, rows, cols)`, float32, float64, float16 or bfloat16. A Parameter is taken as it is.
         bias: `(N,)` of the same dtype, or None. A Parameter is taken as it is.
-        activation: `"none"`, `"relu"`, `"gelu"`, `"gelu_tanh"` or `"silu"`, applied to the output.
+        activation: `"none"`, `"relu"`, `"gelu"`, `"gelu_tanh"`, `"silu"` or `"quick_gelu"`, applied to the output.
         dense_shape: `(N, K)` of the `nn.Linear` that the layer stands for, where features of that were dropped;
             None where none were.
 

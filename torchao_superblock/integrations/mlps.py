@@ -50,9 +50,13 @@ for _name, _activation, _to_rounding in (
     ("NewGELUActivation", "gelu_tanh", True),
     ("FastGELUActivation", "gelu_tanh", True),
     ("SiLUActivation", "silu", False),
+    ("QuickGELUActivation", "quick_gelu", True),
 ):
     register_activation(f"transformers.activations.{_name}", _activation, to_rounding=_to_rounding)
-for _name, _activation in (("GELU", "gelu"), ("GELUTanh", "gelu_tanh"), ("Swish", "silu")):
-    register_activation(
-        f"timm.layers.activations.{_name}", _activation, to_rounding=_name == "Swish"
-    )
+for _name, _activation, _to_rounding in (
+    ("GELU", "gelu", False),
+    ("GELUTanh", "gelu_tanh", False),
+    ("Swish", "silu", True),
+    ("QuickGELU", "quick_gelu", True),
+):
+    register_activation(f"timm.layers.activations.{_name}", _activation, to_rounding=_to_rounding)

@@ -211,6 +211,8 @@ def _activate(op: Any, name: str, y: Any, dtype: int) -> Any:
         return op.Relu(y)
     if name == "silu":
         return op.Mul(y, op.Sigmoid(y))
+    if name == "quick_gelu":
+        return op.Mul(y, op.Sigmoid(op.Mul(number(1.702), y)))
     if name == "gelu":  # y / 2 * (1 + erf(y / sqrt(2)))
         inner = op.Erf(op.Div(y, number(math.sqrt(2))))
     elif name == "gelu_tanh":  # y / 2 * (1 + tanh(sqrt(2 / pi) * (y + 0.044715 * y ** 3)))

@@ -7,6 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """`x * sigmoid(1.702 x)`, the approximation of GELU that CLIP was trained with.
+
+    Args:
+        x: any shape.
+    """
+    return x * torch.sigmoid(1.702 * x)
+
+
 # The op's `activation` argument -> the function it stands for. Kernels must match these to rounding.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -14,6 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
+    "quick_gelu": quick_gelu,
 }
 
 # What compiled code calls them: their place in the table, which is that in `enum sb_activation` of csrc/superblock.h.
@@ -38,5 +49,8 @@ def activation_backward(activation: str, grad: Tensor, z: Tensor) -> Tensor:
             sigmoid = torch.sigmoid(z)
             return grad * sigmoid * (1 + z * (1 - sigmoid))
         return torch.ops.aten.silu_backward(grad, z)
+    if activation == "quick_gelu":
+        sigmoid = torch.sigmoid(1.702 * z)
+        return grad * sigmoid * (1 + 1.702 * z * (1 - sigmoid))
     approximate = "tanh" if activation == "gelu_tanh" else "none"
     return torch.ops.aten.gelu_backward(grad, z, approximate=approximate)

@@ -84,7 +84,7 @@ def bsr_linear(
         bias: `(N,)` or None.
         out_features: N, if the last block row is ragged; None means `R * r`. K may be ragged as well: what a block
             holds beyond column K is ignored.
-        activation: one of `"none"`, `"relu"`, `"gelu"`, `"gelu_tanh"`, `"silu"`.
+        activation: one of `"none"`, `"relu"`, `"gelu"`, `"gelu_tanh"`, `"silu"`, `"quick_gelu"`.
         plan: from :func:`torchao_superblock.ops.build_plan`; None builds what a backward needs at each call. A plan of
             another index slows a forward down; gradients are right on a CPU, which uses none, and NaN on a GPU.
         in_features: K, to have x checked. A stored weight does not say how wide it is (its last block columns may hold

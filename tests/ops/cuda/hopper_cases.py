@@ -227,6 +227,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": torch.nn.functional.gelu,
     "gelu_tanh": lambda z: torch.nn.functional.gelu(z, approximate="tanh"),
     "silu": torch.nn.functional.silu,
+    "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
 }
 
 

@@ -30,7 +30,7 @@ def activate():
     )
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "quick_gelu"])
 @pytest.mark.parametrize("scale", [1e-3, 1e-2, 1.0, 4.0])
 def test_activations_of_float32_have_float32_accuracy(activate, scale, activation):
     z = torch.randn(100_000) * scale
@@ -69,7 +69,7 @@ def test_activations_match_float64(activation, blocksize):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("blocksize", [64, 32])
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "relu"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "quick_gelu", "relu"])
 @pytest.mark.parametrize(("precision", "bound"), [("ieee", 3e-7), ("tf32", 2e-3)])
 def test_float32_activations_match_float64(set_precision, activation, precision, bound, blocksize):
     hopper_or_skip()
@@ -94,7 +94,7 @@ def test_activations_at_extremes_are_torch_s(activation, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu", "quick_gelu"])
 def test_activations_of_infinity_and_nan_are_torchs(activation, dtype):
     hopper_or_skip()
     _dense, crow, col, values = random_bsr(128, 768, 64, 0.5, dtype, "cuda")

@@ -48,7 +48,7 @@ def test_clusters_are_chosen_only_where_triton_has_them():
 def test_an_activation_costs_no_choice(M, N, K, slow_memory):
     """Fusing one may take another tile, never the kernel."""
     for r in (32, 64, 128):
-        for activation in ("relu", "gelu", "gelu_tanh", "silu"):
+        for activation in ("relu", "gelu", "gelu_tanh", "silu", "quick_gelu"):
             plain = Product(M, N, K, r, 64, 0.1, slow_memory=slow_memory)
             assert plain._replace(activation=activation).tile() is not None
             assert plain._replace(activation="relu").tile() == plain.tile()

@@ -44,8 +44,10 @@ SB_INLINE vf gelu_f(vf x) {
     return x * select_f(x > 0.0f, 1.0f - q, q);
 }
 
-/* (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)), so both of these need one exponential. */
+/* (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)), so all of these need one exponential. */
 SB_INLINE vf silu_f(vf x) { return x / (1.0f + exp_f(-x)); }
+
+SB_INLINE vf quick_gelu_f(vf x) { return x / (1.0f + exp_f(-1.702f * x)); }
 
 SB_INLINE vf gelu_tanh_f(vf x) {
     const vf u2 = x * (1.5957691216057308f + 0.07135481282553017f * x * x);
@@ -62,6 +64,8 @@ SB_INLINE vf activate_f(vf x, int activation) {
         return gelu_tanh_f(x);
     case SB_SILU:
         return silu_f(x);
+    case SB_QUICK_GELU:
+        return quick_gelu_f(x);
     default:
         return x;
     }
@@ -77,6 +81,8 @@ static double activate_one(double x, int activation) {
         return x / (1 + exp(-x * (1.5957691216057307117 + 0.071354816272600248565 * x * x)));
     case SB_SILU:
         return x / (1 + exp(-x));
+    case SB_QUICK_GELU:
+        return x / (1 + exp(-1.702 * x));
     default:
         return x;
     }

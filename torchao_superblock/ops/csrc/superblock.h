@@ -11,7 +11,7 @@
 #include <stdint.h>
 
 enum sb_dtype { SB_FLOAT32, SB_FLOAT64, SB_FLOAT16, SB_BFLOAT16 };
-enum sb_activation { SB_NONE, SB_RELU, SB_GELU, SB_GELU_TANH, SB_SILU };
+enum sb_activation { SB_NONE, SB_RELU, SB_GELU, SB_GELU_TANH, SB_SILU, SB_QUICK_GELU };
 enum sb_isa { SB_BASELINE, SB_AVX2, SB_AVX512, SB_N_ISA };
 enum sb_status { SB_OK, SB_BAD_CROW, SB_BAD_COL, SB_NO_MEMORY };
 

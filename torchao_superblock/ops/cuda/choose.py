@@ -601,7 +601,7 @@ def _wide_tile(problem: Problem) -> HopperTile:
     # schedule needs more work to pay. In a few rounds a static one stays in step, in many it drifts apart.
     much = nnz * r * c * M >= 2**35
     uneven = K >= 4096 and (much or share <= 0.15)
-    smooth = problem.activation in ("gelu", "gelu_tanh", "silu")
+    smooth = problem.activation in ("gelu", "gelu_tanh", "silu", "quick_gelu")
     roomy = entries <= 1024
     if smooth and roomy and _small_tiles_pay(N, K, r, share, much):
         return TWO_PROGRAMS.dynamic() if slow_memory and 3 * N >= 5 * K else TWO_PROGRAMS

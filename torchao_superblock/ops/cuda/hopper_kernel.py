@@ -681,6 +681,8 @@ def activate(z, FLOAT32: gl.constexpr, ACTIVATION: gl.constexpr):
         z = z * _reciprocal(1.0 + _exp2(u))
     elif ACTIVATION == "silu":
         z = z * _reciprocal(1.0 + _exp2(-1.4426950408889634 * z))
+    elif ACTIVATION == "quick_gelu":  # z / (1 + 2^(-1.702 log2(e) z))
+        z = z * _reciprocal(1.0 + _exp2(-2.4554669595930157 * z))
     return z
 
 

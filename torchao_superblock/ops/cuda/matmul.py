@@ -49,6 +49,8 @@ def activate(z, ACTIVATION: tl.constexpr):
         z = z / (1 + tl.exp(-u))
     elif ACTIVATION == 4:
         z = z / (1 + tl.exp(-z))
+    elif ACTIVATION == 5:
+        z = z / (1 + tl.exp(-1.702 * z))
     return z
 
 
