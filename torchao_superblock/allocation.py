@@ -6,6 +6,7 @@ import copy
 import math
 import numbers
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from torchao_superblock.bsr import swap_to_bsr
 from torchao_superblock.common.blocks import block_grid
-from torchao_superblock.common.calls import call_model
+from torchao_superblock.common.calls import call_model, median_seconds
 from torchao_superblock.pruning import Sensitivity
 from torchao_superblock.pruning.masks.base import kept_blocks
 from torchao_superblock.pruning.one_shot.capture import Call, LinearCalls, Target, plain_linear
@@ -99,7 +100,13 @@ def allocate(
     if not 1 < speedup < math.inf:
         raise ValueError(f"allocate: speedup={speedup} must be above 1, such as 1.5")
     with torch.inference_mode():
-        return _for_speedup(sensitivity, model, example_input, float(speedup), timer or _median)
+        return _for_speedup(
+            sensitivity,
+            model,
+            example_input,
+            float(speedup),
+            timer or partial(median_seconds, at_least=0.2),
+        )
 
 
 def _for_speedup(
@@ -257,10 +264,3 @@ def _zero_blocks(weight: Tensor, blocksize: tuple[int, int], level: float) -> No
     kept[order[: kept_blocks(n_blocks, level)]] = True
     full = kept.view(grid).repeat_interleave(rows, 0).repeat_interleave(cols, 1)
     weight.masked_fill_(~full[: weight.shape[0], : weight.shape[1]].to(weight.device), 0.0)
-
-
-def _median(call: Callable[[], object]) -> float:
-    from torch.utils.benchmark import Timer as TorchTimer
-
-    timer = TorchTimer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=0.2).median

@@ -93,6 +93,22 @@ def test_steps_are_those_of_the_optimizer(tmp_path):
     assert callback.sparsifier.state_dict()["step"] == 4
 
 
+def test_a_step_that_a_scaler_skips_does_not_count(tmp_path):
+    class Scaler:
+        scales = iter([8.0, 8.0, 4.0, 4.0, 2.0, 2.0, 4.0, 4.0, 4.0])  # at the start, and after each
+
+        def get_scale(self):
+            return next(self.scales)
+
+    class Scaled(pl.plugins.Precision):
+        scaler = Scaler()
+
+    callback = sparsity(squash=False)
+    module = Module(callback)
+    trainer(tmp_path, callback, max_epochs=1, plugins=[Scaled()]).fit(module, data())
+    assert callback.sparsifier.state_dict()["step"] == 6  # of 8: it fell twice
+
+
 def test_resume_is_the_straight_run(tmp_path):
     straight = sparsity()
     module = Module(straight)

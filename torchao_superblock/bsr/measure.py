@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torchao_superblock.bsr.linear import BSRLinear
-from torchao_superblock.common.calls import call_model, eval_mode, shown
+from torchao_superblock.common.calls import call_model, eval_mode, median_seconds, shown
 
 # Two parts whose shares of stored blocks round to the same multiple of this take the same time.
 DENSITY_STEP = 0.05
@@ -192,8 +192,7 @@ def _kind_of(tree: object) -> Any:
 
 
 def _milliseconds(module: nn.Module, args: tuple, kwargs: dict[str, Any], train: bool) -> float:
-    """Median time of a call in a row of calls: what the host or the device takes, whichever is more."""
-    from torch.utils.benchmark import Timer  # looks for a CUDA toolkit and talks about it on stderr
+    """What a forward takes, or a forward and backward."""
 
     def forward() -> None:
         with torch.no_grad():
@@ -220,10 +219,4 @@ def _milliseconds(module: nn.Module, args: tuple, kwargs: dict[str, Any], train:
         for leaf in pytree.tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor) and leaf.is_floating_point():
                 leaf.requires_grad_()
-    timer = Timer(
-        "call()",
-        globals={"call": forward_and_backward if train else forward},
-        num_threads=torch.get_num_threads(),
-    )
-    timer.timeit(3)  # compiles kernels, settles on one
-    return timer.blocked_autorange(min_run_time=SECONDS).median * 1e3
+    return median_seconds(forward_and_backward if train else forward, SECONDS) * 1e3

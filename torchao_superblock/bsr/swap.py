@@ -42,7 +42,7 @@ from torchao_superblock.bsr.optimizer_state import (
 )
 from torchao_superblock.common.all_or_nothing import all_or_nothing
 from torchao_superblock.common.blocks import parse_blocksize, whole_block_grid
-from torchao_superblock.common.kept_blocks import KeptBlocks, kept_blocks
+from torchao_superblock.common.kept_blocks import KeptBlocks, remembered_kept
 from torchao_superblock.common.modules import (
     block_masks_of,
     parameter_owners,
@@ -421,7 +421,7 @@ def _measure(
 def _kept(linear: nn.Module) -> KeptBlocks | None:
     """What the mask of this layer kept, if it was squashed in this process: of its `(N, K)` matrix."""
     weight = linear._parameters.get("weight")
-    kept = None if weight is None else kept_blocks(weight)
+    kept = None if weight is None else remembered_kept(weight)
     if kept is None:
         return None
     matrix_of = bsr_type(linear).matrix_of

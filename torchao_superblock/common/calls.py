@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
@@ -46,3 +47,17 @@ def shown(steps: Sequence[T], title: str, progress: bool) -> Iterable[T]:
     except ImportError:
         return steps
     return tqdm(steps, desc=title)
+
+
+def median_seconds(call: Callable[[], object], at_least: float) -> float:
+    """Median time of a call in a row of calls: what the host or the device takes, whichever is more.
+
+    Args:
+        call: what to time; it is called a few times before.
+        at_least: seconds that the row takes.
+    """
+    from torch.utils.benchmark import Timer  # looks for a CUDA toolkit and talks about it on stderr
+
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    timer.timeit(3)  # compiles kernels, settles on one
+    return timer.blocked_autorange(min_run_time=at_least).median

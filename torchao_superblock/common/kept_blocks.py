@@ -49,6 +49,6 @@ def remember_kept(
     _KEPT[weight] = KeptBlocks(mask, tuple(blocksize), gain)
 
 
-def kept_blocks(weight: Tensor) -> KeptBlocks | None:
+def remembered_kept(weight: Tensor) -> KeptBlocks | None:
     """What the last mask that was squashed into this tensor kept, or None if nobody knows."""
     return _KEPT.get(weight)

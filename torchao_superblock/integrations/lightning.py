@@ -105,12 +105,9 @@ class BlockSparsity(pl.Callback):
                 "before it has masks; put BlockSparsity first"
             )
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begins to count the optimizer's steps."""
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begins to count the optimizer's steps; a checkpoint to go on from is loaded by now."""
         self._seen_steps = trainer.global_step
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Notes the loss scale, which falls if the scaler skips a step."""
         self._scale = _loss_scale(trainer)
 
     def on_train_batch_end(
@@ -120,9 +117,9 @@ class BlockSparsity(pl.Callback):
         if trainer.global_step == self._seen_steps:
             return  # a batch of several that are accumulated
         self._seen_steps = trainer.global_step
-        scale = _loss_scale(trainer)
-        if scale is not None and self._scale is not None and scale < self._scale:
-            return
+        before, self._scale = self._scale, _loss_scale(trainer)
+        if before is not None and self._scale < before:
+            return  # the scaler skipped it
         self.sparsifier.step()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
