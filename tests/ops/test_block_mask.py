@@ -8,6 +8,10 @@ import sys
 import textwrap
 
 import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from torchao_superblock.ops.block_mask import guards
 
 pytest.importorskip("triton", reason="needs Triton, which this platform lacks")
 
@@ -166,3 +170,25 @@ COMPILED = """
 
 def test_triton_kernels_compile_for_sm_90_without_a_gpu() -> None:
     run(COMPILED, "0")
+
+
+def test_weights_of_a_checksum_survive_32_bits():
+    """Inductor computes what derives from an `arange` in the narrowest type that holds its size."""
+    n = 4096
+    narrow = (torch.arange(n, dtype=torch.int32) * (0x9E3779B1 & 0x7FFFFFFF)).to(
+        torch.int64
+    ) & 0x7FFFFFFF
+    wide = (torch.arange(n) * 0x9E3779B1) & 0x7FFFFFFF
+    assert torch.equal(narrow, wide)
+    assert torch.equal(
+        guards._weights(n, torch.device("cpu")), (((wide * wide) >> 20) & 0x7FFFFFFF) | 1
+    )
+
+
+def test_no_factor_of_an_arange_needs_more_than_32_bits():
+    graph = make_fx(guards.held_sum)(torch.ones(8, dtype=torch.int8)).graph
+    aranges = [node for node in graph.nodes if "arange" in str(node.target)]
+    factors = [
+        arg for node in aranges for user in node.users for arg in user.args if isinstance(arg, int)
+    ]
+    assert aranges and factors and all(factor < 2**31 for factor in factors)

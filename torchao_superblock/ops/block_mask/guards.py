@@ -135,7 +135,9 @@ def _mix(x: Integers) -> Integers:
 
 def _weights(n: int, device: torch.device) -> Tensor:
     i = torch.arange(n, device=device)
-    w = (i * 0x9E3779B1) & _LOW
+    # The low 31 bits of i * 0x9E3779B1. Inductor may compute what derives from an `arange` in 32 bits, where that
+    # factor does not fit; this one does, and an overflow leaves the low bits as they are.
+    w = (i * (0x9E3779B1 & _LOW)) & _LOW
     return (((w * w) >> 20) & _LOW) | 1
 
 
