@@ -1,9 +1,8 @@
-"""Draws speedup.png, the first picture of the README, from the newest results of an H200.
+"""Draws speedup.png, the first picture of the README, from the newest figure 2 of an H200.
 
 python docs/speedup.py
 
-What a line shows is the MLP of ViT-B/16: its two linear layers one after the other, dense time / sparse time. Torch's
-BSR has points where the benchmark measured it.
+What a line shows is the whole ViT-B/16: dense time / sparse time, each in the faster of eager mode and CUDA graphs.
 """
 
 import csv
@@ -14,129 +13,102 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` when run as a file
 
-from benchmarks.layer.cells import DOWN, UP
 from benchmarks.report.files import RESULTS
 from benchmarks.report.picture import BLOCK_COLORS, pyplot
 
 INK, FAINT, RIVAL, SLOWER = "#22303c", "#5f6b78", "#c26a1b", "#f7ece3"
 QUOTED = 0.9  # the sparsity whose speedups are written out
-PEER_BLOCK = 64  # the block size that torch's BSR is fastest with
-SWEEP, PEERS = (
-    "sweep",
-    "ViT-B/16 shapes",
-)  # what the sections begin with: ours over sparsity, all peers
-SHAPES = tuple(f"{n} x {k}" for n, k in (UP, DOWN))
+BEST = 64  # the block size of the dashed lines
+OURS, NARROW, PEER = "ours x", "ours narrow x", "torch BSR x"
 
 Row = Mapping[str, str]
 Curve = list[tuple[float, float]]
 
 
-def newest_run(section: str, results: Path = RESULTS) -> tuple[Path, list[Row]]:
-    """The newest results on an H200 that hold a section about one linear layer.
-
-    Sweeps come from `benchmarks/break_even.py` (until 2026-11-30 from `benchmarks/bsr_linear.py`, as the peers do).
+def newest_run(results: Path = RESULTS) -> tuple[Path, list[Row]]:
+    """The newest figure 2 of an H200, and its rows.
 
     Args:
-        section: start of the section's name.
         results: folder of the CSV files.
-
-    Returns:
-        The file and its rows.
 
     Raises:
         FileNotFoundError: if there is none.
     """
-    scripts = ("break_even", "bsr_linear")
-    paths = [p for s in scripts for p in results.glob(f"*_{s}_cuda_nvidia-h200*.csv")]
-    for path in sorted(paths, key=lambda path: path.name, reverse=True):
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        if any(row["section"].startswith(section) for row in rows):
-            return path, rows
-    commands = " and ".join(f"`python benchmarks/{s}.py --device cuda`" for s in scripts)
-    raise FileNotFoundError(
-        f"no results of an H200 with {section!r} in {results}; make some with {commands}"
-    )
+    paths = sorted(results.glob("*_figure2_cuda_nvidia-h200.csv"), key=lambda path: path.name)
+    if not paths:
+        raise FileNotFoundError(
+            f"no figure 2 of an H200 in {results}; make one with `python benchmarks/figures.py 2 --device cuda`"
+        )
+    with paths[-1].open(newline="", encoding="utf-8") as file:
+        return paths[-1], list(csv.DictReader(file))
 
 
-def curve(rows: Sequence[Row], block: int, column: str = "ours x", section: str = SWEEP) -> Curve:
-    """Speedup over sparsity of both layers of the MLP together.
+def curve(rows: Sequence[Row], block: int, column: str = OURS, what: str = "all") -> Curve:
+    """`(sparsity, speedup)` of the whole model in bfloat16, where it was measured.
 
     Args:
-        rows: of a result file.
+        rows: of figure 2.
         block: block size.
         column: whose speedup over dense.
-        section: start of the section's name.
-
-    Returns:
-        `(sparsity, sum of the dense times / sum of the candidate's times)`, where both layers were measured.
+        what: `"all"`, every linear layer of the encoder, or `"mlp"`.
     """
-    times: dict[float, dict[str, tuple[float, float]]] = {}
+    wanted = {"mode": "bfloat16", "what": what, "block": str(block)}
+    points = []
     for row in rows:
-        if (
-            row["section"].startswith(section)
-            and row["block"] == str(block)
-            and row["N x K"] in SHAPES
-        ):
+        if wanted.items() <= row.items():
             try:
-                dense, speedup = float(row["dense ms"]), float(row[column])
+                points.append((float(row["sparsity"]), float(row[column])))
             except ValueError:  # not measured, or it failed
                 continue
-            times.setdefault(float(row["sparsity"]), {})[row["N x K"]] = dense, dense / speedup
-    return [
-        (
-            sparsity,
-            sum(dense for dense, _ in both.values()) / sum(ours for _, ours in both.values()),
-        )
-        for sparsity, both in sorted(times.items())
-        if len(both) == len(SHAPES)
-    ]
+    return sorted(points)
 
 
-def draw(rows: Sequence[Row], peers: Sequence[Row]) -> Any:
-    """The figure: a line for each block size, torch's BSR dashed, dense = 1.
+def draw(rows: Sequence[Row]) -> Any:
+    """The figure: a line for each block size, without dead features and torch's BSR dashed, dense = 1.
 
     Args:
-        rows: of a result file with the sweep.
-        peers: of one with the peers.
+        rows: of figure 2.
     """
     plt = pyplot()
-    sweep = next(row for row in rows if row["section"] == SWEEP)
     figure, axes = plt.subplots(figsize=(8.6, 4.6))
     axes.axhspan(0, 1, color=SLOWER, zorder=0)
     axes.axhline(1, color=INK, linewidth=1.4)
-    axes.text(0.105, 0.64, "slower than dense", fontsize=11, color=FAINT, va="center")
-    write(axes, (0.95, 1), "dense", up=10)
+    write(axes, (0.95, 1), "dense")
 
-    for block, color in BLOCK_COLORS.items():
+    for block in (16, 32, BEST):
         points = curve(rows, block)
-        axes.plot(*zip(*points, strict=True), "o-", color=color, linewidth=2.8, markersize=5)
+        axes.plot(*zip(*points, strict=True), "o-", color=BLOCK_COLORS[block], linewidth=2.8)
         write(axes, points[-1], f"block {block}")
-        speedup = dict(points)[QUOTED]
-        # Below each line, where the next one is far enough away; above the highest.
-        offset, side = ((-4, 4), "right") if block == max(BLOCK_COLORS) else ((4, -13), "left")
-        axes.annotate(
-            f"{speedup:.1f}x", (QUOTED, speedup), offset, textcoords="offset points", fontsize=11,
-            ha=side, color=INK,
-        )  # fmt: skip
-    peer = curve(peers, PEER_BLOCK, "torch BSR x", PEERS)
+        quote(axes, points, below=True)
+    narrow = curve(rows, BEST, NARROW)
+    axes.plot(*zip(*narrow, strict=True), "d-.", color=BLOCK_COLORS[BEST], linewidth=2)
+    write(axes, narrow[-1], "without\ndead features", up=6)
+    quote(axes, narrow, below=False)
+    peer = curve(rows, BEST, PEER)
     axes.plot(*zip(*peer, strict=True), "s--", color=RIVAL, linewidth=2.2, markersize=5)
-    text = f"torch's BSR, block {PEER_BLOCK}: {dict(peer)[QUOTED]:.1f}x at {QUOTED:.0%}"
-    write(axes, peer[0], text, up=-12, color=RIVAL)
+    write(axes, peer[-1], f"torch's BSR,\nblock {BEST}", color=RIVAL)
 
-    top = int(axes.get_ylim()[1])
-    axes.set(xlim=(0.085, 1.075), xticks=[0.1, 0.3, 0.5, 0.7, 0.8, QUOTED])
-    axes.set(ylim=(0.3, top + 0.6), yticks=range(1, top + 1))
+    axes.text(0.485, 0.96, "slower than dense", fontsize=11, color=FAINT, va="top")
+    axes.set(xlim=(0.48, 1.06), xticks=[0.5, 0.6, 0.7, 0.8, QUOTED])
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.tick_params(labelsize=11.5, colors=INK)
-    axes.set_xlabel("blocks pruned", fontsize=12, color=INK)
+    axes.set_ylim(bottom=min(0.8, 0.95 * min(y for _, y in peer)))
+    axes.set_xlabel("blocks pruned, in all linear layers of the encoder", fontsize=12, color=INK)
     axes.set_title(
-        f"Speedup over dense: both linear layers of a ViT-B/16 MLP\n"
-        f"{sweep['dtype']}, {sweep['M']} tokens, NVIDIA H200",
+        f"Speedup of a whole ViT-B/16\nbfloat16, {rows[0]['batch']} images, NVIDIA H200",
         fontsize=12.5, color=INK, loc="left", pad=10,
     )  # fmt: skip
     return figure
+
+
+def quote(axes: Any, points: Curve, *, below: bool) -> None:
+    """Writes the speedup at `QUOTED` out."""
+    speedup = dict(points)[QUOTED]
+    axes.annotate(
+        f"{speedup:.2f}x", (QUOTED, speedup), (4, -13) if below else (-4, 5),
+        textcoords="offset points", fontsize=11, ha="left" if below else "right", color=INK,
+    )  # fmt: skip
 
 
 def write(
@@ -151,11 +123,9 @@ def write(
 
 def main() -> None:
     """Draws and saves the picture."""
-    source, rows = newest_run(SWEEP)
+    source, rows = newest_run()
     path = Path(__file__).with_suffix(".png")
-    draw(rows, newest_run(PEERS)[1]).savefig(
-        path, dpi=200, facecolor="white", bbox_inches="tight", pad_inches=0.12
-    )
+    draw(rows).savefig(path, dpi=200, facecolor="white", bbox_inches="tight", pad_inches=0.12)
     print(f"{path} from {source.name}")
 
 

@@ -26,7 +26,11 @@ def draw_lines(
     across = min(4, len(panels))
     down = -(-len(panels) // across)
     figure, axes = plt.subplots(
-        down, across, figsize=(1 + 4.2 * across, 0.8 + 3.4 * down), squeeze=False
+        down,
+        across,
+        figsize=(2.4 + 4.2 * across, 0.8 + 3.4 * down),
+        squeeze=False,
+        layout="constrained",
     )
     for plot, (mode, what) in zip(axes.flat, panels, strict=False):
         here = [row for row in rows if (row["mode"], row["what"]) == (mode, what)]
@@ -52,10 +56,15 @@ def draw_lines(
             plot.minorticks_off()
         plot.set_xlabel("batch size" if axis == "batch" else "fraction of blocks that are zero")
         plot.set_title(f"{what}, {mode}")
-        plot.legend(fontsize=7, loc="best")
     for plot in axes.flat[len(panels) :]:
         plot.set_axis_off()
     for plot in axes[:, 0]:
         plot.set_ylabel(label)
+    lines = {
+        name: line
+        for plot in axes.flat
+        for line, name in zip(*plot.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(lines.values(), lines.keys(), fontsize=8, loc="outside right center")
     figure.suptitle(title, fontsize=11)
     return figure
