@@ -22,6 +22,7 @@ from tests.ops.common import DEVICES
 from tests.reference import random_bsr, relative_error
 from torchao_superblock.bsr import BSRLinear
 from torchao_superblock.ops import bsr_linear, build_plan, fast_path
+from torchao_superblock.ops.cpu import compiled
 
 MODES = {"inference": torch.inference_mode, "no grad": torch.no_grad, "grad": torch.enable_grad}
 op = torch.ops.torchao_superblock.bsr_linear
@@ -212,6 +213,33 @@ def test_whatever_changed_since_is_seen(mode: str, device: str) -> None:
         assert relative_error(y, without_bias.relu()) <= 1e-6
         bare = bsr_linear(case.x, case.crow, case.col, case.values)
         assert relative_error(bare, without_bias) <= 1e-6
+
+
+@pytest.mark.parametrize("kernel", ["pytorch", "baseline"])
+def test_another_kernel_of_the_cpu_serves_from_then_on(kernel: str) -> None:
+    """What was remembered is of the kernel that was there."""
+    if compiled.kernel is None:
+        pytest.skip("no compiled kernel serves here")
+    case = Case("cpu").warm_up()
+    with compiled.using(kernel):
+        for _ in range(3):
+            for y in (case.function(), case.op(), case.layer(case.x)):
+                assert relative_error(y, case.expected()) <= 1e-6
+    for y in (case.function(), case.op(), case.layer(case.x)):
+        assert relative_error(y, case.expected()) <= 1e-6
+
+
+@pytest.mark.parametrize("lead", [(1,), (3,), (1, 1), (2, 1, 3)])
+@pytest.mark.parametrize("step", [1, 2])
+def test_repeated_calls_take_any_strides(lead: tuple[int, ...], step: int) -> None:
+    dense, crow, col, values = random_bsr(32, 48, 16, 0.5)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        first = torch.randn(*lead, 48 * step)[..., ::step]
+        for x in (first, first.transpose(0, -2) if len(lead) > 1 else first.flip(0)):
+            y = bsr_linear(x, crow, col, values)
+            assert relative_error(y, x.double() @ dense.double().T) <= 1e-6
+            assert y.is_contiguous()
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -476,9 +476,19 @@ class BSRLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in_features)` -> `(..., out_features)`, contiguous."""
-        *operands, plan = self.operands()
-        activation = self.applied_activation
-        return _run(x, self.in_features, self.out_features, *operands, activation, plan)
+        # One by one: unpacking arguments takes as long as a question about a tensor.
+        crow_indices, col_indices, values, bias, plan = self.operands()
+        return _run(
+            x,
+            self.in_features,
+            self.out_features,
+            crow_indices,
+            col_indices,
+            values,
+            bias,
+            self.applied_activation,
+            plan,
+        )
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """`(crow_indices, col_indices, values, bias, plan)`, as the op takes them."""

@@ -30,9 +30,11 @@ class BackendModule(Protocol):
     - `activation`, a key of :data:`torchao_superblock.ops.ACTIVATIONS`
     - `plan`, from :func:`torchao_superblock.ops.build_plan`, or None
 
-    Two more are optional: `call(general, *args)`, the op with its own arguments, serves calls that need no check or are
-    like an earlier one at once and hands others to `general(*args)`; `aot_twin` has a `forward` as here that compilers
-    can trace, for packages that run without Python.
+    Four more are optional: `call(general, *args)`, the op with its own arguments, serves calls that need no check or
+    are like an earlier one at once and hands others to `general(*args)`; `repeat(general, *args)` makes of such a call
+    what serves others whose tensors look the same, where the backend leaves no closures itself; `aot_twin` has a
+    `forward` as here that compilers can trace, for packages that run without Python, and `few_tokens_twin` one for
+    `torch.compile` and few tokens.
 
     Legend: M tokens, R x C the block grid, r x c the block size, nnz stored blocks, W the block-sparse weight
     `(N, K) = (R * r, C * c)`.

@@ -77,8 +77,8 @@ _TYPES = (Tensor, torch.nn.Parameter)
 _NO_BIAS = torch.empty((), dtype=torch.bool, device="meta")
 _NO_PLAN = torch.empty((), dtype=torch.bool, device="meta")
 
-# What serves a repeated call by device type, where no closure does.
-_devices: dict[str, Run] = {}
+# What makes of a call what serves calls like it, by device type, where its backend leaves no closures.
+_devices: dict[str, Callable[..., Run]] = {}
 # By the two shapes that differ most between layers. Entries of one key are tried in turn, the newest first.
 _entries: dict[tuple[torch.Size, torch.Size], tuple[tuple, ...]] = {}
 # A program that keeps making new shapes must not grow them for ever; making one again is cheap.
@@ -97,9 +97,9 @@ def admit(dispatch_key: str) -> None:
     _autograd_keys = (_autograd_keys | _bits(f"Autograd{dispatch_key}")) & ~_backend_keys
 
 
-def serve(device_type: str, run: Run) -> None:
-    """Serve repeated calls on a device by `run`, which takes whatever the op takes: its backend leaves no closures."""
-    _devices[device_type] = run
+def serve(device_type: str, make: Callable[..., Run]) -> None:
+    """Serve repeated calls on a device, whose backend leaves no closures, by what `make` makes of the first of them."""
+    _devices[device_type] = make
 
 
 def n_entries() -> list[int]:
@@ -176,11 +176,13 @@ def remember_above(differentiate: Callable[..., Tensor], x: Tensor, *others: Any
     """
     if type(x) is not Tensor:
         return
-    run = _devices.get(x.device.type)
-    if run is None:
+    make, known = _devices.get(x.device.type), find(x, *others)
+    if make is not None:
+        run = make(x, *others) if known is None else known
+    else:
         with torch._C._AutoDispatchBelowAutograd():
             run = find(x, *others)  # what the backend has remembered for calls that reach it
-    if run is not None and find(x, *others) is not run:
+    if run is not None and known is not run:
         remember(run, differentiate, x, *others)
 
 

@@ -67,7 +67,9 @@ def _register(counter: ModuleType) -> None:
         "bsr_linear": _forward_flops,
         "bsr_linear_grad_x": _forward_flops,
         "bsr_linear_grad_values": _grad_values_flops,
-    } | {f"bsr_gated_linear_{name}": _gated_flops for name in ACTIVATIONS if name != "none"}
+        **{f"bsr_product_{name}": _forward_flops for name in ACTIVATIONS},
+        **{f"bsr_gated_linear_{name}": _gated_flops for name in ACTIVATIONS if name != "none"},
+    }
     for name, formula in formulas.items():
         op = getattr(torch.ops.torchao_superblock, name, None)
         if op is not None and op not in counter.flop_registry:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchao_superblock.ops.activations import ACTIVATIONS
+from torchao_superblock.ops.aot import are_few, compiles_for_this_process, register_decomposition
 from torchao_superblock.ops.autograd import transformed
 from torchao_superblock.ops.backends import Backend, GatedKernels, backend_of, on_each_backend
 from torchao_superblock.ops.checks import DTYPES, check_blocks, check_devices, check_index
@@ -201,10 +202,22 @@ def _autograd(activation: str, x: Tensor, *rest: Tensor | None) -> Tensor:
         return OPS[activation](x, *rest)
 
 
+def _composes(x: Tensor) -> bool | None:
+    """Whether `torch.compile` had better see the two products: a kernel for both is for more tokens."""
+    return (compiles_for_this_process() and are_few(x)) or None
+
+
+def _two_products(activation: str, _: bool, x: Tensor, *rest: Tensor | None) -> Tensor:
+    return _composed(activation, x, *rest)
+
+
 def _define(activation: str) -> Callable[..., Tensor]:
     name = f"bsr_gated_linear_{activation}"
     _library.define(name + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"torchao_superblock::{name}", _fake, lib=_library)
+    register_decomposition(
+        _library, f"torchao_superblock::{name}", partial(_two_products, activation), _composes
+    )
     _library.impl(name, partial(_autograd, activation), "Autograd")
     return getattr(torch.ops.torchao_superblock, name).default
 

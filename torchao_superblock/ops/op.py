@@ -109,18 +109,22 @@ def bsr_linear(
             f"bsr_linear: x must have in_features={in_features} features in its last dimension, got shape "
             f"{tuple(x.shape)}"
         )
-    args = (x, crow_indices, col_indices, values, bias, out_features, activation, plan)
     if torch.compiler.is_compiling():
-        return _forward_op(*args)
+        return _forward_op(
+            x, crow_indices, col_indices, values, bias, out_features, activation, plan
+        )
     # A call like an earlier one need not go through the dispatcher, unless somebody watches the ops go by.
     if not (
         _profiler._is_profiler_enabled
         or _forward_ad._current_level >= 0
         or _function_mode_is_active()
     ):
-        y = fast_path.again(*args)
+        y = fast_path.again(
+            x, crow_indices, col_indices, values, bias, out_features, activation, plan
+        )
         if y is not None:
             return y
+    args = (x, crow_indices, col_indices, values, bias, out_features, activation, plan)
     if autograd.transformed():
         y = autograd.TransformableFunction.apply(*args[:6], "none", plan)
         return ACTIVATIONS[activation](y)
@@ -257,7 +261,11 @@ def _register_dispatch(backend: Backend) -> None:
             call = getattr(backend.module, "call", None)
             run = general if call is None else partial(call, general)
             if not backend.leaves_closures:
-                fast_path.serve(backend.device_type, run)
+                repeat = getattr(backend.module, "repeat", None)
+                fast_path.serve(
+                    backend.device_type,
+                    (lambda *_: run) if repeat is None else partial(repeat, general),
+                )
         return run(*args, **kwargs)
 
     def grad_x(*args, **kwargs) -> Tensor:

@@ -20,9 +20,10 @@ import triton.language as tl
 
 from tests.reference import EXTREMES, TOLERANCE, random_bsr, relative_error
 from torchao_superblock.ops.activations import ACTIVATIONS
-from torchao_superblock.ops.cuda import backend, choose
+from torchao_superblock.ops.cuda import backend, choose, matmul
 from torchao_superblock.ops.cuda.choose import Choice
 from torchao_superblock.ops.cuda.device import INTERPRET
+from torchao_superblock.ops.cuda.launch import Kernel
 from torchao_superblock.ops.cuda.matmul import alternated
 from torchao_superblock.ops.cuda.problem import FMA, Problem
 from torchao_superblock.ops.cuda.tiles import BlocksTile, LinesTile, MatmulTile
@@ -347,6 +348,19 @@ def check_tiles() -> None:
             product = partial(_tile, tile)
             check(blocksize, torch.float32, 50, R=2, C=3, activation="silu", product=product)
         check(blocksize, torch.float32, 300, R=2, C=2, gradient=lambda choice: blocks)
+
+    # Sums that torch adds, as in compiled code.
+    class Summed(Kernel):
+        adds_splits = False
+
+    dense, crow, col, values = random_bsr(32, 64, 16, 0.5, device=DEVICE)
+    x, bias = torch.randn(20, 64, device=DEVICE), torch.randn(32, device=DEVICE)
+    for b in (None, bias):
+        problem = backend.forward_problem(x, crow, values, b, "silu", None)
+        choice = choose.plain(problem, MatmulTile(16, 16, 16, 1, 4, 2, splits=3))
+        out = matmul.prepare(problem, choice, Summed)(x, crow, col, values, b, None, (4, 5, 32))
+        reference = torch.nn.functional.silu(torch.nn.functional.linear(x, dense, b))
+        assert relative_error(out.view(20, 32), reference) <= 1e-5
     # Rounds of five programs, of which every second one is turned round: ends that are full, cut short or empty.
     for total, order in (
         (3, [0, 1, 2]),

@@ -8,6 +8,7 @@ rows and columns of a block.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, get_num_threads
@@ -18,10 +19,20 @@ from torchao_superblock.ops.cpu import compiled
 from torchao_superblock.ops.cpu.compiled import backend_info
 from torchao_superblock.ops.plan import plan_fits
 
-__all__ = ["backend_info", "call", "forward", "grad_values", "grad_x"]
+__all__ = ["backend_info", "call", "forward", "grad_values", "grad_x", "repeat"]
 
 # The order of `enum sb_dtype` in csrc/superblock.h.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+
+
+def _empty_through_dispatcher(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype)
+
+
+# As torch.compile's code allocates, past the dispatcher, where this torch can: half of the time.
+_empty = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", _empty_through_dispatcher)
 
 
 def forward(
@@ -40,7 +51,7 @@ def forward(
     M, K = x.shape
     nnz, r, c = values.shape
     R = crow.shape[0] - 1
-    y = x.new_empty((M, R * r))
+    y = _empty((M, R * r), (R * r, 1), x.dtype)
     weight = (crow.data_ptr(), col.data_ptr(), 0, values.data_ptr())
     results = (0 if bias is None else bias.data_ptr(), y.data_ptr())
     sizes = (M, R, K // c, r, c, nnz)
@@ -131,6 +142,74 @@ def call(
                 )
                 return y
     return general(x, crow, col, values, bias, out_features, activation, plan)
+
+
+def repeat(
+    general: Callable[..., Tensor],
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    out_features: int | None,
+    activation: str,
+    plan: Tensor | None,
+) -> Callable[..., Tensor | None]:
+    """What serves calls like one that was served: all that :func:`call` asks of its tensors is known of these.
+
+    Args:
+        general: as :func:`call` has it, as have the others.
+    """
+    kernel = compiled.kernel
+    nnz, r, c = values.shape
+    R, shape = crow.shape[0] - 1, x.shape
+    N, K = R * r, shape[-1] if shape else 0
+    if (
+        kernel is None
+        or len(shape) < 2
+        or x.numel() * N == 0
+        or K % c
+        or out_features not in (None, N)
+        or not (len(shape) == 2 or x.is_contiguous())
+        or not (crow.is_contiguous() and col.is_contiguous() and values.is_contiguous())
+        or not (bias is None or bias.is_contiguous())
+    ):
+        return partial(call, general)
+    M = x.numel() // K
+    # Of a single row any stride is meant.
+    strides = x.stride() if len(shape) == 2 and M > 1 else (K, x.stride(-1))
+    out = torch.empty((*shape[:-1], N), device="meta")
+    y_shape, y_strides, dtype = tuple(out.shape), out.stride(), x.dtype
+    sizes = (M, R, K // c, r, c, nnz, _DTYPES[dtype], CODES[activation])
+
+    def run(
+        x: Tensor,
+        crow: Tensor,
+        col: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        out_features: int | None,
+        activation: str,
+        plan: Tensor | None,
+    ) -> Tensor | None:
+        if compiled.kernel is not kernel:
+            return None
+        y = _empty(y_shape, y_strides, dtype)
+        kernel.product(
+            x.data_ptr(),
+            *strides,
+            crow.data_ptr(),
+            col.data_ptr(),
+            0,
+            values.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            *sizes,
+            get_num_threads(),
+        )
+        return y
+
+    return run
 
 
 def _fits(plan: Tensor, R: int, C: int, nnz: int) -> bool:

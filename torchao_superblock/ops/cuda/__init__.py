@@ -7,7 +7,15 @@ makes of both what runs it, which is kept. `TORCHAO_SUPERBLOCK_PRINT_CHOICE=1` p
 from importlib import import_module
 from typing import Any
 
-__all__ = ["aot_twin", "backend_info", "call", "forward", "grad_values", "grad_x"]
+__all__ = [
+    "aot_twin",
+    "backend_info",
+    "call",
+    "few_tokens_twin",
+    "forward",
+    "grad_values",
+    "grad_x",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,7 @@ from torchao_superblock.ops import fast_path
 from torchao_superblock.ops.cuda import choose, gradient, matmul
 from torchao_superblock.ops.cuda.choose import GLUON_TOKENS, Choice
 from torchao_superblock.ops.cuda.device import INTERPRET, device_at, devices, gluon_problem
-from torchao_superblock.ops.cuda.launch import TracedKernel
+from torchao_superblock.ops.cuda.launch import SummedLaterKernel, TracedKernel
 from torchao_superblock.ops.cuda.problem import (
     FMA,
     NATIVE,
@@ -325,6 +325,7 @@ class aot_twin:
         bias: Tensor | None,
         activation: str,
         plan: Tensor | None,
+        kernel_type: type[TracedKernel] = TracedKernel,
     ) -> Tensor:
         """As :func:`forward`, for tensors without data. A dynamic M takes the tile that suits its example value."""
         M = example = x.shape[0]
@@ -340,8 +341,17 @@ class aot_twin:
         )
         # Not remembered: sizes without a value have no hash.
         chosen = choose.tuned(problem) or choose.by_rule(problem)
-        product = matmul.prepare(problem, chosen, TracedKernel)
+        product = matmul.prepare(problem, chosen, kernel_type.on(x.device))
         return product(x, crow, col, values, bias, plan, (M, problem.R * r))
+
+
+class few_tokens_twin:
+    """The same for `torch.compile`, whose code launches the kernel: the host takes no longer than for a dense layer.
+
+    The sums of split rows are left to the compiler, which adds them where they are read.
+    """
+
+    forward = staticmethod(partial(aot_twin.forward, kernel_type=SummedLaterKernel))
 
 
 def grad_x(

@@ -28,7 +28,7 @@ Empty = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
 
 
 def _empty_through_dispatcher(
-    device: str, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
+    device: torch.device | str, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
     return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
@@ -53,9 +53,10 @@ class Kernel:
         options: the compiler's options.
     """
 
-    # What its callers allocate outputs with, and whether they may ask for OVERLAP.
+    # What its callers allocate outputs with, whether they may ask for OVERLAP, and whether sums of splits are a kernel.
     empty: Empty = staticmethod(_empty_at_once())
     overlaps = True
+    adds_splits = True
 
     def __init__(
         self,
@@ -126,8 +127,17 @@ class Kernel:
 class TracedKernel(Kernel):
     """A kernel whose launch is recorded in the graph that is being traced, for compilers to take over."""
 
-    empty: Empty = staticmethod(partial(_empty_through_dispatcher, "cuda"))
     overlaps = False
+
+    @classmethod
+    def on(cls, device: torch.device) -> type["TracedKernel"]:
+        """The same with outputs on a device, which need not be the current one when the graph runs.
+
+        Args:
+            device: of the tensors that the graph is traced with.
+        """
+        empty = staticmethod(partial(_empty_through_dispatcher, device))
+        return type(cls.__name__, (cls,), {"empty": empty})
 
     def __call__(self, grid: Any, _: int, tensors: tuple[Tensor, ...], *numbers: int) -> None:
         names = [name for name in self.function.arg_names if name not in self.constants_by_name]
@@ -135,3 +145,9 @@ class TracedKernel(Kernel):
         torch.library.wrap_triton(self.function)[grid](
             **arguments, **self.constants_by_name, **self.options
         )
+
+
+class SummedLaterKernel(TracedKernel):
+    """One whose partial sums are added by torch, so that a compiler does it in the kernel that reads them."""
+
+    adds_splits = False

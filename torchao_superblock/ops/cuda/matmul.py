@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchao_superblock.ops.activations import CODES
+from torchao_superblock.ops.activations import ACTIVATIONS, CODES
 from torchao_superblock.ops.cuda.choose import Choice
 from torchao_superblock.ops.cuda.launch import OVERLAP, Kernel
 from torchao_superblock.ops.cuda.problem import TF32X3, Problem
@@ -347,7 +347,7 @@ def prepare(
         **(OVERLAP if overlaps else {}),
     )
     reduce = pack = None
-    if splits > 1:
+    if splits > 1 and kernel_type.adds_splits:
         reduce = sum_of_splits(
             kernel_type, activation, has_bias=problem.has_bias, overlaps=overlaps
         )
@@ -379,14 +379,20 @@ def prepare(
             M, strides = math.prod(shape[:-1]), (N, 1)[-len(shape) :]
             for size in shape[-2:0:-1]:
                 strides = (size * strides[0], *strides)
-        y = out = empty(shape, strides, dtype)
-        if reduce is not None:
+        if splits > 1:
             out = empty((splits, M, N), (M * N, N, 1), accumulator)
-        bias = x if bias is None else bias
-        tensors = (x, start, block, perm, order, values, low, bias, out)
+        else:
+            out = empty(shape, strides, dtype)
+        tensors = (x, start, block, perm, order, values, low, x if bias is None else bias, out)
         kernel((-(-M // BM) * columns, splits, 1), device_index, tensors, M)
-        if reduce is not None:
-            reduce((-(-M * N // 256), 1, 1), device_index, (out, bias, y), M * N, N, splits)
+        if splits == 1:
+            return out
+        if reduce is None:
+            total = out.sum(0) if bias is None else out.sum(0) + bias
+            return ACTIVATIONS[problem.activation](total).to(dtype).view(shape)
+        y = empty(shape, strides, dtype)
+        tensors = (out, y if bias is None else bias, y)
+        reduce((-(-M * N // 256), 1, 1), device_index, tensors, M * N, N, splits)
         return y
 
     return run
