@@ -25,8 +25,6 @@ from torchao_superblock.ops.cuda.tiles import (
     CLUSTER_THREE,
     CLUSTER_TWO,
     COPIED,
-    COPIED_SHORT,
-    FLAT_SHORT,
     FLAT_THREE,
     FLAT_TWO,
     SHORT_THREE,
@@ -503,11 +501,11 @@ def hopper_candidates(problem: Problem) -> list[HopperTile]:
     else:
         flat_grouped = FLAT_TWO._replace(grouped=True).dynamic()
         tiles = [THREE] if r < STRIP else []
-        tiles += [FLAT_THREE, FLAT_TWO, flat_grouped, FLAT_SHORT]
+        tiles += [FLAT_THREE, FLAT_TWO, flat_grouped]
         if r == c:
             tiles.append(COPIED)
         if r == c == 32:
-            tiles += [COPIED.dynamic(), COPIED_SHORT]
+            tiles.append(COPIED.dynamic())
     return [tile for tile in tiles if tile.stages(R, C, c, itemsize, tf32x3) is not None]
 
 
@@ -574,18 +572,13 @@ def _float32_tile(problem: Problem) -> HopperTile | None:
 def _narrow_tile(problem: Problem) -> HopperTile:
     """For 16-bit blocks of 16 or 32 columns."""
     R, C, r, c = problem[2:6]
-    N, K, share, entries = R * r, C * c, problem.nnz / (R * C), table_entries(R, C)
-    slow_memory = problem.device.memory_rate < _SLOW_MEMORY
+    K, share, entries = C * c, problem.nnz / (R * C), table_entries(R, C)
     if r >= STRIP:
-        if slow_memory and r > STRIP and c == 32 and share <= 0.15 and entries <= 256:
-            return FLAT_SHORT
         return FLAT_THREE if entries <= 1024 else FLAT_TWO
     if r == c == 16 and entries <= 1024:
         return COPIED
     # With more blocks in short rows, TMA measured faster.
     if r == c == 32 and entries <= 1024 and (C > 64 or share <= 0.25):
-        if slow_memory and share <= 0.08 and min(N, K) <= 1024:
-            return COPIED_SHORT
         return COPIED.dynamic() if K >= 4096 and _rounds(problem, COPIED) >= 4 else COPIED
     if entries > 1024 and r == c == 32 and K >= 4096:
         return FLAT_TWO._replace(grouped=True).dynamic()
