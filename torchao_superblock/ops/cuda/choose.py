@@ -108,7 +108,7 @@ def by_rule(problem: Problem) -> Choice:
     """What the shipped rules say."""
     if problem.kind == "grad_values":
         return _grad_values(problem)
-    if problem.device.gluon and not _plain_is_faster(problem) and gluon_serves(problem):
+    if gluon_serves(problem) and not _plain_is_faster(problem):
         return Choice("hopper", hopper_tile(problem))
     return plain(problem)
 
@@ -187,7 +187,7 @@ def tuning_key(problem: Problem) -> dict[str, Any]:
         "itemsize": problem.dtype.itemsize,
         "precision": problem.precision,
         "activation": problem.activation,
-        "gluon": problem.device.gluon and gluon_serves(problem),
+        "gluon": gluon_serves(problem),
     }
 
 
@@ -255,7 +255,7 @@ def from_json(entry: Any, problem: Problem) -> Choice:
 def candidates(problem: Problem) -> list[Choice]:
     """Choices worth timing for a forward product: the plain kernel's rule first, the Gluon kernel's last."""
     choices = [plain(problem, tile) for tile in _matmul_candidates(problem.bucketed())]
-    if problem.device.gluon and gluon_serves(problem):
+    if gluon_serves(problem):
         choices += [Choice("hopper", tile) for tile in hopper_candidates(problem)]
     return choices
 
@@ -432,8 +432,9 @@ def gluon_serves(problem: Problem) -> bool:
     K = C * c
     least = _LEAST_MICROSECONDS / 2 if r == c == 16 else _LEAST_MICROSECONDS
     return (
-        problem.kind != "grad_values"
+        problem.device.gluon
         and M >= GLUON_TOKENS
+        and problem.kind != "grad_values"
         and M * (K + R * r) * itemsize >= least * 1e3 * problem.device.memory_rate
         and K >= 64
         and problem.nnz > 0
