@@ -184,30 +184,6 @@ def test_no_swap_of_two_rows_makes_the_groups_smaller_or_more_alike(R, C, sparsi
         assert _unevenness(mask, swapped) >= least, (i, j)
 
 
-def test_no_three_rows_change_places_for_better_groups():
-    mask = block_mask(18, 24, 0.85)
-    order = _row_groups(mask, (64, 64))
-    least = _unevenness(mask, order)
-    apart = [
-        t
-        for t in itertools.permutations(range(18), 3)
-        if len({i // STRIPS_PER_GROUP for i in t}) == 3
-    ]
-    for i, j, k in apart:
-        exchanged = order.clone()
-        exchanged[[i, j, k]] = order[[j, k, i]]
-        assert _unevenness(mask, exchanged) >= least, (i, j, k)
-
-
-def test_threes_find_what_pairs_do_not(monkeypatch):
-    masks = [block_mask(48, 12, sparsity) for sparsity in (0.7, 0.75, 0.8, 0.85, 0.9)]
-    of_threes = [_unevenness(mask, _row_groups(mask, (64, 64))) for mask in masks]
-    monkeypatch.setattr(plan_module, "_EXCHANGED_BY_THREES", 0)
-    of_pairs = [_unevenness(mask, _row_groups(mask, (64, 64))) for mask in masks]
-    assert all(three <= two for three, two in zip(of_threes, of_pairs, strict=True))
-    assert of_threes != of_pairs
-
-
 def test_rows_too_many_to_compare_with_each_other_are_grouped_without_exchanges(monkeypatch):
     mask = block_mask(96, 48, 0.9)
     swapped = _row_groups(mask, (64, 64))

@@ -22,44 +22,19 @@ _COUNTER = "torch.utils.flop_counter"
 _Shape = Sequence[int]
 
 
-def _forward_flops(
-    x_shape: _Shape,
-    crow_shape: _Shape,
-    col_shape: _Shape,
-    values_shape: _Shape,
-    *args: Any,
-    **_: Any,
-) -> int:
-    return 2 * math.prod(x_shape[:-1]) * math.prod(values_shape)
+def _forward_flops(x: _Shape, crow: _Shape, col: _Shape, values: _Shape, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x[:-1]) * math.prod(values)
 
 
 def _grad_values_flops(
-    grad_shape: _Shape,
-    x_shape: _Shape,
-    crow_shape: _Shape,
-    col_shape: _Shape,
-    block_rows: int,
-    block_cols: int,
-    *args: Any,
-    **_: Any,
+    grad: _Shape, x: _Shape, crow: _Shape, col: _Shape, r: int, c: int, *_: Any, **__: Any
 ) -> int:
-    return 2 * math.prod(x_shape[:-1]) * col_shape[0] * block_rows * block_cols
+    return 2 * math.prod(x[:-1]) * col[0] * r * c
 
 
-def _gated_flops(
-    x_shape: _Shape,
-    gate_crow_shape: _Shape,
-    gate_col_shape: _Shape,
-    gate_values_shape: _Shape,
-    gate_bias_shape: _Shape | None,
-    up_crow_shape: _Shape,
-    up_col_shape: _Shape,
-    up_values_shape: _Shape,
-    *args: Any,
-    **_: Any,
-) -> int:
-    stored = math.prod(gate_values_shape) + math.prod(up_values_shape)
-    return 2 * math.prod(x_shape[:-1]) * stored
+def _gated_flops(x: _Shape, *weights: Any, **_: Any) -> int:
+    # crow, col, values and bias of the gate, then of the other.
+    return 2 * math.prod(x[:-1]) * (math.prod(weights[2]) + math.prod(weights[6]))
 
 
 def _register(counter: ModuleType) -> None:

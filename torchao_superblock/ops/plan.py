@@ -47,11 +47,9 @@ _MIXED_INPUTS = 128
 # What a block column that a strip needs costs, compared with a slice that a group needs: a product and its blocks,
 # compared with a copy of the slice.
 _COLUMN_COST = 0.25
-# Exchanges that improve the groups: so many at most, of two of so many strips or block rows, or of three of so many.
-# All pairs are looked at, and all threes from three groups.
+# Exchanges that improve the groups: so many at most, of two of so many strips or block rows. All pairs are looked at.
 _EXCHANGES = 48
 _EXCHANGED = 1024
-_EXCHANGED_BY_THREES = 64
 
 
 class _Level(NamedTuple):
@@ -126,7 +124,7 @@ def _group_rows(
     """Put strips together that need the same slices of STRIP inputs, and in strips block rows of the same columns.
 
     The best of three orders, improved: the natural one, and greedy ones of strips and, if any two block rows may make a
-    strip, of block rows. Up to _EXCHANGES times two or three change places where that makes groups smaller or more
+    strip, of block rows. Up to _EXCHANGES times two change places where that makes groups smaller or more
     alike. Groups that need most come first. For random masks, 90 % pruned, a group then needs 13.5 slices instead of
     17.5 (224 x 64 blocks of 64 x 64), or 34 instead of 45, and its strips 22.6 columns instead of 24.4 (448 x 128
     blocks of 32 x 32, of which any two make a strip).
@@ -205,41 +203,27 @@ def _greedy(levels: list[_Level]) -> Tensor:
 
 
 def _exchange(levels: list[_Level], order: Tensor) -> Tensor:
-    """`order` after exchanges of two, or three where no two are left: each the one that lowers its cost most."""
+    """`order` after exchanges of two, each the one that lowers its cost most."""
     n = order.numel()
     place = torch.arange(n, device=order.device)
     for _ in range(min(_EXCHANGES, n)):
-        # Of what i's group costs, with j in place of i; and of two changing places.
+        # Of the cost, where i and j change places.
         rise = torch.zeros(n, n, device=order.device, dtype=torch.float32)
-        rise_of_two = torch.zeros_like(rise)
         for level in levels:
             needed = level.needs[order]
             group = place // level.size
             together = (group[:, None] == group).to(needed.dtype)
             others = (together @ needed - needed).clamp(max=1)  # what the others of its group need
             cost = (others.sum(1, keepdim=True) + needed.sum(1) - others @ needed.T).square()
+            # Of what i's group costs, with j in place of i.
             change = level.cost * (cost - cost.diagonal()[:, None])
-            rise += change
-            rise_of_two += (change + change.T) * (1 - together)
-        # Without asking the device which it is, so one element instead of a number: i gets j, j gets k, k gets i.
-        best = torch.argmin(rise_of_two.flatten(), dim=0, keepdim=True)
-        least = rise_of_two.flatten()[best]
+            rise += (change + change.T) * (1 - together)
+        # Without asking the device which it is, so one element instead of a number.
+        best = torch.argmin(rise.flatten(), dim=0, keepdim=True)
         i, j = best // n, best % n
-        k = i
-        if n <= _EXCHANGED_BY_THREES:
-            group = place // levels[0].size
-            rise = rise.masked_fill(group[:, None] == group, torch.inf)
-            rise_of_three = (rise[:, :, None] + rise + rise.T[:, None, :]).flatten()
-            best = torch.argmin(rise_of_three, dim=0, keepdim=True)
-            better = (least >= 0) & (rise_of_three[best] < 0)
-            least = torch.where(better, rise_of_three[best], least)
-            i = torch.where(better, best // n**2, i)
-            j = torch.where(better, best // n % n, j)
-            k = torch.where(better, best % n, k)
         # Where nothing is gained, one changes places with itself.
-        j, k = torch.where(least < 0, j, i), torch.where(least < 0, k, i)
-        source = torch.where(place == k, i, place)
-        source = torch.where(place == j, k, source)
+        j = torch.where(rise.flatten()[best] < 0, j, i)
+        source = torch.where(place == j, i, place)
         order = order[torch.where(place == i, j, source)]
     return order
 

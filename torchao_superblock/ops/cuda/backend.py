@@ -181,7 +181,8 @@ def observed(observer: Callable[..., None]) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the op calls.
+# What the op calls, with the operands that `backends.BackendModule` describes. `choice` overrides the problem's own,
+# for tuning and tests.
 
 
 def forward(
@@ -195,21 +196,7 @@ def forward(
     *,
     choice: Choice | None = None,
 ) -> Tensor:
-    """`activation(x @ W.T + bias)` for a BSR weight W.
-
-    Args:
-        x: `(M, K)`, M >= 1, any strides.
-        crow: `(R + 1,)` int32.
-        col: `(nnz,)` int32.
-        values: `(nnz, r, c)` contiguous.
-        bias: `(R * r,)` contiguous or None.
-        activation: name of an activation.
-        plan: packed plan or None.
-        choice: overrides the problem's own (for tuning and tests).
-
-    Returns:
-        `(M, R * r)` contiguous.
-    """
+    """`activation(x @ W.T + bias)` for a BSR weight W."""
     if x.get_device() != _current_device():
         with torch.cuda.device(x.get_device()):
             return forward(x, crow, col, values, bias, activation, plan, choice=choice)
@@ -364,20 +351,7 @@ def grad_x(
     *,
     choice: Choice | None = None,
 ) -> Tensor:
-    """`grad @ W`: the same product as the forward, over the transposed index.
-
-    Args:
-        grad: `(M, R * r)`, M >= 1, any strides.
-        crow: `(R + 1,)` int32.
-        col: `(nnz,)` int32.
-        values: `(nnz, r, c)` contiguous.
-        plan: packed plan; None builds one.
-        n_block_cols: C.
-        choice: overrides the problem's own (for tests).
-
-    Returns:
-        `(M, C * c)` contiguous; NaN if the plan is of another index.
-    """
+    """`grad @ W`: the same product as the forward, over the transposed index; NaN if the plan is of another one."""
     if grad.get_device() != _current_device():
         with torch.cuda.device(grad.get_device()):
             return grad_x(grad, crow, col, values, plan, n_block_cols, choice=choice)
@@ -398,21 +372,7 @@ def grad_values(
     *,
     choice: Choice | None = None,
 ) -> Tensor:
-    """The stored blocks of `grad.T @ x`.
-
-    Args:
-        grad: `(M, R * r)`, M >= 1, any strides.
-        x: `(M, C * c)`, any strides.
-        crow: `(R + 1,)` int32.
-        col: `(nnz,)` int32.
-        plan: packed plan; None builds one.
-        block_rows: r.
-        block_cols: c.
-        choice: overrides the problem's own (for tests).
-
-    Returns:
-        `(nnz, r, c)` contiguous; NaN if the plan is of another index.
-    """
+    """The stored blocks of `grad.T @ x`; NaN if the plan is of another index."""
     if grad.get_device() != _current_device():
         with torch.cuda.device(grad.get_device()):
             return grad_values(grad, x, crow, col, plan, block_rows, block_cols, choice=choice)

@@ -25,8 +25,6 @@ from torchao_superblock.ops.cuda.tiles import (
     CLUSTER_THREE,
     CLUSTER_TWO,
     COPIED,
-    COPIED_SHORT,
-    FLAT_SHORT,
     FLAT_THREE,
     FLAT_TWO,
     SHORT_THREE,
@@ -110,7 +108,7 @@ def by_rule(problem: Problem) -> Choice:
     """What the shipped rules say."""
     if problem.kind == "grad_values":
         return _grad_values(problem)
-    if problem.device.gluon and not _plain_is_faster(problem) and gluon_serves(problem):
+    if gluon_serves(problem) and not _plain_is_faster(problem):
         return Choice("hopper", hopper_tile(problem))
     return plain(problem)
 
@@ -189,7 +187,7 @@ def tuning_key(problem: Problem) -> dict[str, Any]:
         "itemsize": problem.dtype.itemsize,
         "precision": problem.precision,
         "activation": problem.activation,
-        "gluon": problem.device.gluon and gluon_serves(problem),
+        "gluon": gluon_serves(problem),
     }
 
 
@@ -257,7 +255,7 @@ def from_json(entry: Any, problem: Problem) -> Choice:
 def candidates(problem: Problem) -> list[Choice]:
     """Choices worth timing for a forward product: the plain kernel's rule first, the Gluon kernel's last."""
     choices = [plain(problem, tile) for tile in _matmul_candidates(problem.bucketed())]
-    if problem.device.gluon and gluon_serves(problem):
+    if gluon_serves(problem):
         choices += [Choice("hopper", tile) for tile in hopper_candidates(problem)]
     return choices
 
@@ -434,8 +432,9 @@ def gluon_serves(problem: Problem) -> bool:
     K = C * c
     least = _LEAST_MICROSECONDS / 2 if r == c == 16 else _LEAST_MICROSECONDS
     return (
-        problem.kind != "grad_values"
+        problem.device.gluon
         and M >= GLUON_TOKENS
+        and problem.kind != "grad_values"
         and M * (K + R * r) * itemsize >= least * 1e3 * problem.device.memory_rate
         and K >= 64
         and problem.nnz > 0
@@ -503,11 +502,11 @@ def hopper_candidates(problem: Problem) -> list[HopperTile]:
     else:
         flat_grouped = FLAT_TWO._replace(grouped=True).dynamic()
         tiles = [THREE] if r < STRIP else []
-        tiles += [FLAT_THREE, FLAT_TWO, flat_grouped, FLAT_SHORT]
+        tiles += [FLAT_THREE, FLAT_TWO, flat_grouped]
         if r == c:
             tiles.append(COPIED)
         if r == c == 32:
-            tiles += [COPIED.dynamic(), COPIED_SHORT]
+            tiles.append(COPIED.dynamic())
     return [tile for tile in tiles if tile.stages(R, C, c, itemsize, tf32x3) is not None]
 
 
@@ -574,18 +573,13 @@ def _float32_tile(problem: Problem) -> HopperTile | None:
 def _narrow_tile(problem: Problem) -> HopperTile:
     """For 16-bit blocks of 16 or 32 columns."""
     R, C, r, c = problem[2:6]
-    N, K, share, entries = R * r, C * c, problem.nnz / (R * C), table_entries(R, C)
-    slow_memory = problem.device.memory_rate < _SLOW_MEMORY
+    K, share, entries = C * c, problem.nnz / (R * C), table_entries(R, C)
     if r >= STRIP:
-        if slow_memory and r > STRIP and c == 32 and share <= 0.15 and entries <= 256:
-            return FLAT_SHORT
         return FLAT_THREE if entries <= 1024 else FLAT_TWO
     if r == c == 16 and entries <= 1024:
         return COPIED
     # With more blocks in short rows, TMA measured faster.
     if r == c == 32 and entries <= 1024 and (C > 64 or share <= 0.25):
-        if slow_memory and share <= 0.08 and min(N, K) <= 1024:
-            return COPIED_SHORT
         return COPIED.dynamic() if K >= 4096 and _rounds(problem, COPIED) >= 4 else COPIED
     if entries > 1024 and r == c == 32 and K >= 4096:
         return FLAT_TWO._replace(grouped=True).dynamic()

@@ -53,8 +53,8 @@ def _layout(row_bytes: int, element_bits: int, programs: int, halved: bool) -> A
     )
 
 
-def boxes(
-    tile: HopperTile, r: int, c: int, bytes_: int, mixed: bool = False
+def _boxes(
+    tile: HopperTile, r: int, c: int, bytes_: int, mixed: bool
 ) -> tuple[list[int], list[int], list[int]]:
     """Shapes of the TMA boxes of x, of the values and of y, in elements of `bytes_` bytes.
 
@@ -74,17 +74,6 @@ def boxes(
         [x_tokens, x_width],
         w_box,
         [tile.partners * tile.tokens // tile.parts, r if mixed else STRIP],
-    )
-
-
-def layouts(
-    tile: HopperTile, r: int, c: int, bytes_: int, mixed: bool = False
-) -> tuple[Any, Any, Any]:
-    """Gluon's layouts of :func:`boxes` in shared memory."""
-    halved = (True, False, True)  # the tokens
-    return tuple(
-        _layout(box[1] * bytes_, 8 * bytes_, tile.partners, half)
-        for box, half in zip(boxes(tile, r, c, bytes_, mixed), halved, strict=True)
     )
 
 
@@ -164,8 +153,11 @@ def launch(problem: Problem, tile: HopperTile) -> Launch:
     if entries and (dynamic if r > STRIP else tile.grouped):
         order = "row_groups" if r <= STRIP else "row_order"
     mixed = order is not None and entries > plan_length(R, C, nnz)  # see plan.is_mixed
-    x_box, w_box, y_box = boxes(tile, r, c, bytes_, mixed)
-    x_layout, w_layout, y_layout = layouts(tile, r, c, bytes_, mixed)
+    x_box, w_box, y_box = _boxes(tile, r, c, bytes_, mixed)
+    x_layout, w_layout, y_layout = (
+        _layout(box[1] * bytes_, 8 * bytes_, tile.partners, halved)
+        for box, halved in ((x_box, True), (w_box, False), (y_box, True))
+    )
     w_width = w_box[1] if tile.load == "flat_tma" else c
     tiles, halves = tile.cut_last(tile.count(M, N), processors)
     groups = -(-N // (STRIP * tile.strips))

@@ -184,11 +184,8 @@ CLUSTER_TWO = HopperTile(128, 2, cluster=True).dynamic()
 # TMA takes as long for a row of 32 bytes as for one of 128, and an absent block still is a box: for 16 x 16 blocks, the
 # boxes of a strip take longer than its products.
 COPIED = THREE._replace(load="cp_async")
-# For slower memory and few blocks.
-COPIED_SHORT = HopperTile(128, 3, load="cp_async", grouped=True)
 FLAT_THREE = HopperTile(256, 3, parts=2, load="flat_tma")
 FLAT_TWO = TWO._replace(load="flat_tma")
-FLAT_SHORT = SHORT_THREE._replace(load="flat_tma")
 # For TF32 with many products, or long rows, three strips again use a slice of x for more of them.
 TF32_THREE = HopperTile(128, 3, grouped=True)
 # For float32 accuracy, a strip at a time is a chain of loading, splitting, products and output with little to overlap
