@@ -273,6 +273,7 @@ def swap_to_bsr(
     candidates: list[_Candidate] = []
     owners = parameter_owners(model)
     places = Counter(child for module in model.modules() for child in module._modules.values())
+    guesses: dict[str, float] = {}  # what nobody has measured -> the sparsity that is asked for
 
     def judge(
         linear: nn.Linear,
@@ -282,7 +283,13 @@ def swap_to_bsr(
     ) -> SwapEntry:
         keep = None if optimizer is None else _kept(linear)
         wanted = blocksize, min_sparsity, filter_fn, owners, keep, measure is not None
-        return _judge(linear, fqn, tensor_fqn, obstacle, *wanted)
+        entry = _judge(linear, fqn, tensor_fqn, obstacle, *wanted)
+        if min_sparsity is None and measure is None and entry.sparsity:
+            even = break_even(linear.weight.device.type, entry.blocksize, linear.weight.dtype)
+            dtype = str(linear.weight.dtype).removeprefix("torch.")
+            if not even.measured:
+                guesses[f"{dtype} on {even.where}"] = even.sparsity
+        return entry
 
     def convert(linear: nn.Linear, entry: SwapEntry, bsr: type[BSRLinear], names: Names) -> _Row:
         keep = None if optimizer is None else _kept(linear)
@@ -336,6 +343,11 @@ def swap_to_bsr(
             candidates.append(_Candidate(module, row.layer, [row]))
         else:
             report.skipped.append(entry)
+    report.notes += [
+        f"nobody has measured all of these block sizes in {where}, and without that {sparsity:.1%} of a layer's blocks "
+        "must be zero for a swap, which is cautious; measure=example_input times the layers on this machine"
+        for where, sparsity in guesses.items()
+    ]
     finish = Finish(fuse_activations, drop_dead_features)
     if measure is not None:
         _measure(model, candidates, measure, finish, train=optimizer is not None)
@@ -516,7 +528,7 @@ def _judge(
             dtype = str(linear.weight.dtype).removeprefix("torch.")
             rule = (
                 f"and nobody has measured from where on {dtype} blocks of this size are faster than dense on {where}: "
-                f"{needed:.1%} is a cautious guess; pass min_sparsity to decide yourself"
+                f"{needed:.1%} is a cautious guess; measure=example_input times it here, min_sparsity decides"
             )
     if sparsity < needed:
         return entry(code, f"{sparsity:.1%} of its blocks are zero, {rule}", sparsity)
