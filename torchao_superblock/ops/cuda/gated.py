@@ -22,8 +22,8 @@ from torchao_superblock.ops.precision import allows_tf32
 # Below, a call is bound by reading the weights, which the two products' own kernels spread over more programs.
 _FEWEST_TOKENS = 64
 # On Hopper the products' own kernels multiply faster, and this one reads x once: at 0.37e11 multiplications a product
-# (Llama-2-7B, 8192 tokens) they take 0.91 and 0.97 of its time (blocks of 128 and 64), at 0.09e11 and below 1.13 to 1.22
-# (2026-12-01_gated_mlp_cuda_nvidia-h200).
+# (Llama-2-7B, 8192 tokens) they take 0.91 and 0.97 of its time (blocks of 128 and 64), at 0.09e11 and below 1.13 to
+# 1.22 (2026-12-01_gated_mlp_cuda_nvidia-h200).
 _MOST_ON_HOPPER = 2e10
 # Tiles of tokens that programs work on together.
 _GROUP_M = 8
