@@ -3,9 +3,8 @@
 Dimension legend: M tokens, N out, K in; r x c block size, R x C block grid; BM tokens of a tile, BN of an accumulator;
 BK columns of a block in a slice of x. A row is a block row and a column a block column where nothing else is said.
 
-One persistent, warp-specialised kernel. What limits a block-sparse linear on this chip is, in this order, memory
-traffic for x and y, L2-to-SM traffic (every stored block needs its slice of x again), and shared-memory bandwidth for
-the operands of wgmma. The kernel deals with them like this:
+One persistent, warp-specialised kernel. What limits it is, in this order, memory traffic for x and y, L2-to-SM traffic
+(every stored block needs its slice of x again), and shared-memory bandwidth for the operands of wgmma. So:
 
 * A program owns a tile of BM tokens x a group of "strips" of 64 outputs. A slice of x is copied once for all strips of
   the tile that have a block in that column, so x crosses the L2-SM link less often. Which strips those are the plan may
