@@ -720,8 +720,9 @@ def _store(p, acc, bias, buffer, row, features, BUFFERS: gl.constexpr):
     gl.static_assert(PIECES <= 2)
     LATER: gl.constexpr = FLOAT32 and p.ACTIVATION != "none" and p.ACTIVATION != "relu"
     if p.ACTIVATION == "gelu" and not LATER:
-        # The half that it takes comes with the bias, in one instruction.
-        out = gelu_of_twice(0.5 * acc + (0.5 * bias)[:, None], FLOAT32).to(p.y_desc.dtype)
+        # The half that it takes comes with the bias, in one instruction. (Of two products and a sum, the compiler fuses
+        # the wrong one.)
+        out = gelu_of_twice(gl.fma(acc, 0.5, (0.5 * bias)[:, None]), FLOAT32).to(p.y_desc.dtype)
     else:
         out = acc + bias[:, None]
         if not LATER:
