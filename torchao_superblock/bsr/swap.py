@@ -20,19 +20,16 @@ from torchao_superblock.bsr.attention import (
     with_blocks,
 )
 from torchao_superblock.bsr.attention_swap import judge_attention
-from torchao_superblock.bsr.dataflow import dataflows
-from torchao_superblock.bsr.dead_features import drop_dead_features
+from torchao_superblock.bsr.finish import Finish
 from torchao_superblock.bsr.format import (
     gather_blocks,
     infer_blocksize,
     nonzero_blocks,
     stored_blocks,
 )
-from torchao_superblock.bsr.fused_activations import fold_activations
-from torchao_superblock.bsr.gated_mlp import fuse_gates
 from torchao_superblock.bsr.layers import twin_of
 from torchao_superblock.bsr.linear import BSRLinear, bsr_type, conversion_obstacle
-from torchao_superblock.bsr.measure import find_parts, time_parts
+from torchao_superblock.bsr.measure import time_parts
 from torchao_superblock.bsr.optimizer_state import (
     WAY_OUT,
     Move,
@@ -40,6 +37,7 @@ from torchao_superblock.bsr.optimizer_state import (
     notes,
     stored_blocks_in,
 )
+from torchao_superblock.bsr.parts import find_parts
 from torchao_superblock.common.all_or_nothing import all_or_nothing
 from torchao_superblock.common.blocks import parse_blocksize, whole_block_grid
 from torchao_superblock.common.kept_blocks import KeptBlocks, remembered_kept
@@ -275,6 +273,7 @@ def swap_to_bsr(
     candidates: list[_Candidate] = []
     owners = parameter_owners(model)
     places = Counter(child for module in model.modules() for child in module._modules.values())
+    guesses: dict[str, float] = {}  # what nobody has measured -> the sparsity that is asked for
 
     def judge(
         linear: nn.Linear,
@@ -284,7 +283,13 @@ def swap_to_bsr(
     ) -> SwapEntry:
         keep = None if optimizer is None else _kept(linear)
         wanted = blocksize, min_sparsity, filter_fn, owners, keep, measure is not None
-        return _judge(linear, fqn, tensor_fqn, obstacle, *wanted)
+        entry = _judge(linear, fqn, tensor_fqn, obstacle, *wanted)
+        if min_sparsity is None and measure is None and entry.sparsity:
+            even = break_even(linear.weight.device.type, entry.blocksize, linear.weight.dtype)
+            dtype = str(linear.weight.dtype).removeprefix("torch.")
+            if not even.measured:
+                guesses[f"{dtype} on {even.where}"] = even.sparsity
+        return entry
 
     def convert(linear: nn.Linear, entry: SwapEntry, bsr: type[BSRLinear], names: Names) -> _Row:
         keep = None if optimizer is None else _kept(linear)
@@ -338,8 +343,14 @@ def swap_to_bsr(
             candidates.append(_Candidate(module, row.layer, [row]))
         else:
             report.skipped.append(entry)
+    report.notes += [
+        f"nobody has measured all of these block sizes in {where}, and without that {sparsity:.1%} of a layer's blocks "
+        "must be zero for a swap, which is cautious; measure=example_input times the layers on this machine"
+        for where, sparsity in guesses.items()
+    ]
+    finish = Finish(fuse_activations, drop_dead_features)
     if measure is not None:
-        _measure(model, candidates, measure, optimizer is not None)
+        _measure(model, candidates, measure, finish, train=optimizer is not None)
     for candidate in candidates:
         for row in candidate.rows:
             is_swapped = row.entry.code == "swapped"
@@ -349,7 +360,7 @@ def swap_to_bsr(
     if optimizer is not None:
         moves = [_move(row) for candidate in candidates for row in candidate.rows]
     with nullcontext() if optimizer is None else stored_blocks_in(optimizer, moves):
-        _replace(model, candidates, report, fuse_activations, drop_dead_features)
+        _replace(model, candidates, report, finish)
     if optimizer is not None:
         report.notes += notes(optimizer, moves)
     return report
@@ -392,12 +403,19 @@ class _Candidate:
 
 
 def _measure(
-    model: nn.Module, candidates: list[_Candidate], example_input: object, train: bool
+    model: nn.Module,
+    candidates: list[_Candidate],
+    example_input: object,
+    finish: Finish,
+    *,
+    train: bool,
 ) -> None:
     """Gives the entries their times; what is not faster, or not called, is swapped no more."""
     of_module = {candidate.module: candidate for candidate in candidates}
-    parts = find_parts(model, {candidate.module: candidate.new for candidate in candidates})
-    for part, timing in time_parts(model, parts, example_input, train=train).items():
+    replacements = {candidate.module: candidate.new for candidate in candidates}
+    parts = find_parts(model, replacements, finish)
+    for part, timing in time_parts(model, parts, example_input, finish, train=train).items():
+        names = " and ".join(repr(fqn or "the model") for fqn in part.fqns)
         if timing is None:
             change: dict[str, Any] = {
                 "code": "not_called",
@@ -408,11 +426,13 @@ def _measure(
         for module in part.replacements:
             candidate = of_module[module]
             if timing is not None and timing.bsr_ms >= timing.dense_ms:
-                is_itself = part.module is module and isinstance(candidate.new, BSRLinear)
-                what = "it" if is_itself else f"{without_compile_prefix(part.fqn)!r}"
+                is_itself = part.entry is module and len(part.replacements) == 1
+                what = "it takes" if is_itself and isinstance(candidate.new, BSRLinear) else names
+                if what is names:
+                    what += " takes" if len(part.fqns) == 1 else " together take"
                 change["code"] = "slower_than_dense"
                 change["reason"] = (
-                    f"{what} takes {timing.bsr_ms:.3f} ms swapped and {timing.dense_ms:.3f} ms dense"
+                    f"{what} {timing.bsr_ms:.3f} ms swapped and {timing.dense_ms:.3f} ms dense"
                 )
             for row in candidate.rows:
                 row.entry = replace(row.entry, **change)
@@ -508,7 +528,7 @@ def _judge(
             dtype = str(linear.weight.dtype).removeprefix("torch.")
             rule = (
                 f"and nobody has measured from where on {dtype} blocks of this size are faster than dense on {where}: "
-                f"{needed:.1%} is a cautious guess; pass min_sparsity to decide yourself"
+                f"{needed:.1%} is a cautious guess; measure=example_input times it here, min_sparsity decides"
             )
     if sparsity < needed:
         return entry(code, f"{sparsity:.1%} of its blocks are zero, {rule}", sparsity)
@@ -578,8 +598,7 @@ def _replace(
     model: nn.Module,
     candidates: list[_Candidate],
     report: SwapReport,
-    fuse_activations: bool,
-    drop_features: bool,
+    finish: Finish,
 ) -> None:
     """Put the new layers in place of the old ones."""
     with all_or_nothing(model):
@@ -604,34 +623,4 @@ def _replace(
                     if any(layer is row.layer for row in candidate.rows)
                 }
                 become_bsr(candidate.module, layers)
-        for fqn in turn_off_nested_tensors(model):
-            report.notes.append(
-                f"{without_compile_prefix(fqn) or 'the model'}: use_nested_tensor is False now, since a swapped layer "
-                "takes no nested tensors; padding is computed and masked instead"
-            )
-        if not (drop_features or fuse_activations):
-            return
-        flows, remarks = dataflows(model)
-        report.notes += remarks
-        if drop_features:
-            report.notes += drop_dead_features(model, flows)
-        if fuse_activations:
-            report.notes += fuse_gates(flows)
-            report.notes += fold_activations(model, flows)
-
-
-def turn_off_nested_tensors(model: nn.Module) -> list[str]:
-    """Set `use_nested_tensor = False` on each `nn.TransformerEncoder` around a BSRLinear; return their FQNs.
-
-    An encoder decides on nested tensors from its first layer alone, and BSRLinear has no kernel for them.
-    """
-    changed = []
-    for fqn, encoder in model.named_modules():
-        if (
-            isinstance(encoder, nn.TransformerEncoder)
-            and getattr(encoder, "use_nested_tensor", False)
-            and any(isinstance(module, BSRLinear) for module in encoder.modules())
-        ):
-            encoder.use_nested_tensor = False
-            changed.append(fqn)
-    return changed
+        report.notes += finish(model)
