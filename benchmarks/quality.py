@@ -81,6 +81,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         type=float,
         help="minilm-distilled: lengths of training, not --steps",
     )
+    parser.add_argument(
+        "--batch",
+        type=at_least_one,
+        help="minilm-distilled: passages a step (default: 128 on CUDA, else 32)",
+    )
     parser.add_argument("--size", choices=tuple(SIZES), help="lm: of the model")
     parser.add_argument(
         "--scopes", nargs="+", choices=tuple(SCOPES), help="minilm: which linears (default: both)"
@@ -150,7 +155,7 @@ def ask(options: argparse.Namespace, device: torch.device) -> Question:
         return OneShot(chosen, methods, seeds)
     minutes = tuple(options.minutes or ())
     steps = () if minutes else tuple(options.steps or ((2,) if quick else (600,)))
-    batch = 128 if device.type == "cuda" else 32
+    batch = options.batch or (128 if device.type == "cuda" else 32)
     return Distilled(chosen, methods, seeds, steps=steps, minutes=minutes, batch=batch)
 
 

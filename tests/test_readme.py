@@ -102,22 +102,43 @@ def newest(pattern: str, words: str) -> Path:
     return max(found, key=lambda path: path.name)
 
 
-def test_its_three_numbers_were_measured():
+def test_its_numbers_were_measured():
     speedup = runpy.run_path(str(ROOT / "docs" / "speedup.py"))
-    _, rows = speedup["newest_run"](speedup["SWEEP"])
-    _, peers = speedup["newest_run"](speedup["PEERS"])
-    ours = dict(speedup["curve"](rows, 64))[0.9]
-    peer = dict(speedup["curve"](peers, 64, "torch BSR x", speedup["PEERS"]))[0.9]
-    assert f"- **{ours:.1f}x**: the picture's two layers" in README
-    assert f"torch's own BSR: {peer:.1f}x." in README
+    _, rows = speedup["newest_run"]()
 
-    best = "Best against best, {}, batch 256, block 64, sparsity 0.9"
-    with newest("*_vit_cuda_nvidia-h200*.csv", best.format("bfloat16")).open(newline="") as file:
-        vit = {
-            row["section"]: float(row["speedup"]) for row in csv.DictReader(file) if row["speedup"]
+    def at_90(column: str, block: int = 64, what: str = "all") -> str:
+        return f"{dict(speedup['curve'](rows, block, column, what))[0.9]:.2f}x"
+
+    with newest("*_figure6_cuda_nvidia-h200.csv", "").open(newline="") as file:
+        huge = {
+            (row["what"], row["sparsity"]): float(row["ours x"]) for row in csv.DictReader(file)
         }
-    assert f"- **{vit[best.format('bfloat16')]:.2f}x**: the whole ViT-B/16" in README
-    assert f"{vit[best.format('float32')]:.2f}x in float32" in README
+    assert f"- **{at_90('ours x')}**: the whole ViT-B/16 in bfloat16" in README
+    assert (
+        f"{at_90('ours x', what='mlp')} with its MLPs alone; {huge['all', '0.9']:.2f}x for ViT-H/14."
+        in README
+    )
+    caption = README[README.index("![Speedup of a whole") :].partition("](docs/speedup.png)")[0]
+    for value in (
+        at_90("ours x"),
+        at_90("ours narrow x"),
+        at_90("ours x", 32),
+        at_90("ours x", 16),
+    ):
+        assert value in caption
+
+    with newest("*_figure1_cuda_nvidia-h200.csv", "").open(newline="") as file:
+        layers = {
+            row["what"]: row
+            for row in csv.DictReader(file)
+            if (row["mode"], row["block"], row["sparsity"]) == ("bfloat16", "64", "0.9")
+        }
+    up, down = layers["3072 x 768"], layers["768 x 3072"]
+    ours, peers = (
+        [f"{float(row[column]):.1f}x" for row in (up, down)] for column in ("ours x", "torch BSR x")
+    )
+    assert f"- **{ours[0]}** and **{ours[1]}**: the two layers" in README
+    assert f"torch's own BSR {peers[0]} and {peers[1]}." in README
 
     job = newest("*_digits_vit_cpu_*.md", "dense twin").read_text(encoding="utf-8")
     patterns = (r"after the swap \| [^/]*/ [^/]*/ ([\d.]+)%", r"dense twin +\| ([\d.]+)%")
@@ -132,26 +153,23 @@ def test_its_three_numbers_were_measured():
 def test_its_picture_is_of_the_newest_run_and_can_be_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     speedup = runpy.run_path(str(ROOT / "docs" / "speedup.py"))
-    source, rows = speedup["newest_run"](speedup["SWEEP"])
-    _, peers = speedup["newest_run"](speedup["PEERS"])
+    source, rows = speedup["newest_run"]()
     assert source.with_suffix(".md").name in (ROOT / "docs" / "results.md").read_text()
-    (axes,) = speedup["draw"](rows, peers).axes
-    written = {text.get_text() for text in axes.texts}
-    assert {"dense", "block 16", "block 32", "block 64", "block 128"} <= written
-    solid = [line.get_ydata() for line in axes.lines if line.get_linestyle() == "-"]
-    dashed = [line.get_ydata() for line in axes.lines if line.get_linestyle() == "--"]
-    dense, *ours = solid
-    assert set(dense) == {1} and len(ours) == 4 and len(dashed) == 1
-    assert min(len(speedups) for speedups in [*ours, *dashed]) >= 3
-    with pytest.raises(FileNotFoundError, match=r"benchmarks/break_even\.py"):
-        speedup["newest_run"](speedup["SWEEP"], tmp_path)
-    newer = tmp_path / "2026-12-01_break_even_cuda_nvidia-h200.csv"
-    newer.write_text("section,M\nsweep,1\n")
-    (tmp_path / "2026-11-30_bsr_linear_cuda_nvidia-h200.csv").write_text("section,M\nsweep,2\n")
-    assert speedup["newest_run"](speedup["SWEEP"], tmp_path) == (
-        newer,
-        [{"section": "sweep", "M": "1"}],
+    (axes,) = speedup["draw"](rows).axes
+    written = " ".join(text.get_text() for text in axes.texts)
+    assert all(
+        word in written for word in ("dense", "block 16", "block 32", "block 64", "torch's BSR")
     )
+    styles = [line.get_linestyle() for line in axes.lines]
+    assert styles.count("-") == 4 and styles.count("-.") == styles.count("--") == 1
+    dense, *curves = (line.get_ydata() for line in axes.lines)
+    assert set(dense) == {1} and min(len(speedups) for speedups in curves) >= 3
+    with pytest.raises(FileNotFoundError, match=r"benchmarks/figures\.py 2"):
+        speedup["newest_run"](tmp_path)
+    for date in ("2026-11-30", "2026-12-01"):
+        path = tmp_path / f"{date}_figure2_cuda_nvidia-h200.csv"
+        path.write_text(f"mode,day\nbfloat16,{date}\n")
+    assert speedup["newest_run"](tmp_path) == (path, [{"mode": "bfloat16", "day": "2026-12-01"}])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def draw(files: dict[Path, Any]) -> Any:
             )
         better = "higher" if question.higher_is_better else "lower"
         axis.set_ylabel(f"{question.unit} ({better} is better)")
-        axis.set_title(f"{question.title}\n{setting}", fontsize=9)
+        axis.set_title("\n".join([*textwrap.wrap(question.title, 44), setting]), fontsize=9)
     axis = axes.flat[len(panels)]
     for source, marker in zip(dict.fromkeys(p.source for p in IMAGENET), "s^", strict=True):
         mine = [p for p in IMAGENET if p.source == source]

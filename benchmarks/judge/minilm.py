@@ -321,6 +321,7 @@ class Distilled(OneShot):
         fixed = [m for m in (DENSE, FLOOR) if m in self.methods]
         drawn = [m for m in self.methods if m not in fixed]
         lengths = [f"{n} steps" for n in self.steps] + [f"{n:g} minutes" for n in self.minutes]
+        lengths = [f"{length} of {self.batch}" for length in lengths]
         cells = []
         for scope, points in self.points.items():
             for length in lengths:
@@ -330,7 +331,7 @@ class Distilled(OneShot):
         return cells
 
     def work(self, cell: Cell) -> float:
-        length, kind = cell.setting.partition(", ")[2].split()
+        length, kind, *_ = cell.setting.partition(", ")[2].split()
         if cell.method in (DENSE, FLOOR):
             return 10.0 if kind == "steps" else 0.1
         return float(length)
@@ -399,7 +400,7 @@ class Distilled(OneShot):
             return super().run(cell, tick)
         torch.manual_seed(cell.seed)
         scope, _, length = cell.setting.partition(", ")
-        amount, kind = length.split()
+        amount, kind, *_ = length.split()
         steps = int(amount) if kind == "steps" else self.steps_in(float(amount), cell, tick)
         student = copy.deepcopy(self._encoder)
         start = time.monotonic()

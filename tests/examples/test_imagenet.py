@@ -538,7 +538,7 @@ def test_the_commands_of_the_guide_have_options_that_exist():
             assert sparsity.build(sparsity.plan(args, 1000)) is not None
         assert "--nproc-per-node" not in words or args.batch_size % 8 == 0
     assert sorted(set(programs)) == ["examples/imagenet/evaluate.py", "examples/imagenet/train.py"]
-    assert len(commands) == 5
+    assert len(commands) == 6
 
 
 @pytest.mark.gpu

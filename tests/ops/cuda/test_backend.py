@@ -293,9 +293,12 @@ def test_profilers_see_repeated_launches(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_call_goes_through_few_frames(dtype: torch.dtype) -> None:
-    """Frames of this package, of the first call of a kind and of the third."""
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 40), (torch.float32, 62)])
+def test_a_call_goes_through_few_frames(dtype: torch.dtype, most: int) -> None:
+    """Frames of this package, of the first call of a kind and of the third.
+
+    In float32 the first prepares and launches a second kernel, which splits the blocks into TF32 parts.
+    """
     package = str(Path(torchao_superblock.__file__).parent)
     _, crow, col, values = random_bsr(192, 320, 64, 0.5, dtype, "cuda")
     bias, plan = torch.randn(192, device="cuda").to(dtype), build_plan(crow, col, 5)
@@ -318,7 +321,7 @@ def test_a_call_goes_through_few_frames(dtype: torch.dtype) -> None:
     device_at(x.get_device())
     with torch.inference_mode():
         first, _, third = frames(), frames(), frames()
-    assert first <= 40 and third <= 6, (first, third)
+    assert first <= most and third <= 6, (first, third)
 
 
 @pytest.mark.gpu

@@ -56,3 +56,12 @@ def test_the_kernel_compiles_without_a_gpu(capability):
     source = ASTSource(kernel, types, constants)
     ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
     assert "mma" in ptx
+
+
+def test_on_hopper_large_products_have_a_kernel_each():
+    from torchao_superblock.ops.cuda.gated import is_faster
+
+    llama, vit = 11008 * 4096 // 10, 2752 * 1024 // 10  # stored elements at 0.9
+    assert not is_faster(8192, llama, hopper=True) and is_faster(8192, llama, hopper=False)
+    assert is_faster(256, llama, hopper=True) and is_faster(25088, vit, hopper=True)
+    assert not is_faster(1, vit, hopper=True) and not is_faster(1, vit, hopper=False)

@@ -21,6 +21,10 @@ from torchao_superblock.ops.precision import allows_tf32
 
 # Below, a call is bound by reading the weights, which the two products' own kernels spread over more programs.
 _FEWEST_TOKENS = 64
+# On Hopper the products' own kernels multiply faster, and this one reads x once: at 0.37e11 multiplications a product
+# (Llama-2-7B, 8192 tokens) they take 0.91 and 0.97 of its time (blocks of 128 and 64), at 0.09e11 and below 1.13 to
+# 1.22 (2026-12-01_gated_mlp_cuda_nvidia-h200).
+_MOST_ON_HOPPER = 2e10
 # Tiles of tokens that programs work on together.
 _GROUP_M = 8
 
@@ -189,19 +193,27 @@ def can_compute(x: Tensor, gate: Operands, up: Operands) -> bool:
 def serves(x: Tensor, gate: Operands, up: Operands) -> bool:
     """Whether the kernel takes such operands and is expected to be faster than two products.
 
-    Not on Hopper: there the two products have kernels that use its TMA units and warp-group products, and plain Triton
-    does not come near them; `benchmarks/gated_mlp.py` compares.
-
     Args:
         x: `(..., K)`.
         gate: of the weight in front of the activation.
         up: of the other.
     """
-    return (
-        can_compute(x, gate, up)
-        and x.numel() >= _FEWEST_TOKENS * x.shape[-1]
-        and torch.cuda.get_device_capability(x.device)[0] != 9
-    )
+    if not can_compute(x, gate, up):
+        return False
+    tokens = x.numel() // max(1, x.shape[-1])
+    hopper = torch.cuda.get_device_capability(x.device)[0] == 9
+    return is_faster(tokens, max(gate.values.numel(), up.values.numel()), hopper=hopper)
+
+
+def is_faster(tokens: int, stored: int, *, hopper: bool) -> bool:
+    """Whether one kernel for both products is expected to be faster than one for each.
+
+    Args:
+        tokens: rows of x.
+        stored: elements of the weight that has more.
+        hopper: whether the products' own kernels are those for Hopper.
+    """
+    return tokens >= _FEWEST_TOKENS and not (hopper and tokens * stored > _MOST_ON_HOPPER)
 
 
 def forward(
