@@ -194,8 +194,8 @@ def swap_to_bsr(
             says what tracing cannot know. What cannot be traced is left alone and stands in the report. Names stay as
             they are: an identity keeps the activation's place, and a gated MLP becomes a subclass of its class. Hooks
             that are put between the pieces later see what they saw before, as the activation then runs on its own; an
-            adapter put around a layer that applies an activation is refused when it runs. In a training step the
-            activation runs on its own all the same.
+            adapter put around a layer that applies an activation is refused when it runs. Whoever calls such a layer
+            from elsewhere gets the activation too. In a training step the activation runs on its own all the same.
         drop_dead_features: make two swapped layers that follow each other, with nothing but activations and dropout
             between them, narrower by the features that need not be computed: those that the second layer stores no
             block for, and those that the first layer stores none for. The latter are the same for every input, and what
@@ -206,9 +206,11 @@ def swap_to_bsr(
             kernels want it, it stays one. The report's shapes are those before.
         measure: an example input of the model (a tensor, a tuple of arguments or a dict of keyword arguments): each
             layer that could be swapped is timed dense and swapped on what it is called with, on this machine, and
-            swapped if that is faster; an `nn.TransformerEncoderLayer` and an `nn.MultiheadAttention` are timed whole,
-            since any swapped layer turns their fused path off. Eager forwards, with `optimizer` forwards and backwards.
-            The report has both times. The model runs once; the same shapes are timed once.
+            swapped if that is faster. What would be fused, or lose features together, is timed as what it becomes and
+            swapped together; so is a module with a fused path of torch's that any swapped layer inside turns off: an
+            `nn.MultiheadAttention`, an `nn.TransformerEncoderLayer`, an `nn.TransformerEncoder` that skips padding.
+            Eager forwards, with `optimizer` forwards and backwards. The report has both times. The model runs once; the
+            same shapes, with the same share of stored blocks to 5 %, are timed once.
         optimizer: goes on with the stored blocks in the place of the dense weights: the same object, with the same
             groups and the state of the stored blocks, so that schedulers and a GradScaler stay valid. Blocks that the
             squashed mask kept are stored though they are zero. Any optimizer of `torch.optim` that steps each element
