@@ -78,7 +78,7 @@ class MagnitudeMask(BlockMask):
 
     @torch.no_grad()
     def update(self, weight: Tensor, progress: Progress) -> None:
-        square = self.carried()
+        square = progress.carried.get(self)
         if square is not None:
             self.mean_square.lerp_(square, 1 - _MEMORY)
         if progress.step % self.update_every or self.is_frozen:

@@ -85,7 +85,7 @@ class PruneAndGrowMask(BlockMask):
 
     @torch.no_grad()
     def update(self, weight: Tensor, progress: Progress) -> None:
-        norms = self.carried()
+        norms = progress.carried.get(self)
         if norms is not None:
             self.gradient_norms.add_(norms)
         due = progress.step % self.update_every == 0

@@ -131,7 +131,7 @@ class Supermask(BlockMask):
         if self.scores_init != "zeros":
             return
         gone = self.block_mask().logical_not()
-        gradient = self.carried()
+        gradient = progress.carried.get(self)
         if gradient is not None:
             self.scores.sub_(gradient)
         if progress.one_way:
