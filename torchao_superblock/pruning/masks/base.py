@@ -241,6 +241,22 @@ class BlockMask(nn.Module):
         """Whether the mask is held (False on the meta device). Reads it back to the host."""
         return not self.frozen.is_meta and bool(self.frozen)
 
+    @torch.no_grad()
+    def write_unless_frozen(self, values: Mapping[str, Tensor]) -> None:
+        """Copies values into buffers; a mask that is held keeps what it has. The host does not wait.
+
+        Args:
+            values: by the names of the buffers.
+        """
+        for name, value in values.items():
+            buffer = self._buffers[name]
+            buffer.copy_(torch.where(self.frozen != 0, buffer, value))
+
+    @property
+    def known_frozen(self) -> bool | None:
+        """Whether the mask is held; None where finding out would make the host wait for the device."""
+        return bool(self.frozen) if self.frozen.is_cpu else None
+
     @property
     def guards(self) -> Guards:
         """What tells whether `n_kept`, `frozen` and `held_mask` were averaged."""

@@ -151,7 +151,7 @@ class SpartanMask(BlockMask):
         self.soft.fill_(1.0)
         self.slope.zero_()
         if weight is not None and not weight.is_meta and not self.scores.is_meta:
-            self._look(weight)
+            self._look(weight, self.sharpness)
 
     def factors(self) -> Tensor:
         return super().factors() * self.soft
@@ -168,22 +168,25 @@ class SpartanMask(BlockMask):
 
     @torch.no_grad()
     def update(self, weight: Tensor, progress: Progress) -> None:
-        if progress.step % self.update_every or self.is_frozen:
+        if progress.step % self.update_every or self.known_frozen:
             return
         share = min(1.0, progress.step / progress.ramp.freeze_step)
-        self.sharpness.fill_(1 + (self.final_sharpness - 1) * share)
-        self._look(weight)
+        sharpness = torch.full_like(self.sharpness, 1 + (self.final_sharpness - 1) * share)
+        self._look(weight, sharpness)
 
-    def _look(self, weight: Tensor) -> None:
+    def _look(self, weight: Tensor, sharpness: Tensor) -> None:
         norms = self.block_norms(weight).float()
         mean = norms.mean().clamp_min(torch.finfo(norms.dtype).tiny)
-        self.scores.copy_(norms / mean)
-        z = self.sharpness * self.scores
-        self.soft.copy_(torch.sigmoid(z - _threshold(z, self.n_kept)))
+        scores = (norms / mean).to(self.scores.dtype)
+        z = sharpness * scores
+        soft = torch.sigmoid(z - _threshold(z, self.n_kept))
         everything = self.n_kept >= z.numel()  # no threshold keeps all but minus infinity
-        self.soft.masked_fill_(everything, 1.0)
-        slope = self.sharpness / (mean * norms.clamp_min(torch.finfo(norms.dtype).tiny))
-        self.slope.copy_(slope.masked_fill_(everything | (norms == 0), 0.0))
+        soft.masked_fill_(everything, 1.0)
+        slope = sharpness / (mean * norms.clamp_min(torch.finfo(norms.dtype).tiny))
+        slope.masked_fill_(everything | (norms == 0), 0.0)
+        self.write_unless_frozen(
+            {"scores": scores, "soft": soft, "slope": slope, "sharpness": sharpness}
+        )
 
     @torch.no_grad()
     def freeze(self, weight: Tensor | None = None) -> None:
