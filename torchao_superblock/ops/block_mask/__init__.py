@@ -97,6 +97,17 @@ def _known_block_mask(
     return mask.view(scores.shape), _LIVE[1]
 
 
+def _known_live(live: Tensor) -> int | None:
+    """Its value; None where the host does not know it."""
+    if torch.compiler.is_compiling():
+        return None
+    for flag, constant in _LIVE.items():
+        if live is constant:
+            return flag
+    values = mask_guards.read(live)
+    return None if values is None else values[0]
+
+
 def _ranking(scores: Tensor) -> Tensor:
     """Blocks by descending score."""
     # Sorting the negated scores upwards is what puts NaN last; stable is what breaks ties by index.
@@ -124,7 +135,7 @@ def mask_weight(
     kernels = _kernels_for(weight, mask, *(() if live is None else (live,)))
     if kernels is not None and kernels.can_mask_weight(weight, mask):
         return kernels.mask_weight(weight, mask, blocksize, live)
-    if live is not None and mask_guards.read(live) not in ([0], [1]):
+    if live is not None and _known_live(live) not in (0, 1):
         factors = mask.to(weight.dtype)
         mask = torch.where(live == BROKEN, torch.full_like(factors, float("nan")), factors)
     if is_whole(weight.shape, blocksize):
@@ -170,8 +181,8 @@ def mask_weight_backward(
     grad_weight = mask_weight(grad, mask, blocksize) if need_grad_weight else None
     grad_scores = None
     if weight is not None:
-        known = mask_guards.read(live)
-        if known == [0]:  # a frozen mask on a CPU
+        known = _known_live(live)
+        if known == 0:  # a frozen mask on a CPU
             dtype = _sum_dtype(grad, weight)
             grad_scores = torch.zeros(mask.shape, dtype=dtype, device=grad.device)
         else:

@@ -211,8 +211,7 @@ class BlockMask(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """`(N, K)` -> the masked `(N, K)` weight."""
         self.refuse_sharded(weight)
-        with torch.no_grad():
-            factors, live = self._factors_and_live()
+        factors, live = self._factors_and_live()
         carrier = self.scores if self.carrier is None else self.carrier
         matrix = weight if weight.ndim == 2 else weight.flatten(1)
         function = TransformableMaskWeight if is_transformed() else MaskWeight
@@ -220,7 +219,7 @@ class BlockMask(nn.Module):
         return masked if weight.ndim == 2 else masked.view(weight.shape)
 
     def update(self, weight: Tensor, progress: Progress) -> None:
-        """Renews the scores; called by `step()` before it applies the level.
+        """Renews the scores; called by `step()`, under `no_grad`, before it applies the level.
 
         Args:
             weight: `(N, K)` under the mask, which FSDP2 may have sharded.
@@ -388,9 +387,10 @@ class BlockMask(nn.Module):
         Returns:
             How many blocks it keeps.
         """
-        n_blocks = self.held_mask.numel()
-        self._target_n_kept = kept_blocks(n_blocks, check_sparsity_level(sparsity_level))
-        return self._target_n_kept
+        n_kept = kept_blocks(self.held_mask.numel(), check_sparsity_level(sparsity_level))
+        if n_kept != self._target_n_kept:  # a module's own attributes are dear to write
+            self._target_n_kept = n_kept
+        return n_kept
 
     @torch.no_grad()
     def _write_level(self, n_kept: int) -> None:
@@ -410,9 +410,8 @@ class BlockMask(nn.Module):
         self.set_sparsity_level(sparsity_level)
         self.apply_gain(weight)
 
-    @torch.no_grad()
     def apply_gain(self, weight: Tensor) -> None:
-        """Makes the gain that of the level aimed at, without changing the function.
+        """Makes the gain that of the level aimed at, without changing the function; call it under `no_grad`.
 
         Args:
             weight: `(N, K)` under the mask; divided by what the gain grows, in place.

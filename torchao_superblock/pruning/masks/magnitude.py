@@ -76,7 +76,6 @@ class MagnitudeMask(BlockMask):
         if weight is not None and not weight.is_meta and not self.scores.is_meta:
             self.scores.copy_(self.block_norms(weight))
 
-    @torch.no_grad()
     def update(self, weight: Tensor, progress: Progress) -> None:
         square = progress.carried.get(self)
         if square is not None:

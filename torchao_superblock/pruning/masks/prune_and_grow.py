@@ -83,7 +83,6 @@ class PruneAndGrowMask(BlockMask):
         deaf = self.listening.logical_not() & (live != BROKEN)
         return factors, live.masked_fill(deaf, 0)
 
-    @torch.no_grad()
     def update(self, weight: Tensor, progress: Progress) -> None:
         norms = progress.carried.get(self)
         if norms is not None:

@@ -158,15 +158,13 @@ class SpartanMask(BlockMask):
 
     def forward(self, weight: Tensor) -> Tensor:
         self.refuse_sharded(weight)
-        with torch.no_grad():
-            hard, live = self._mask_and_live()
-            factor = torch.ones_like(self.sharpness) if self.factor is None else self.factor
+        hard, live = self._mask_and_live()
+        factor = torch.ones_like(self.sharpness) if self.factor is None else self.factor
         # Copies: `step()` may write into the buffers between a forward and its backward.
         soft, slope = self.soft.clone(), self.slope.clone()
         function = _TransformableSoftTopK if is_transformed() else _SoftTopK
         return function.apply(weight, hard, soft, slope, factor.clone(), live, self.blocksize)
 
-    @torch.no_grad()
     def update(self, weight: Tensor, progress: Progress) -> None:
         if progress.step % self.update_every or self.known_frozen:
             return

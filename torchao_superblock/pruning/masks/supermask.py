@@ -121,7 +121,6 @@ class Supermask(BlockMask):
                 return
             self.scores.copy_(self.block_norms(weight))
 
-    @torch.no_grad()
     def update(self, weight: Tensor, progress: Progress) -> None:
         """Sums up scores that start at zeros: each layer's gradients count alike, whatever their size.
 
