@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.pruning.masks.test_common import KINDS, assert_equal_states, make, masks, train
+from tests.pruning.masks.test_common import KINDS, assert_equal_states, kept, make, masks, train
 from torchao_superblock.pruning import (
     BlockSparsifier,
     MagnitudeSparsifier,
@@ -107,27 +107,36 @@ def test_a_held_mask_is_not_ranked_again() -> None:
     assert free.names["sort"] == len(masks(model)) and not held.names["sort"]
 
 
-@pytest.mark.parametrize("way", ["damaged", "assigned", "copied"])
-def test_a_level_is_written_at_each_step_into_the_buffers_that_are_there(way: str) -> None:
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_level_that_stays_is_written_again_at_each_step(copied: bool) -> None:
     model, sparsifier, optimizer = make("magnitude")
     train(model, sparsifier, optimizer, range(3))  # the third writes what the second wrote
     expected = [int(mask.n_kept) for mask in masks(model)]
-    if way == "damaged":
-        for mask in masks(model):
-            mask.n_kept.data.fill_(1)
-    elif way == "assigned":
-        state = {key: value.clone() for key, value in model.state_dict().items()}
-        for key in state:
-            if key.endswith("n_kept"):
-                state[key].fill_(1)
-        model.load_state_dict(state, assign=True)
-    else:
+    if copied:
         model, sparsifier = copy.deepcopy((model, sparsifier))
-        for mask in masks(model):
-            mask.n_kept.data.fill_(1)
+    for mask in masks(model):
+        mask.n_kept.data.fill_(1)  # past the version counter
     sparsifier.step()
     assert [int(mask.n_kept) for mask in masks(model)] == expected
     assert not any(mask.is_broken for mask in masks(model))
+
+
+@pytest.mark.parametrize("replaced", ["n_kept", "checksums", "moments"])
+def test_levels_are_written_into_the_buffers_that_are_there(replaced: str) -> None:
+    model, sparsifier, optimizer = make("magnitude")
+    train(model, sparsifier, optimizer, range(3))
+    state = model.state_dict()
+    for key in state:
+        if key.endswith(replaced):
+            state[key] = state[key].clone()
+    model.load_state_dict(state, assign=True)
+    for group in sparsifier.groups:
+        group["sparsity_level"] = 0.5
+    for _ in range(2):
+        sparsifier.step()
+        assert [int(m.block_mask().sum()) for m in masks(model)] == [
+            kept(m, 0.5) for m in masks(model)
+        ]
 
 
 def test_update_mask_is_a_step_of_one_group() -> None:
