@@ -122,11 +122,16 @@ def test_a_level_that_stays_is_written_again_at_each_step(copied: bool) -> None:
 
 
 @pytest.mark.parametrize("replaced", ["n_kept", "checksums", "moments"])
-def test_levels_are_written_into_the_buffers_that_are_there(replaced: str) -> None:
+@pytest.mark.parametrize("assign", [False, True])
+def test_levels_are_written_into_the_buffers_that_are_there(replaced: str, assign: bool) -> None:
     one, other = make("magnitude"), make("magnitude")
     for model, sparsifier, optimizer in (one, other):
         train(model, sparsifier, optimizer, range(3))
-        if model is one[0]:
+        if model is one[0] and not assign:
+            for mask in masks(model):
+                buffer = mask.get_buffer(replaced)
+                buffer.data = buffer.clone()
+        elif model is one[0]:
             state = model.state_dict()
             for key in state:
                 if key.endswith(replaced):

@@ -56,9 +56,11 @@ class Levels:
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
-        self._views: list[Tensor] = []
+        self._addresses: list[int] = []
+        # Of one device and dtype each, or one call would be many: views, and which numbers they get.
+        self._groups: list[tuple[list[Tensor], list[int]]] = []
         self._numbers: list[int] = []
-        self._copies: list[Tensor] | None = None
+        self._copies: list[list[Tensor]] = []
 
     @torch.no_grad()
     def write(self, masks: Sequence[BlockMask], numbers: Sequence[int]) -> None:
@@ -76,31 +78,26 @@ class Levels:
         buffers = [
             mask._buffers[name] for mask in masks for name in ("n_kept", "checksums", "moments")
         ]
-        same = len(buffers) == len(self._buffers) and all(map(operator.is_, buffers, self._buffers))
+        addresses = [buffer.data_ptr() for buffer in buffers]  # `.data = ...` leaves the object
+        same = addresses == self._addresses and all(map(operator.is_, buffers, self._buffers))
         if not same:
-            self._buffers, self._copies = buffers, None
-            self._views = [
-                view
-                for m in masks
-                for view in (m.n_kept, m.checksums[0], m.moments[0], m.moments[1])
-            ]
+            self._buffers, self._addresses = buffers, addresses
+            self._copies, self._numbers = [], []
+            views = [v for m in masks for v in (m.n_kept, m.checksums[0], *m.moments[:2].unbind())]
+            by_kind = _by(range(len(views)), lambda i: (views[i].device, views[i].dtype))
+            self._groups = [([views[i] for i in places], places) for _, places in by_kind]
         written = [x for n in numbers for x in (n, level_checksum(n), n, n**2)]
-        if same and written == self._numbers:
-            if self._copies is None:
-                self._fill(written)
-                self._copies = [view.clone() for view in self._views]
-            torch._foreach_copy_(self._views, self._copies)
+        if self._copies and written == self._numbers:
+            for (views, _), copies in zip(self._groups, self._copies, strict=True):
+                torch._foreach_copy_(views, copies)
             return
-        self._numbers, self._copies = written, None
-        self._fill(written)
-
-    def _fill(self, numbers: list[int]) -> None:
-        entries = list(zip(self._views, numbers, strict=True))
-        for _, group in _by(entries, lambda entry: (entry[0].device, entry[0].dtype)):
-            views = [view for view, _ in group]
+        for views, places in self._groups:
             # Numbers travel with the launch: no copy from the host that the host would wait for.
             torch._foreach_zero_(views)
-            torch._foreach_add_(views, [number for _, number in group])
+            torch._foreach_add_(views, [written[i] for i in places])
+        stays = written == self._numbers
+        self._copies = [[v.clone() for v in views] for views, _ in self._groups] if stays else []
+        self._numbers = written
 
 
 def _by(items: Iterable, key: Callable) -> Iterable[tuple]:
