@@ -13,6 +13,7 @@ own.
 Sections
     mlp   the two linears of ViT-B/16's MLP (one layer on the CPU, twelve on CUDA)
     vit   CUDA: the whole torchvision vit_b_16, MLP layers masked, bfloat16 autocast
+    host  a model so small that the host is the limit, also while the level rises and once frozen
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import collections
 import copy
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` when run as a file
 
+from benchmarks.measure.host import measure_host
 from benchmarks.measure.interleaved import measure
 from benchmarks.measure.kernels import count_kernels
 from benchmarks.measure.quiet import quiet
@@ -54,6 +56,7 @@ SPARSITY = 0.8
 TOKENS = 197  # of one 224 x 224 image in ViT-B/16
 PEER = "torchao SupermaskLinear"
 NEVER = 10**9
+SECTIONS = ("mlp", "vit", "host")
 KINDS: dict[str, Callable[[int], BlockSparsifier]] = {
     "supermask": lambda b: SupermaskSparsifier(SPARSITY, b),
     "supermask on a ramp": lambda b: SupermaskSparsifier(SPARSITY, b, ramp_steps=1),
@@ -68,6 +71,15 @@ KINDS: dict[str, Callable[[int], BlockSparsifier]] = {
     "Spartan": lambda b: SpartanSparsifier(SPARSITY, b, ramp_steps=1, freeze_step=NEVER),
 }
 """What is measured, past its ramp; not all steps of a kind are alike, so means count."""
+PHASES: dict[str, Callable[[int], BlockSparsifier]] = {
+    "supermask on a ramp, rising": lambda b: SupermaskSparsifier(SPARSITY, b, ramp_steps=NEVER),
+    "supermask on a ramp, frozen": lambda b: SupermaskSparsifier(
+        SPARSITY, b, ramp_steps=1, freeze_step=1
+    ),
+    "magnitude, frozen": lambda b: MagnitudeSparsifier(SPARSITY, b, ramp_steps=1, freeze_step=1),
+    "Spartan, frozen": lambda b: SpartanSparsifier(SPARSITY, b, ramp_steps=1, freeze_step=1),
+}
+"""The same before and after, where that takes the host another time."""
 
 
 class MLP(nn.Module):
@@ -88,7 +100,7 @@ def mask_with_ours(
     model: nn.Module, fqn: str, blocksize: int, kind: str
 ) -> tuple[BlockSparsifier, list]:
     """Prepares the model; returns the sparsifier and what the optimizer is given."""
-    sparsifier = KINDS[kind](blocksize)
+    sparsifier = {**KINDS, **PHASES}[kind](blocksize)
     sparsifier.prepare(model, [{"tensor_fqn": fqn}])
     return sparsifier, sparsifier.param_groups(model, weight_decay=0.05)
 
@@ -127,11 +139,15 @@ def make_step(
 
 
 def make_steps(
-    dense: nn.Module, fqn: str, blocksizes: list[int], loss: Callable[[nn.Module], Tensor]
+    dense: nn.Module,
+    fqn: str,
+    blocksizes: list[int],
+    loss: Callable[[nn.Module], Tensor],
+    kinds: Iterable[str] = tuple(KINDS),
 ) -> dict[str, Step]:
     """Steps to compare, by name; "dense" is the one without masks."""
     steps = {}
-    for kind in KINDS:
+    for kind in kinds:
         for blocksize in blocksizes:
             model = copy.deepcopy(dense)
             sparsifier, parameters = mask_with_ours(model, fqn, blocksize, kind)
@@ -258,6 +274,34 @@ def section_vit(report: Report, device: torch.device, quick: bool, seconds: floa
     return rows
 
 
+def section_host(report: Report, device: torch.device, quick: bool) -> list[Row]:
+    """What a step takes the host: the model is too small to keep any device busy."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(*(MLP(64, 128) for _ in range(2 if quick else 12))).to(device)
+    x = torch.randn(4, 64, device=device)
+
+    def loss(model: nn.Module) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            out = model(x)
+        return out.float().square().mean()
+
+    steps = make_steps(dense, "*.linear_*.weight", [16], loss, (*KINDS, *PHASES))
+    progress = Progress(1, "masking: host")
+    progress.step(f"{2 * len(dense)} masked linears")
+    # Ten calls: some kinds look at their blocks every tenth step only.
+    results = measure_host(steps, calls=10, rounds=3 if quick else 20, wait=True)
+    kernels = count_kernels(steps)[0] if device.type == "cuda" else {}
+    progress.close()
+    rows = rows_of(results, {"batch": len(x), "masked linears": 2 * len(dense)}, kernels)
+    report.table(
+        "A step that the host limits",
+        rows,
+        note=f"Sparsity {SPARSITY}, {len(dense)} layers of 64 - 128 - 64, eager. Ratio: as above; "
+        "wall time of a stream of steps.",
+    )
+    return rows
+
+
 def picture(report: Report, sections: Mapping[str, list[Row]]) -> None:
     """Ratio of every candidate, with its quartiles."""
     plt = pyplot()
@@ -291,7 +335,7 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_common_arguments(parser)
-    parser.add_argument("--sections", nargs="+", choices=("mlp", "vit"), default=["mlp", "vit"])
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument(
         "--seconds", type=float, help="per cell (default: 8 on CUDA, 25 on the CPU)"
     )
@@ -311,6 +355,8 @@ def main(arguments: list[str] | None = None) -> None:
     if "vit" in options.sections and device.type == "cuda":
         torch.cuda.empty_cache()
         sections["vit_b_16"] = section_vit(report, device, options.quick, seconds)
+    if "host" in options.sections:
+        sections["Host"] = section_host(report, device, options.quick)
     if sections and not options.no_pictures:
         try:
             picture(report, sections)

@@ -12,8 +12,9 @@ def test_every_kind_of_mask_takes_a_step():
     model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32))
     x = torch.randn(4, 32)
     before = model[0].weight.detach().clone()
-    steps = bench.make_steps(model, "*.weight", [16], lambda model: model(x).square().mean())
-    assert {"dense", *(f"{kind}, block 16" for kind in bench.KINDS)} <= set(steps)
+    kinds = (*bench.KINDS, *bench.PHASES)
+    steps = bench.make_steps(model, "*.weight", [16], lambda model: model(x).square().mean(), kinds)
+    assert {"dense", *(f"{kind}, block 16" for kind in kinds)} <= set(steps)
     for step in steps.values():
         step()
     assert not torch.equal(model[0].weight, before)

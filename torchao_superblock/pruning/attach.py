@@ -28,6 +28,19 @@ from torchao_superblock.pruning.written import forget_lost_write, read_watched
 _RESETS = ("reset_parameters", "_reset_parameters")
 
 
+class MaskedTensors(parametrize.ParametrizationList):
+    """Evaluates a mask that has no other parametrization beside it with a quarter of the host's time."""
+
+    def forward(self) -> Tensor:
+        """The masked weight."""
+        if len(self._modules) != 1:
+            return super().forward()
+        return self._modules["0"](self.original)
+
+    def _get_name(self) -> str:
+        return parametrize.ParametrizationList.__name__
+
+
 def attach(module: nn.Module, tensor_name: str, mask: BlockMask) -> None:
     """Registers the mask on `module.<tensor_name>`; the Parameter stays the same object."""
     if type(module).forward is not nn.Linear.forward:  # nn.Linear reads its weight just once
@@ -42,7 +55,12 @@ def attach(module: nn.Module, tensor_name: str, mask: BlockMask) -> None:
 
 def equip(module: nn.Module) -> None:
     """Gives the class of a masked module what parametrize alone leaves out; again is allowed."""
-    _equip_class(module, list(masks_of(module)))
+    masked = list(masks_of(module))
+    for name in masked:
+        parametrizations = module.parametrizations[name]
+        if type(parametrizations) is parametrize.ParametrizationList and parametrizations.is_tensor:
+            parametrizations.__class__ = MaskedTensors
+    _equip_class(module, masked)
 
 
 def detach(module: nn.Module, tensor_name: str) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from numbers import Integral
+from typing import Any
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,13 @@ class Progress:
     Attributes:
         step: calls of `step()`, this one included.
         ramp: how the level rises.
+        carried: mask -> `(R, C)`, what the last backwards left in its carrier, divided by its root mean
+            square; nothing for a mask whose carrier has no gradient.
     """
 
     step: int
     ramp: Ramp
+    carried: Mapping[Any, Tensor] = field(default_factory=dict)
 
     @property
     def one_way(self) -> bool:

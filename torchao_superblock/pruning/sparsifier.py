@@ -24,6 +24,7 @@ from torchao_superblock.pruning.finding import find_mask, named_masks
 from torchao_superblock.pruning.masks.base import BlockMask
 from torchao_superblock.pruning.masks.given import GivenMask
 from torchao_superblock.pruning.masks.settings import check_sparsity_level
+from torchao_superblock.pruning.masks.together import Levels, carried
 from torchao_superblock.pruning.ramp import Progress, Ramp, check_ramp
 from torchao_superblock.pruning.reading import read_masked_children_once
 from torchao_superblock.pruning.replaced import Links, follow, refuse_adapters
@@ -126,6 +127,7 @@ class BlockSparsifier(BaseSparsifier):
             )
         settings = {"sparsity_level": sparsity_level, "blocksize": blocksize, **settings}
         self._loaded: dict[str, dict[str, Any]] = {}
+        self._levels = Levels()
         super().__init__(defaults=check_settings(settings, checks, f"{type(self).__name__}: "))
         self._skipped: list[SkippedTensor] = []
         self._squashed: dict[str, weakref.ref[nn.Module]] = {}
@@ -260,13 +262,14 @@ class BlockSparsifier(BaseSparsifier):
             where = f"step: {group['tensor_fqn']!r}"
             check_sparsity_level(group["sparsity_level"], f"{where} has ")
             refuse_lost_write(group["module"], group["tensor_name"], f"{where}: ")
-        for group, mask in self._masks():
-            mask.refuse_step(_original(group), f"step: {group['tensor_fqn']!r}")
-        self._require_gradients()
+        found = [(group, mask, _original(group)) for group, mask in self._masks()]
+        for group, mask, weight in found:
+            mask.refuse_step(weight, f"step: {group['tensor_fqn']!r}")
+        _require_gradients([mask for _, mask, _ in found], type(self).__name__)
         self._steps += 1
         for entry in self._loaded.values():
             entry.pop("mask", None)
-        super().step(use_path)
+        self._update(found)
         if self._steps == self.ramp.freeze_step:
             self.freeze()
 
@@ -278,13 +281,25 @@ class BlockSparsifier(BaseSparsifier):
         sparsity_level: float,
         **kwargs: Any,
     ) -> None:
-        """Applies the level of one group; :meth:`step` calls it for each."""
+        """Renews one mask and applies a level to it; :meth:`step` does so for all groups at once."""
         mask = find_mask(module, tensor_name)
         if mask is None:  # squash(part) has folded this one; the others go on
             return
         weight = module.parametrizations[tensor_name].original
-        mask.update(weight, Progress(self._steps, self.ramp))
-        mask.apply_level(sparsity_level * self.ramp.fraction(self._steps), weight)
+        self._update([({"sparsity_level": sparsity_level}, mask, weight)])
+
+    @torch.no_grad()
+    def _update(self, found: list[tuple[dict[str, Any], BlockMask, Tensor]]) -> None:
+        masks = [mask for _, mask, _ in found]
+        progress = Progress(self._steps, self.ramp, carried(masks))
+        fraction = self.ramp.fraction(self._steps)
+        numbers = []
+        for group, mask, weight in found:
+            mask.update(weight, progress)
+            numbers.append(mask.aim_at(group["sparsity_level"] * fraction))
+        self._levels.write(masks, numbers)
+        for _, mask, weight in found:
+            mask.apply_gain(weight)
 
     def freeze(self) -> None:
         """Holds every mask as it is, until :meth:`unfreeze`.
@@ -528,7 +543,7 @@ class BlockSparsifier(BaseSparsifier):
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler replaces `step` by a wrapper bound to this very object; weak references and
         # that wrapper stay behind.
-        local = ("step", "_squashed", "_links", "_watch")
+        local = ("step", "_squashed", "_links", "_watch", "_levels")
         state = {k: v for k, v in self.__dict__.items() if k not in local}
         return {**state, "_squashed_names": list(self._squashed)}
 
@@ -537,7 +552,7 @@ class BlockSparsifier(BaseSparsifier):
         names = state.pop("_squashed_names", [])
         # What version 0.1 has, and has not.
         state.setdefault("_loaded", state.pop("state", {}))
-        state = {"ramp": Ramp(), "_steps": 0, "_squashing": False, **state}
+        state = {"ramp": Ramp(), "_steps": 0, "_squashing": False, **state, "_levels": Levels()}
         self.__dict__.update(state)
         nothing = nn.Module()
         self._squashed = {name: weakref.ref(nothing) for name in names}
@@ -588,24 +603,25 @@ class BlockSparsifier(BaseSparsifier):
         settings["sparsity_level"] *= self.ramp.fraction(0)
         return self.mask_type(_weight(group), **settings)
 
-    def _require_gradients(self) -> None:
-        carriers = [mask for _group, mask in self._masks() if mask.carrier is not None]
-        if not carriers or any(mask.carrier.grad is not None for mask in carriers):
-            return
-        if all(mask.is_frozen for mask in carriers):
-            return
-        raise RuntimeError(
-            f"step: {type(self).__name__} reads what the backwards since the last step said of the blocks, and finds "
-            "no gradient. Call sparsifier.step() after loss.backward() and optimizer.step(), before "
-            "optimizer.zero_grad()"
-        )
-
     def _masks(self) -> Iterator[tuple[dict[str, Any], BlockMask]]:
         """The groups that still carry a mask: `squash` may have folded those of a part of the model."""
         for group in self.groups:
             mask = find_mask(group["module"], group["tensor_name"])
             if mask is not None:
                 yield group, mask
+
+
+def _require_gradients(masks: list[BlockMask], name: str) -> None:
+    carriers = [mask for mask in masks if mask.carrier is not None]
+    if not carriers or any(mask.carrier.grad is not None for mask in carriers):
+        return
+    if all(mask.is_frozen for mask in carriers):
+        return
+    raise RuntimeError(
+        f"step: {name} reads what the backwards since the last step said of the blocks, and finds "
+        "no gradient. Call sparsifier.step() after loss.backward() and optimizer.step(), before "
+        "optimizer.zero_grad()"
+    )
 
 
 def _weight(group: dict[str, Any]) -> Tensor:

@@ -24,12 +24,22 @@ BROKEN = 2
 """`live` of a mask whose state was averaged beyond repair."""
 
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+_LIVE = {flag: torch.tensor(flag, dtype=torch.uint8) for flag in (0, 1)}  # on a CPU; never written
+_unsafe_view = torch.ops.aten._unsafe_view.default
 _functorch_interpreter = torch._C._functorch.peek_interpreter_stack
 
 
 def block_grid(shape: tuple[int, int], blocksize: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of the block grid: `(ceil(N / r), ceil(K / c))`."""
     return -(-shape[0] // blocksize[0]), -(-shape[1] // blocksize[1])
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func may be at work: one tensor may stand for several then.
+
+    True while compiling, where it cannot be told and costs nothing.
+    """
+    return torch.compiler.is_compiling() or _functorch_interpreter() is not None
 
 
 def block_mask(
@@ -53,22 +63,49 @@ def block_mask(
 
     Returns:
         The bool mask `(R, C)`, True = kept, and `live`, uint8, 0-dim: 1 where the mask follows the
-        scores, 0 while frozen, :data:`BROKEN` (then no block is kept). Both are new tensors: a later
-        write to the arguments does not reach them.
+        scores, 0 while frozen, :data:`BROKEN` (then no block is kept). The mask is a new tensor, and
+        `live` is not to be written: a later write to the arguments does not reach them.
     """
     kernels = _kernels_for(scores, n_kept, held_mask, frozen, *(guards or ()))
     if kernels is not None:
         is_sorted = scores.numel() > kernels.MAX_PAIRWISE_BLOCKS
         ranked = _ranking(scores) if is_sorted else scores
         return kernels.block_mask(ranked, n_kept, held_mask, frozen, guards, is_sorted)
+    known = None
+    if not is_transformed() and scores.is_cpu and type(scores) in _PLAIN_TENSORS:
+        known = mask_guards.read_sound(n_kept, held_mask, frozen, guards)
+    if known is not None:
+        return _known_block_mask(scores, held_mask, *known)
     sound = None
-    if guards is not None and not mask_guards.untouched(n_kept, held_mask, frozen, guards):
+    if guards is not None:
         n_kept, held_mask, frozen, sound = mask_guards.settle(n_kept, held_mask, frozen, guards)
     ahead = torch.arange(scores.numel(), device=scores.device) < n_kept
     mask = torch.zeros_like(ahead).scatter(0, _ranking(scores), ahead).view(scores.shape)
     mask = torch.where(frozen.bool(), held_mask.bool(), mask)
     live = frozen.logical_not().to(torch.uint8)
     return mask, live if sound is None else torch.where(sound, live, BROKEN)
+
+
+def _known_block_mask(
+    scores: Tensor, held_mask: Tensor, n_kept: int, frozen: int
+) -> tuple[Tensor, Tensor]:
+    """The same where the host knows the level and whether the mask is held: a held one is no longer ranked."""
+    if frozen:
+        return held_mask.to(torch.bool, copy=True), _LIVE[0]
+    mask = torch.zeros(scores.numel(), dtype=torch.bool)
+    mask.index_fill_(0, _ranking(scores)[: max(n_kept, 0)], True)
+    return mask.view(scores.shape), _LIVE[1]
+
+
+def _known_live(live: Tensor) -> int | None:
+    """Its value; None where the host does not know it."""
+    if torch.compiler.is_compiling():
+        return None
+    for flag, constant in _LIVE.items():
+        if live is constant:
+            return flag
+    values = mask_guards.read(live)
+    return None if values is None else values[0]
 
 
 def _ranking(scores: Tensor) -> Tensor:
@@ -98,7 +135,7 @@ def mask_weight(
     kernels = _kernels_for(weight, mask, *(() if live is None else (live,)))
     if kernels is not None and kernels.can_mask_weight(weight, mask):
         return kernels.mask_weight(weight, mask, blocksize, live)
-    if live is not None and mask_guards.read(live) not in ([0], [1]):
+    if live is not None and _known_live(live) not in (0, 1):
         factors = mask.to(weight.dtype)
         mask = torch.where(live == BROKEN, torch.full_like(factors, float("nan")), factors)
     if is_whole(weight.shape, blocksize):
@@ -144,8 +181,15 @@ def mask_weight_backward(
     grad_weight = mask_weight(grad, mask, blocksize) if need_grad_weight else None
     grad_scores = None
     if weight is not None:
-        sums = block_sum(grad, weight, blocksize)
-        grad_scores = torch.where(live != 0, sums, torch.zeros_like(sums))
+        known = _known_live(live)
+        if known == 0:  # a frozen mask on a CPU
+            dtype = _sum_dtype(grad, weight)
+            grad_scores = torch.zeros(mask.shape, dtype=dtype, device=grad.device)
+        else:
+            grad_scores = block_sum(grad, weight, blocksize)
+            if known is None:
+                zeros = torch.zeros_like(grad_scores)
+                grad_scores = torch.where(live != 0, grad_scores, zeros)
     return grad_weight, grad_scores
 
 
@@ -161,7 +205,7 @@ def block_sum(a: Tensor, b: Tensor, blocksize: tuple[int, int]) -> Tensor:
         `(R, C)`, float64 for float64 arguments and float32 otherwise: a block of bfloat16 products
         summed in bfloat16 would lose most of its digits.
     """
-    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    dtype = _sum_dtype(a, b)
     if is_whole(a.shape, blocksize):
         return _sum_blocks(a, b, blocksize, dtype)
     parts = []
@@ -241,16 +285,27 @@ def _spans(length: int, size: int) -> Iterator[tuple[slice, slice, int]]:
 
 def _as_blocks(weight: Tensor, blocksize: tuple[int, int]) -> Tensor:
     """`(N, K)` -> `(R, r, C, c)`, a view whatever the strides."""
-    return weight.unflatten(1, (-1, blocksize[1])).unflatten(0, (-1, blocksize[0]))
+    (r, c), (n, k) = blocksize, weight.shape
+    return weight.view(n // r, r, k // c, c)
+
+
+def _spread(mask: Tensor) -> Tensor:
+    """`(R, C)` -> `(R, 1, C, 1)`, a view."""
+    R, C = mask.shape
+    return mask.view(R, 1, C, 1)
 
 
 def _mask_blocks(weight: Tensor, mask: Tensor, blocksize: tuple[int, int]) -> Tensor:
-    blocks = _as_blocks(weight, blocksize) * mask.to(weight.dtype)[:, None, :, None]
+    blocks = _as_blocks(weight, blocksize) * _spread(mask.to(weight.dtype))
     if not blocks.is_contiguous():
         return blocks.reshape(weight.shape)
     # Nobody has the blocks but this function: the result is a tensor of its own, no view of them, so
     # that autograd lets it be written and its own views keep it alive.
-    return torch.ops.aten._unsafe_view.default(blocks, weight.shape)
+    return _unsafe_view(blocks, weight.shape)
+
+
+def _sum_dtype(a: Tensor, b: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
 
 
 def _sum_blocks(a: Tensor, b: Tensor, blocksize: tuple[int, int], dtype: torch.dtype) -> Tensor:

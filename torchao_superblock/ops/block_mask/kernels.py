@@ -1,7 +1,8 @@
 """Block masks on CUDA in three kernels: the mask, the masked weight, both gradients.
 
 What costs here is not the arithmetic but the number of launches: spelled out in PyTorch a mask is
-about fifteen small kernels for every layer in every step. The masked weight and the gradients are
+about fifteen small kernels for every layer in every step. Nor is Triton's own way to a launch taken
+more than once: of a small model's step it would be the largest part. The masked weight and the gradients are
 bound by memory; they read and write each element once and skip the blocks they need not read.
 
 Dimensions: N out_features, K in_features; R, C rows and columns of the block grid; r, c rows and
@@ -11,6 +12,7 @@ columns of a block.
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 import triton
@@ -18,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchao_superblock.ops.block_mask.guards import TOLERANCE, Guards
+from torchao_superblock.ops.cuda.launch import Kernel
 
 MAX_PAIRWISE_BLOCKS = 16384
 """Above this many blocks, comparing all pairs costs more than sorting does."""
@@ -292,24 +295,26 @@ def block_mask(
     n = held_mask.numel()
     i_tile, j_tile = (1024, 4096) if is_sorted else (32, 128)
     out = torch.empty(n + 1, dtype=torch.uint8, device=n_kept.device)
-    held = held_mask.contiguous().view(torch.int8)
+    held = _as(torch.int8, held_mask.contiguous())
     with _on_device(n_kept):
-        _block_mask_kernel[(triton.cdiv(n, i_tile),)](
-            ranked.detach().contiguous(),
-            n_kept,
-            held,
-            frozen.view(torch.int8),
-            # Without guards nothing is read from the last three.
-            *(guards if guards is not None else (n_kept, n_kept, held)),
-            out,
-            n,
+        _launch_block_mask(
+            (triton.cdiv(n, i_tile), 1, 1),
+            (
+                ranked.contiguous(),
+                n_kept,
+                held,
+                _as(torch.int8, frozen),
+                # Without guards nothing is read from the last three.
+                *(guards if guards is not None else (n_kept, n_kept, held)),
+                out,
+            ),
+            (n,),
             SORTED=is_sorted,
             GUARDED=guards is not None,
             TOLERANCE=TOLERANCE,
             I_TILE=i_tile,
             J_TILE=j_tile,
             J_TILES=triton.cdiv(n, j_tile),
-            num_warps=4,
         )
     return out[:n].view(torch.bool).view(held_mask.shape), out[n]
 
@@ -334,14 +339,10 @@ def mask_weight(
     out = torch.empty_like(weight)
     argument = _mask_argument(mask)
     with _on_device(weight):
-        _mask_weight_kernel[(triton.cdiv(K, k_tile), triton.cdiv(N, n_tile))](
-            weight.detach(),
-            argument,
-            argument if live is None else live,
-            out,
-            N,
-            K,
-            mask.shape[1],
+        _launch_mask_weight(
+            (triton.cdiv(K, k_tile), triton.cdiv(N, n_tile), 1),
+            (weight, argument, argument if live is None else live, out),
+            (N, K, mask.shape[1]),
             R_SIZE=r,
             C_SIZE=c,
             N_TILE=n_tile,
@@ -349,7 +350,6 @@ def mask_weight(
             TILE_IN_BLOCK=tile_in_block,
             FACTORS=mask.dtype != torch.bool,
             GUARDED=live is not None,
-            num_warps=4,
         )
     return out
 
@@ -385,18 +385,17 @@ def mask_weight_backward(
     if not (need_grad_weight or weight is not None):
         return None, None
     with _on_device(grad):
-        _mask_weight_backward_kernel[(C, R)](
-            grad.detach(),
-            grad if weight is None else weight.detach(),
-            _mask_argument(mask),
-            live.view(torch.uint8),
-            grad_weight,
-            grad_scores,
-            grad.shape[0],
-            grad.shape[1],
-            C,
-            grad.stride(0),
-            grad.stride(1),
+        _launch_mask_weight_backward(
+            (C, R, 1),
+            (
+                grad,
+                grad if weight is None else weight,
+                _mask_argument(mask),
+                _as(torch.uint8, live),
+                grad_weight,
+                grad_scores,
+            ),
+            (*grad.shape, C, *grad.stride()),
             R_SIZE=r,
             C_SIZE=c,
             N_TILE=min(32, triton.next_power_of_2(r)),
@@ -405,14 +404,50 @@ def mask_weight_backward(
             NEED_GRAD_SCORES=weight is not None,
             ACC_DTYPE=tl.float64 if accumulator == torch.float64 else tl.float32,
             FACTORS=mask.dtype != torch.bool,
-            num_warps=4,
         )
     return (grad_weight if need_grad_weight else None), (None if weight is None else grad_scores)
 
 
+class _Launcher:
+    """Launches one kernel; what Triton would compile once is kept as one :class:`Kernel`."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        self._kernels: dict[tuple, Kernel] = {}
+
+    def __call__(
+        self,
+        grid: tuple[int, int, int],
+        tensors: tuple[Tensor, ...],
+        numbers: tuple[int, ...],
+        **constants: Any,
+    ) -> None:
+        device = tensors[0].device.index
+        # All that Triton compiles for. It asks of an address no more than whether 16 divides it.
+        key = (
+            device,
+            numbers,
+            *constants.values(),
+            *[(tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors],
+        )
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            kernel = self._kernels[key] = Kernel(self._function, constants, num_warps=4)
+        kernel(grid, device, tensors, *numbers)
+
+
+_launch_block_mask = _Launcher(_block_mask_kernel)
+_launch_mask_weight = _Launcher(_mask_weight_kernel)
+_launch_mask_weight_backward = _Launcher(_mask_weight_backward_kernel)
+
+
+def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.view(dtype)
+
+
 def _mask_argument(mask: Tensor) -> Tensor:
-    mask = mask.detach().contiguous()
-    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    mask = mask.contiguous()
+    return _as(torch.uint8, mask) if mask.dtype == torch.bool else mask
 
 
 def _power_of_two_divisor(value: int, limit: int) -> int:

@@ -27,6 +27,7 @@ from torchao_superblock.ops.block_mask import (
     BROKEN,
     block_mask,
     block_norm,
+    is_transformed,
     scale_blocks_,
 )
 from torchao_superblock.ops.block_mask.guards import (
@@ -37,7 +38,7 @@ from torchao_superblock.ops.block_mask.guards import (
     pattern_checksum,
     settle,
 )
-from torchao_superblock.pruning.masks.product import MaskWeight
+from torchao_superblock.pruning.masks.product import MaskWeight, TransformableMaskWeight
 from torchao_superblock.pruning.masks.settings import (
     Check,
     check_blocksize_setting,
@@ -70,7 +71,7 @@ class BlockMask(nn.Module):
     in fact), density being the fraction of blocks that is kept. Where a tenth of the weights is
     left, each has to do more of the work than steps meant for a dense layer let it; under an
     optimizer whose steps do not depend on the size of gradients, such as Adam, this lets the layer
-    move as much as it did. As a level rises, :meth:`apply_level` divides the weight by what the gain
+    move as much as it did. As a level rises, `step()` divides the weight by what the gain
     grows, so that the function stays.
 
     Args:
@@ -210,15 +211,15 @@ class BlockMask(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """`(N, K)` -> the masked `(N, K)` weight."""
         self.refuse_sharded(weight)
-        with torch.no_grad():
-            factors, live = self._factors_and_live()
+        factors, live = self._factors_and_live()
         carrier = self.scores if self.carrier is None else self.carrier
         matrix = weight if weight.ndim == 2 else weight.flatten(1)
-        masked = MaskWeight.apply(matrix, carrier, factors, live, self.blocksize, self.statistic)
+        function = TransformableMaskWeight if is_transformed() else MaskWeight
+        masked = function.apply(matrix, carrier, factors, live, self.blocksize, self.statistic)
         return masked if weight.ndim == 2 else masked.view(weight.shape)
 
     def update(self, weight: Tensor, progress: Progress) -> None:
-        """Renews the scores; called by `step()` before it applies the level.
+        """Renews the scores; called by `step()`, under `no_grad`, before it applies the level.
 
         Args:
             weight: `(N, K)` under the mask, which FSDP2 may have sharded.
@@ -238,6 +239,22 @@ class BlockMask(nn.Module):
     def is_frozen(self) -> bool:
         """Whether the mask is held (False on the meta device). Reads it back to the host."""
         return not self.frozen.is_meta and bool(self.frozen)
+
+    @torch.no_grad()
+    def write_unless_frozen(self, values: Mapping[str, Tensor]) -> None:
+        """Copies values into buffers; a mask that is held keeps what it has. The host does not wait.
+
+        Args:
+            values: by the names of the buffers.
+        """
+        for name, value in values.items():
+            buffer = self._buffers[name]
+            buffer.copy_(torch.where(self.frozen != 0, buffer, value))
+
+    @property
+    def known_frozen(self) -> bool | None:
+        """Whether the mask is held; None where finding out would make the host wait for the device."""
+        return bool(self.frozen) if self.frozen.is_cpu else None
 
     @property
     def guards(self) -> Guards:
@@ -266,21 +283,6 @@ class BlockMask(nn.Module):
         carrier = torch.zeros(self.scores.shape, dtype=torch.float32, device=self.scores.device)
         self.carrier = nn.Parameter(carrier)
 
-    def carried(self) -> Tensor | None:
-        """What the last backwards left in the carrier, divided by its root mean square.
-
-        Returns:
-            `(R, C)`, zeros where it is not finite (a scaled loss that overflowed); None if there was
-            no backward since gradients were last set to None.
-        """
-        if self.carrier is None or self.carrier.grad is None:
-            return None
-        values = full_tensor(self.carrier.grad)
-        # In float64, since statistics travel small. A norm of 0, infinity or NaN scales all to 0.
-        norm = torch.linalg.vector_norm(values, dtype=_double(values.device))
-        scale = (values.numel() ** 0.5 / norm).nan_to_num_(0.0, 0.0, 0.0)
-        return (values * scale).nan_to_num_(0.0, 0.0, 0.0)
-
     @torch.no_grad()
     def block_mask(self) -> Tensor:
         """The mask of the next forward: a new bool tensor over the block grid, True = kept.
@@ -296,7 +298,14 @@ class BlockMask(nn.Module):
         return (mask if self.factor is None else mask * self.factor), live
 
     def _mask_and_live(self) -> tuple[Tensor, Tensor]:
-        return block_mask(self.full_scores(), self.n_kept, self.held_mask, self.frozen, self.guards)
+        buffers = self._buffers  # in each forward four attributes would take a microsecond more
+        return block_mask(
+            self.full_scores(),
+            buffers["n_kept"],
+            buffers["held_mask"],
+            buffers["frozen"],
+            self.guards,
+        )
 
     def _settled(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`n_kept`, `held_mask`, `frozen` as they were before an average, and whether they are sound."""
@@ -315,7 +324,7 @@ class BlockMask(nn.Module):
         refuse_released(self.scores, self.grid, where, way_out)
 
     def refuse_step(self, weight: Tensor, where: str) -> None:
-        """The same for what :meth:`update` and :meth:`apply_level` use; levels alone need nothing.
+        """The same for what :meth:`update` and :meth:`apply_gain` use; levels alone need nothing.
 
         Args:
             weight: under the mask; is not read.
@@ -367,9 +376,21 @@ class BlockMask(nn.Module):
         Args:
             sparsity_level: fraction of blocks to prune, in `[0, 1)`.
         """
-        n_blocks = self.held_mask.numel()
-        self._target_n_kept = kept_blocks(n_blocks, check_sparsity_level(sparsity_level))
-        self._write_level(self._target_n_kept)
+        self._write_level(self.aim_at(sparsity_level))
+
+    def aim_at(self, sparsity_level: float) -> int:
+        """Takes note of a level that the caller is about to write into `n_kept` and its guards.
+
+        Args:
+            sparsity_level: fraction of blocks to prune, in `[0, 1)`.
+
+        Returns:
+            How many blocks it keeps.
+        """
+        n_kept = kept_blocks(self.held_mask.numel(), check_sparsity_level(sparsity_level))
+        if n_kept != self._target_n_kept:  # a module's own attributes are dear to write
+            self._target_n_kept = n_kept
+        return n_kept
 
     @torch.no_grad()
     def _write_level(self, n_kept: int) -> None:
@@ -387,6 +408,14 @@ class BlockMask(nn.Module):
             weight: `(N, K)` under the mask; divided by what the gain grows, in place.
         """
         self.set_sparsity_level(sparsity_level)
+        self.apply_gain(weight)
+
+    def apply_gain(self, weight: Tensor) -> None:
+        """Makes the gain that of the level aimed at, without changing the function; call it under `no_grad`.
+
+        Args:
+            weight: `(N, K)` under the mask; divided by what the gain grows, in place.
+        """
         if self.factor is None:
             return
         new = self._gain_of_level()
@@ -625,10 +654,6 @@ def refuse_nan(weight: Tensor, where: str) -> None:
     """Raises for a weight whose blocks have no norm to be ranked by; `where` names the tensor."""
     if not weight.is_meta and bool(weight.isnan().any()):
         raise ValueError(f"{where}contains NaN, so its blocks have no norm to be ranked by")
-
-
-def _double(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def kept_blocks(n_blocks: int, sparsity_level: float) -> int:

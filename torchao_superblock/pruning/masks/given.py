@@ -36,5 +36,6 @@ class GivenMask(BlockMask):
     def unfreeze(self) -> None:
         """Does nothing: there is nothing that the mask could follow."""
 
-    def set_sparsity_level(self, sparsity_level: float) -> None:
-        """Does nothing: the mask says how many blocks are kept."""
+    def aim_at(self, sparsity_level: float) -> int:
+        """Stays where it is: the mask says how many blocks are kept."""
+        return self._target_n_kept

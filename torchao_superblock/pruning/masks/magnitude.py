@@ -76,18 +76,19 @@ class MagnitudeMask(BlockMask):
         if weight is not None and not weight.is_meta and not self.scores.is_meta:
             self.scores.copy_(self.block_norms(weight))
 
-    @torch.no_grad()
     def update(self, weight: Tensor, progress: Progress) -> None:
-        square = self.carried()
+        square = progress.carried.get(self)
         if square is not None:
             self.mean_square.lerp_(square, 1 - _MEMORY)
-        if progress.step % self.update_every or self.is_frozen:
+        if progress.step % self.update_every or self.known_frozen:
             return
         gone = self.block_mask().logical_not()
         scores = self.block_norms(weight)
         if self.mean_square is not None:
             scores *= self.mean_square.sqrt()
-        self.scores.copy_(scores.masked_fill_(gone, -1) if progress.one_way else scores)
+        if progress.one_way:
+            scores.masked_fill_(gone, -1)
+        self.write_unless_frozen({"scores": scores})
 
 
 class MagnitudeSparsifier(BlockSparsifier):

@@ -83,9 +83,8 @@ class PruneAndGrowMask(BlockMask):
         deaf = self.listening.logical_not() & (live != BROKEN)
         return factors, live.masked_fill(deaf, 0)
 
-    @torch.no_grad()
     def update(self, weight: Tensor, progress: Progress) -> None:
-        norms = self.carried()
+        norms = progress.carried.get(self)
         if norms is not None:
             self.gradient_norms.add_(norms)
         due = progress.step % self.update_every == 0

@@ -72,7 +72,10 @@ def check_flag(value: object, where: str = "", name: str = "gradient_weighted") 
 
 def check_sparsity_level(value: object, where: str = "") -> float:
     """Returns the level as a float, or raises with `where` in front."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    # A float first: `step()` checks every level, and an abstract class takes several calls to ask.
+    if type(value) is not float and (
+        isinstance(value, bool) or not isinstance(value, numbers.Real)
+    ):
         if isinstance(value, Tensor) and value.numel() == 1:
             value = value.item()
         else:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from torchao_superblock.common.blocks import BlockSize
-from torchao_superblock.ops.block_mask import mask_weight, mask_weight_backward
+from torchao_superblock.ops.block_mask import is_transformed, mask_weight, mask_weight_backward
 from torchao_superblock.pruning.masks.base import BlockMask, refuse_nan, scale_local_blocks_
 from torchao_superblock.pruning.masks.settings import Check, check_count, check_sharpness
 from torchao_superblock.pruning.ramp import Progress
@@ -34,6 +34,29 @@ class _SoftTopK(torch.autograd.Function):
         dz = d * dm - d / sum(d) * sum(d * dm)          (mu follows so that sum m stays)
         grad_weight = grad * m * factor + weight * (beta / mean(norm) * dz / norm)
     """
+
+    @staticmethod
+    def forward(
+        ctx,
+        weight: Tensor,
+        hard: Tensor,
+        soft: Tensor,
+        slope: Tensor,
+        factor: Tensor,
+        live: Tensor,
+        blocksize: tuple[int, int],
+    ) -> Tensor:
+        ctx.blocksize = blocksize
+        ctx.save_for_backward(weight, soft, slope, factor)
+        return mask_weight(weight, hard * soft * factor, blocksize, live)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _soft_backward(ctx, grad)
+
+
+class _TransformableSoftTopK(torch.autograd.Function):
+    """The same for the transforms of torch.func; see :class:`TransformableMaskWeight`."""
 
     generate_vmap_rule = True
 
@@ -57,16 +80,18 @@ class _SoftTopK(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        weight, soft, slope, factor = ctx.saved_tensors
-        live = torch.ones((), dtype=torch.bool, device=grad.device)
-        grad_weight, sums = mask_weight_backward(
-            grad, weight, soft * factor, live, ctx.blocksize, True
-        )
-        d = soft * (1 - soft)
-        dm = sums.to(d.dtype) * factor
-        dz = d * dm - d / d.sum().clamp_min(1e-12) * (d * dm).sum()
-        grad_weight = grad_weight + mask_weight(weight, dz * slope, ctx.blocksize)
-        return grad_weight, None, None, None, None, None, None
+        return _soft_backward(ctx, grad)
+
+
+def _soft_backward(ctx, grad: Tensor):
+    weight, soft, slope, factor = ctx.saved_tensors
+    live = torch.ones((), dtype=torch.bool, device=grad.device)
+    grad_weight, sums = mask_weight_backward(grad, weight, soft * factor, live, ctx.blocksize, True)
+    d = soft * (1 - soft)
+    dm = sums.to(d.dtype) * factor
+    dz = d * dm - d / d.sum().clamp_min(1e-12) * (d * dm).sum()
+    grad_weight = grad_weight + mask_weight(weight, dz * slope, ctx.blocksize)
+    return grad_weight, None, None, None, None, None, None
 
 
 class SpartanMask(BlockMask):
@@ -126,38 +151,40 @@ class SpartanMask(BlockMask):
         self.soft.fill_(1.0)
         self.slope.zero_()
         if weight is not None and not weight.is_meta and not self.scores.is_meta:
-            self._look(weight)
+            self._look(weight, self.sharpness)
 
     def factors(self) -> Tensor:
         return super().factors() * self.soft
 
     def forward(self, weight: Tensor) -> Tensor:
         self.refuse_sharded(weight)
-        with torch.no_grad():
-            hard, live = self._mask_and_live()
-            factor = torch.ones_like(self.sharpness) if self.factor is None else self.factor
+        hard, live = self._mask_and_live()
+        factor = torch.ones_like(self.sharpness) if self.factor is None else self.factor
         # Copies: `step()` may write into the buffers between a forward and its backward.
         soft, slope = self.soft.clone(), self.slope.clone()
-        return _SoftTopK.apply(weight, hard, soft, slope, factor.clone(), live, self.blocksize)
+        function = _TransformableSoftTopK if is_transformed() else _SoftTopK
+        return function.apply(weight, hard, soft, slope, factor.clone(), live, self.blocksize)
 
-    @torch.no_grad()
     def update(self, weight: Tensor, progress: Progress) -> None:
-        if progress.step % self.update_every or self.is_frozen:
+        if progress.step % self.update_every or self.known_frozen:
             return
         share = min(1.0, progress.step / progress.ramp.freeze_step)
-        self.sharpness.fill_(1 + (self.final_sharpness - 1) * share)
-        self._look(weight)
+        sharpness = torch.full_like(self.sharpness, 1 + (self.final_sharpness - 1) * share)
+        self._look(weight, sharpness)
 
-    def _look(self, weight: Tensor) -> None:
+    def _look(self, weight: Tensor, sharpness: Tensor) -> None:
         norms = self.block_norms(weight).float()
         mean = norms.mean().clamp_min(torch.finfo(norms.dtype).tiny)
-        self.scores.copy_(norms / mean)
-        z = self.sharpness * self.scores
-        self.soft.copy_(torch.sigmoid(z - _threshold(z, self.n_kept)))
+        scores = (norms / mean).to(self.scores.dtype)
+        z = sharpness * scores
+        soft = torch.sigmoid(z - _threshold(z, self.n_kept))
         everything = self.n_kept >= z.numel()  # no threshold keeps all but minus infinity
-        self.soft.masked_fill_(everything, 1.0)
-        slope = self.sharpness / (mean * norms.clamp_min(torch.finfo(norms.dtype).tiny))
-        self.slope.copy_(slope.masked_fill_(everything | (norms == 0), 0.0))
+        soft.masked_fill_(everything, 1.0)
+        slope = sharpness / (mean * norms.clamp_min(torch.finfo(norms.dtype).tiny))
+        slope.masked_fill_(everything | (norms == 0), 0.0)
+        self.write_unless_frozen(
+            {"scores": scores, "soft": soft, "slope": slope, "sharpness": sharpness}
+        )
 
     @torch.no_grad()
     def freeze(self, weight: Tensor | None = None) -> None:

@@ -121,7 +121,6 @@ class Supermask(BlockMask):
                 return
             self.scores.copy_(self.block_norms(weight))
 
-    @torch.no_grad()
     def update(self, weight: Tensor, progress: Progress) -> None:
         """Sums up scores that start at zeros: each layer's gradients count alike, whatever their size.
 
@@ -131,7 +130,7 @@ class Supermask(BlockMask):
         if self.scores_init != "zeros":
             return
         gone = self.block_mask().logical_not()
-        gradient = self.carried()
+        gradient = progress.carried.get(self)
         if gradient is not None:
             self.scores.sub_(gradient)
         if progress.one_way:
