@@ -12,12 +12,13 @@ r x c the block size, nnz stored blocks.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from torchao_superblock.ops import autograd, fast_path
+from torchao_superblock.ops import autograd, fast_path, gradients
 from torchao_superblock.ops.activations import ACTIVATIONS
 from torchao_superblock.ops.aot import register_decomposition
 from torchao_superblock.ops.backends import Backend, on_each_backend
@@ -53,6 +54,9 @@ _grad_values_op = torch.ops.torchao_superblock.bsr_linear_grad_values.default
 _profiler = torch.autograd.profiler
 _forward_ad = torch.autograd.forward_ad
 _function_mode_is_active = getattr(torch._C, "_is_torch_function_mode_enabled", lambda: True)
+_autocasts = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+# What serves a call in an autocast region, by device type.
+_autocast: dict[str, Callable[..., Tensor]] = {}
 
 
 def bsr_linear(
@@ -114,17 +118,23 @@ def bsr_linear(
             x, crow_indices, col_indices, values, bias, out_features, activation, plan
         )
     # A call like an earlier one need not go through the dispatcher, unless somebody watches the ops go by.
-    if not (
+    unwatched = not (
         _profiler._is_profiler_enabled
         or _forward_ad._current_level >= 0
         or _function_mode_is_active()
-    ):
+    )
+    args = (x, crow_indices, col_indices, values, bias, out_features, activation, plan)
+    if unwatched:
+        casts = None
+        if _autocasts() and not autograd.transformed() and torch.is_autocast_enabled(x.device.type):
+            casts = _autocast.get(x.device.type)
+        if casts is not None:
+            return casts(*args)
         y = fast_path.again(
             x, crow_indices, col_indices, values, bias, out_features, activation, plan
         )
         if y is not None:
             return y
-    args = (x, crow_indices, col_indices, values, bias, out_features, activation, plan)
     if autograd.transformed():
         y = autograd.TransformableFunction.apply(*args[:6], "none", plan)
         return ACTIVATIONS[activation](y)
@@ -314,6 +324,20 @@ def _register_autocast(backend: Backend) -> None:
         with torch._C._ExcludeDispatchKeyGuard(below):
             return _forward_op(x, crow_indices, col_indices, values, bias, *others, **named)
 
+    def cast_call(x, crow_indices, col_indices, values, bias, out_features, activation, plan):
+        # For nobody who watches the ops: the cast operands may be those of a call that is known.
+        dtype = torch.get_autocast_dtype(device_type)
+        if x.dtype is not dtype:
+            x = cast_to(dtype, x, device_type)
+        if values.dtype is not dtype:
+            values = cast_to(dtype, values, device_type)
+        if bias is not None and bias.dtype is not dtype:
+            bias = cast_to(dtype, bias, device_type)
+        args = (x, crow_indices, col_indices, values, bias, out_features, activation, plan)
+        with torch._C._ExcludeDispatchKeyGuard(below):
+            y = fast_path.again(*args)
+            return _forward_op(*args) if y is None else y
+
     def as_it_is(op):
         # A backward inside an autocast region: its operands have the forward's dtype already, and nothing that a
         # backend does with them may be cast.
@@ -323,9 +347,11 @@ def _register_autocast(backend: Backend) -> None:
 
         return call
 
+    _autocast[device_type] = cast_call
     _library.impl("bsr_linear", autocast, dispatch_key)
     _library.impl("bsr_linear_grad_x", as_it_is(_grad_x_op), dispatch_key)
     _library.impl("bsr_linear_grad_values", as_it_is(_grad_values_op), dispatch_key)
+    _library.impl("bsr_linear_backward", as_it_is(gradients.OP), dispatch_key)
 
 
 on_each_backend(_register_dispatch)
