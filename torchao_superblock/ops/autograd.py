@@ -96,14 +96,15 @@ def _save(ctx, y, args):
 
 
 def _backward(ctx, grad):
-    x, crow_indices, col_indices, values, bias, plan = ctx.saved_tensors
+    x, crow_indices, col_indices, values, bias, plan, *kept = ctx.saved_tensors
     needs_input = ctx.needs_input_grad
     needs = (needs_input[0], needs_input[3], ctx.has_bias and needs_input[4])
-    args = (grad, x, crow_indices, col_indices, values, bias, ctx.activation, None, plan, needs)
+    args, rest = (grad, x, crow_indices, col_indices, values, bias, ctx.activation), (plan, needs)
     if torch.is_grad_enabled() or transformed():
-        grad_x, grad_values, grad_bias = _differentiable_backward(*args)
+        # What was kept is a number to autograd, and is computed again.
+        grad_x, grad_values, grad_bias = _differentiable_backward(*args, None, *rest)
     else:
-        grad_x, grad_values, grad_bias = linear_backward(*args)
+        grad_x, grad_values, grad_bias = linear_backward(*args, kept[0] if kept else None, *rest)
     return grad_x, None, None, grad_values, grad_bias, None, None, None, None
 
 
@@ -123,9 +124,7 @@ def _differentiable_backward(
     if needs[0]:
         grad_x = _contract_grad_x(grad, *index, values, x.shape[-1], plan)
     if needs[1]:
-        grad_values = _contract_grad_values(
-            grad, x, *index, values.shape[1], values.shape[2], plan
-        )
+        grad_values = _contract_grad_values(grad, x, *index, values.shape[1], values.shape[2], plan)
     return grad_x, grad_values, sum_over_tokens(grad) if needs[2] else None
 
 
@@ -183,6 +182,61 @@ class _BSRLinearFunction(torch.autograd.Function):
 # Where a call is known, so is that no transform is active and no wrapper of one left, which is all that the method of
 # the class would look for.
 _apply = super(torch.autograd.Function, _BSRLinearFunction).apply
+
+
+class _KeepingFunction(torch.autograd.Function):
+    """The same with an activation, whose backward finds what came before it instead of computing that again."""
+
+    @staticmethod
+    def forward(ctx, x, crow_indices, col_indices, values, bias, out_features, activation, plan, _):
+        index = (crow_indices, col_indices)
+        args = (x, *index, values, bias, out_features, "none", plan)
+        z = fast_path.again(*args)
+        if z is None:
+            z = _below(_ops.bsr_linear.default, *args)
+            remember(*args)
+        y = ACTIVATIONS[activation](z)
+        ctx.activation, ctx.has_bias = activation, bias is not None
+        # relu's gradient is told by what comes after it as well, which the next layer keeps anyway.
+        ctx.save_for_backward(x, *index, values, bias, plan, y if activation == "relu" else z)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _backward(ctx, grad)
+
+
+def keeping(
+    x: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    out_features: int | None,
+    activation: str,
+    plan: Tensor | None,
+) -> Tensor | None:
+    """The op with an activation, for training: what comes before the activation is kept for the backward.
+
+    That is faster than computing it again, and costs `(M, N)` numbers, as an activation of its own does.
+
+    Args:
+        x: as :func:`torchao_superblock.ops.bsr_linear` has it, as have the others; not in an autocast region.
+
+    Returns:
+        `(..., N)`; None where tracers, transforms or modes are to see a product and an activation.
+    """
+    args = (x, crow_indices, col_indices, values, bias, out_features, activation, plan)
+    if (
+        type(x) is not Tensor
+        or type(values) not in (Tensor, torch.nn.Parameter)
+        or transformed()
+        or fast_path.modes_are_active()
+        or torch._C._get_tracing_state() is not None
+        or not _differentiates(x, values, bias)
+    ):
+        return None
+    return _KeepingFunction.apply(*args, _nothing)
 
 
 class _GradXFunction(torch.autograd.Function):

@@ -242,7 +242,7 @@ def modes_are_active() -> bool:
 
 
 def _keys_of(tensors: list[Tensor]) -> tuple[int, bool] | None:
-    """Bits of the keys that the dispatcher would go by, and whether a gradient is asked for; None: others have a say."""
+    """Bits of the keys that the dispatcher goes by, and whether a gradient is asked for; None: others have a say."""
     if any(type(tensor) not in _TYPES for tensor in tensors):
         return None
     keys, needs_grad = 0, False

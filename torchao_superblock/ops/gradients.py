@@ -12,7 +12,6 @@ r x c the block size, nnz stored blocks.
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -73,14 +72,10 @@ def linear_backward(
         Those gradients, `(..., K)`, `(nnz, r, c)` and `(N,)`; None for what is not asked for.
     """
     if type(grad) is not Tensor:
-        return _traced(
-            grad, x, crow_indices, col_indices, values, bias, activation, z, plan, needs
-        )
+        return _traced(grad, x, crow_indices, col_indices, values, bias, activation, z, plan, needs)
     # As in `op.py`: somebody may want to see the op go by.
     if not (_profiler._is_profiler_enabled or _function_mode_is_active()):
-        grads = _again(
-            grad, x, crow_indices, col_indices, values, bias, activation, z, plan, needs
-        )
+        grads = _again(grad, x, crow_indices, col_indices, values, bias, activation, z, plan, needs)
         if grads is not None:
             return grads
     args = (grad, x, crow_indices, col_indices, values, bias, activation, z, plan, needs)

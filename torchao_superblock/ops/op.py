@@ -14,6 +14,7 @@ r x c the block size, nnz stored blocks.
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,8 +56,6 @@ _profiler = torch.autograd.profiler
 _forward_ad = torch.autograd.forward_ad
 _function_mode_is_active = getattr(torch._C, "_is_torch_function_mode_enabled", lambda: True)
 _autocasts = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
-# What serves a call in an autocast region, by device type.
-_autocast: dict[str, Callable[..., Tensor]] = {}
 
 
 def bsr_linear(
@@ -125,11 +124,9 @@ def bsr_linear(
     )
     args = (x, crow_indices, col_indices, values, bias, out_features, activation, plan)
     if unwatched:
-        casts = None
-        if _autocasts() and not autograd.transformed() and torch.is_autocast_enabled(x.device.type):
-            casts = _autocast.get(x.device.type)
+        casts = _casts_of(x)
         if casts is not None:
-            return casts(*args)
+            return casts(_known_or_op, *args)
         y = fast_path.again(
             x, crow_indices, col_indices, values, bias, out_features, activation, plan
         )
@@ -142,6 +139,52 @@ def bsr_linear(
     if torch.is_inference_mode_enabled():  # elsewhere the kernel of the Autograd key has done it
         autograd.remember(*args)
     return y
+
+
+def trainable_linear(
+    x: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    out_features: int | None,
+    activation: str,
+    plan: Tensor | None,
+) -> Tensor:
+    """:func:`bsr_linear` as a layer in training calls it: what comes before the activation is kept for the backward.
+
+    Args:
+        x: as :func:`bsr_linear` has it, as have the others.
+    """
+    if activation == "none":
+        return bsr_linear(x, crow_indices, col_indices, values, bias, out_features, "none", plan)
+    y = None
+    if not torch.compiler.is_compiling():
+        args = (x, crow_indices, col_indices, values, bias, out_features, activation, plan)
+        casts = _casts_of(x)
+        y = autograd.keeping(*args) if casts is None else casts(autograd.keeping, *args)
+    if y is None:
+        z = bsr_linear(x, crow_indices, col_indices, values, bias, out_features, "none", plan)
+        y = ACTIVATIONS[activation](z)
+    return y
+
+
+# What serves a call in an autocast region, by device type; its first argument is what is called with cast operands.
+_autocast: dict[str, Callable[..., Any]] = {}
+
+
+def _casts_of(x: Tensor) -> Callable[..., Any] | None:
+    """What casts the operands of a call first; None outside of autocast, and where transforms are to see the casts."""
+    if not _autocasts() or autograd.transformed():
+        return None
+    device_type = x.device.type
+    casts = _autocast.get(device_type)
+    return casts if casts is not None and torch.is_autocast_enabled(device_type) else None
+
+
+def _known_or_op(*args: Any) -> Tensor:
+    y = fast_path.again(*args)
+    return _forward_op(*args) if y is None else y
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,8 +367,8 @@ def _register_autocast(backend: Backend) -> None:
         with torch._C._ExcludeDispatchKeyGuard(below):
             return _forward_op(x, crow_indices, col_indices, values, bias, *others, **named)
 
-    def cast_call(x, crow_indices, col_indices, values, bias, out_features, activation, plan):
-        # For nobody who watches the ops: the cast operands may be those of a call that is known.
+    def cast_call(function, x, crow_indices, col_indices, values, bias, *others):
+        # The same without the dispatcher, where nobody watches the ops.
         dtype = torch.get_autocast_dtype(device_type)
         if x.dtype is not dtype:
             x = cast_to(dtype, x, device_type)
@@ -333,10 +376,8 @@ def _register_autocast(backend: Backend) -> None:
             values = cast_to(dtype, values, device_type)
         if bias is not None and bias.dtype is not dtype:
             bias = cast_to(dtype, bias, device_type)
-        args = (x, crow_indices, col_indices, values, bias, out_features, activation, plan)
         with torch._C._ExcludeDispatchKeyGuard(below):
-            y = fast_path.again(*args)
-            return _forward_op(*args) if y is None else y
+            return function(x, crow_indices, col_indices, values, bias, *others)
 
     def as_it_is(op):
         # A backward inside an autocast region: its operands have the forward's dtype already, and nothing that a

@@ -320,9 +320,7 @@ def repeat_backward(
             z = _empty(z_out, z_out_strides, dtype)
             results = (0 if bias is None else bias.data_ptr(), z.data_ptr())
             weight = (crow_at, col_at, 0, values_at)
-            kernel.product(
-                x.data_ptr(), *x_strides, *weight, *results, *sizes, code, none, threads
-            )
+            kernel.product(x.data_ptr(), *x_strides, *weight, *results, *sizes, code, none, threads)
         if z is not None:
             grad = activation_backward(activation, grad, z)
         grad_at = grad.data_ptr()
@@ -331,9 +329,7 @@ def repeat_backward(
             grad_x = _empty(x_out, x_out_strides, dtype)
             weight = (crow_at, col_at, 1, values_at)
             results = (0, grad_x.data_ptr())
-            kernel.product(
-                grad_at, *grad_strides, *weight, *results, *sizes_t, code, none, threads
-            )
+            kernel.product(grad_at, *grad_strides, *weight, *results, *sizes_t, code, none, threads)
         if needs_values:
             grad_values = _empty((nnz, r, c), (r * c, c, 1), dtype)
             index = (crow_at, col_at, grad_values.data_ptr())
