@@ -30,6 +30,7 @@ from torchao_superblock.common.sharding import is_dtensor
 from torchao_superblock.common.swappable import own_methods, twin_of
 from torchao_superblock.ops import ACTIVATIONS, bsr_linear, build_plan
 from torchao_superblock.ops.checks import DTYPES
+from torchao_superblock.ops.op import trainable_linear
 
 # nn.MultiheadAttention's out_proj is an nn.Linear under another name.
 LINEAR_TYPES = (nn.Linear, NonDynamicallyQuantizableLinear)
@@ -157,11 +158,8 @@ def _run(
             f"BSRLinear: x must have {in_features} features in its last dimension, got shape {tuple(x.shape)}"
         )
     # With gradients, keeping what the activation needs for its backward is faster than computing it again.
-    fused = activation
-    if activation != "none" and torch.is_grad_enabled():
-        fused = "none"
-    y = bsr_linear(x, crow_indices, col_indices, values, bias, out_features, fused, plan)
-    return y if fused == activation else ACTIVATIONS[activation](y)
+    call = trainable_linear if torch.is_grad_enabled() else bsr_linear
+    return call(x, crow_indices, col_indices, values, bias, out_features, activation, plan)
 
 
 class BSRLinear(nn.Module):

@@ -9,14 +9,13 @@ The three ops are the three contractions of one trilinear form
 so each one's derivatives are the other two, and the backward can be differentiated again.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from torchao_superblock.ops import fast_path
 from torchao_superblock.ops.activations import ACTIVATIONS, activation_backward
 from torchao_superblock.ops.backends import backend_of
+from torchao_superblock.ops.gradients import linear_backward, sum_over_tokens
 from torchao_superblock.ops.plan import build_plan
 
 # `op.py` defines the three before it calls :func:`register`.
@@ -32,7 +31,7 @@ def transformed() -> bool:
 
 def remember(*args) -> None:
     """Let calls of the op with arguments like these skip what this one, which went the long way, had to do."""
-    fast_path.remember_above(_BSRLinearFunction.apply, *args)
+    fast_path.remember_above(_apply, *args)
 
 
 def _differentiates(*tensors: Tensor | None) -> bool:
@@ -88,7 +87,7 @@ def _sum_of(*terms: Tensor | None) -> Tensor | None:
 
 def _save(ctx, y, args):
     x, crow_indices, col_indices, values, bias, _, activation, plan = args
-    ctx.out_features, ctx.activation, ctx.has_bias = y.shape[-1], activation, bias is not None
+    ctx.n_outputs, ctx.activation, ctx.has_bias = y.shape[-1], activation, bias is not None
     # What came before the activation is computed again in the backward: that costs one sparse forward and saves
     # keeping an (M, N) tensor. The bias is needed for that alone.
     saved = (x, crow_indices, col_indices, values, None if activation == "none" else bias, plan)
@@ -97,24 +96,36 @@ def _save(ctx, y, args):
 
 
 def _backward(ctx, grad):
-    x, crow_indices, col_indices, values, bias, plan = ctx.saved_tensors
-    if ctx.activation != "none":
-        z = _contract(x, crow_indices, col_indices, values, bias, ctx.out_features, plan)
-        grad = activation_backward(ctx.activation, grad, z)
-    grad_x = grad_values = grad_bias = None
+    x, crow_indices, col_indices, values, bias, plan, *kept = ctx.saved_tensors
+    needs_input = ctx.needs_input_grad
+    needs = (needs_input[0], needs_input[3], ctx.has_bias and needs_input[4])
+    args, rest = (grad, x, crow_indices, col_indices, values, bias, ctx.activation), (plan, needs)
+    if torch.is_grad_enabled() or transformed():
+        # What was kept is a number to autograd, and is computed again.
+        grad_x, grad_values, grad_bias = _differentiable_backward(*args, None, *rest)
+    else:
+        grad_x, grad_values, grad_bias = linear_backward(*args, kept[0] if kept else None, *rest)
+    return grad_x, None, None, grad_values, grad_bias, None, None, None, None
+
+
+def _differentiable_backward(
+    grad, x, crow_indices, col_indices, values, bias, activation, z, plan, needs
+):
+    """The same of operations that can be differentiated again, and that the transforms of torch.func see."""
+    index = (crow_indices, col_indices)
+    if activation != "none":
+        if z is None:
+            z = _contract(x, *index, values, bias, grad.shape[-1], plan)
+        grad = activation_backward(activation, grad, z)
+    grad_x = grad_values = None
     # One plan for both, where gradients need one at all.
-    if plan is None and ctx.needs_input_grad[0] and ctx.needs_input_grad[3] and _use_plan(x):
-        plan = build_plan(crow_indices, col_indices, -(-x.shape[-1] // values.shape[2]))
-    if ctx.needs_input_grad[0]:
-        grad_x = _contract_grad_x(grad, crow_indices, col_indices, values, x.shape[-1], plan)
-    if ctx.needs_input_grad[3]:
-        grad_values = _contract_grad_values(
-            grad, x, crow_indices, col_indices, values.shape[1], values.shape[2], plan
-        )
-    if ctx.has_bias and ctx.needs_input_grad[4]:
-        # Not -1, which is ambiguous where there are no features.
-        grad_bias = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1]).sum(0)
-    return grad_x, None, None, grad_values, grad_bias, None, None, None
+    if plan is None and needs[0] and needs[1] and _use_plan(x):
+        plan = build_plan(*index, -(-x.shape[-1] // values.shape[2]))
+    if needs[0]:
+        grad_x = _contract_grad_x(grad, *index, values, x.shape[-1], plan)
+    if needs[1]:
+        grad_values = _contract_grad_values(grad, x, *index, values.shape[1], values.shape[2], plan)
+    return grad_x, grad_values, sum_over_tokens(grad) if needs[2] else None
 
 
 class TransformableFunction(torch.autograd.Function):
@@ -132,13 +143,13 @@ class TransformableFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _backward(ctx, grad)
+        return _backward(ctx, grad)[:8]
 
     @staticmethod
     def jvp(ctx, x_t, crow_t, col_t, values_t, bias_t, *_):
         # Only ever called for activation "none": the callers below apply an activation on their own.
         x, crow, col, values, _, plan = ctx.saved_tensors
-        N = ctx.out_features
+        N = ctx.n_outputs
         y_t = _sum_of(
             None if x_t is None else _contract(x_t, crow, col, values, None, N, plan),
             None if values_t is None else _contract(x, crow, col, values_t, None, N, plan),
@@ -165,7 +176,67 @@ class _BSRLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return (*_backward(ctx, grad), None)
+        return _backward(ctx, grad)
+
+
+# Where a call is known, so is that no transform is active and no wrapper of one left, which is all that the method of
+# the class would look for.
+_apply = super(torch.autograd.Function, _BSRLinearFunction).apply
+
+
+class _KeepingFunction(torch.autograd.Function):
+    """The same with an activation, whose backward finds what came before it instead of computing that again."""
+
+    @staticmethod
+    def forward(ctx, x, crow_indices, col_indices, values, bias, out_features, activation, plan, _):
+        index = (crow_indices, col_indices)
+        args = (x, *index, values, bias, out_features, "none", plan)
+        z = fast_path.again(*args)
+        if z is None:
+            z = _below(_ops.bsr_linear.default, *args)
+            remember(*args)
+        y = ACTIVATIONS[activation](z)
+        ctx.activation, ctx.has_bias = activation, bias is not None
+        # relu's gradient is told by what comes after it as well, which the next layer keeps anyway.
+        ctx.save_for_backward(x, *index, values, bias, plan, y if activation == "relu" else z)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _backward(ctx, grad)
+
+
+def keeping(
+    x: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    out_features: int | None,
+    activation: str,
+    plan: Tensor | None,
+) -> Tensor | None:
+    """The op with an activation, for training: what comes before the activation is kept for the backward.
+
+    That is faster than computing it again, and costs `(M, N)` numbers, as an activation of its own does.
+
+    Args:
+        x: as :func:`torchao_superblock.ops.bsr_linear` has it, as have the others; not in an autocast region.
+
+    Returns:
+        `(..., N)`; None where tracers, transforms or modes are to see a product and an activation.
+    """
+    args = (x, crow_indices, col_indices, values, bias, out_features, activation, plan)
+    if (
+        type(x) is not Tensor
+        or type(values) not in (Tensor, torch.nn.Parameter)
+        or transformed()
+        or fast_path.modes_are_active()
+        or torch._C._get_tracing_state() is not None
+        or not _differentiates(x, values, bias)
+    ):
+        return None
+    return _KeepingFunction.apply(*args, _nothing)
 
 
 class _GradXFunction(torch.autograd.Function):
@@ -275,8 +346,17 @@ def _grad_values_autograd(grad, x, crow_indices, col_indices, block_rows, block_
     return _below(_ops.bsr_linear_grad_values.default, *args)
 
 
+def _backward_autograd(
+    grad, x, crow_indices, col_indices, values, bias, activation, z, plan, needs
+):
+    args = (grad, x, crow_indices, col_indices, values, bias, activation, z, plan, needs)
+    if _forward_ad._current_level >= 0 or _differentiates(grad, x, values, bias, z):
+        return _differentiable_backward(*args)
+    return _below(_ops.bsr_linear_backward.default, *args)
+
+
 def register(library: torch.library.Library) -> None:
-    """Register the derivatives of the three ops, for all devices.
+    """Register the derivatives of the ops, for all devices.
 
     Args:
         library: has defined the ops.
@@ -284,3 +364,4 @@ def register(library: torch.library.Library) -> None:
     library.impl("bsr_linear", _forward_autograd, "Autograd")
     library.impl("bsr_linear_grad_x", _grad_x_autograd, "Autograd")
     library.impl("bsr_linear_grad_values", _grad_values_autograd, "Autograd")
+    library.impl("bsr_linear_backward", _backward_autograd, "Autograd")

@@ -121,6 +121,38 @@ def check_grad_values(
     return R, C
 
 
+def check_backward(
+    grad: Tensor,
+    x: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    z: Tensor | None,
+    plan: Tensor | None,
+) -> None:
+    """Check the arguments of all gradients at once."""
+    if grad.dim() < 1:
+        raise ValueError(
+            "bsr_linear backward: grad must have shape (..., out_features), got a 0-dim tensor"
+        )
+    N = grad.shape[-1]
+    check_forward(x, crow_indices, col_indices, values, bias, N, activation, plan)
+    if grad.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"bsr_linear backward: grad {tuple(grad.shape)} and x {tuple(x.shape)} differ in their leading dimensions"
+        )
+    if z is not None and z.shape != grad.shape:
+        raise ValueError(
+            f"bsr_linear backward: grad {tuple(grad.shape)} and z {tuple(z.shape)} differ in shape"
+        )
+    for name, tensor in (("grad", grad), ("z", z)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"bsr_linear backward: {name} is {tensor.dtype} but x is {x.dtype}")
+    check_devices(x, grad, z)
+
+
 def check_index(
     crow_indices: Tensor, col_indices: Tensor, nnz: int, plan: Tensor | None, C: int
 ) -> None:

@@ -73,17 +73,56 @@ try:
 except Exception:
     USABLE = False
 _TYPES = (Tensor, torch.nn.Parameter)
-# Compared in the place of an absent bias or plan. No call with real arguments has a tensor like these.
-_NO_BIAS = torch.empty((), dtype=torch.bool, device="meta")
-_NO_PLAN = torch.empty((), dtype=torch.bool, device="meta")
+NO_BIAS, NO_PLAN, NO_Z = STAND_INS = tuple(
+    torch.empty((), dtype=torch.bool, device="meta") for _ in range(3)
+)
+"""Compared in the place of what is absent: one for each, as no tensor may be compared twice. No call with real
+arguments has a tensor like these."""
 
 # What makes of a call what serves calls like it, by device type, where its backend leaves no closures.
 _devices: dict[str, Callable[..., Run]] = {}
-# By the two shapes that differ most between layers. Entries of one key are tried in turn, the newest first.
-_entries: dict[tuple[torch.Size, torch.Size], tuple[tuple, ...]] = {}
 # A program that keeps making new shapes must not grow them for ever; making one again is cheap.
 _MOST_KEYS = 4096
 _MOST_ENTRIES = 16
+_tables: list["Entries"] = []
+
+
+class Entries(dict[tuple[torch.Size, torch.Size], tuple[tuple, ...]]):
+    """What is remembered of an op, by the two shapes that differ most between layers.
+
+    Entries of one key are tried in turn, the newest first.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        _tables.append(self)
+
+    def noted(self, key: tuple[torch.Size, torch.Size]) -> bool:
+        """Whether a call with this key was seen before; from now on it was.
+
+        Making an entry costs as much as it saves in a few calls, and a program may never come back to these shapes.
+
+        Args:
+            key: of the call.
+        """
+        if key in self:
+            return True
+        if len(self) >= _MOST_KEYS:
+            self.clear()
+        self[key] = ()
+        return False
+
+    def keep(self, key: tuple[torch.Size, torch.Size], entry: tuple) -> None:
+        """Add an entry.
+
+        Args:
+            key: one that was noted.
+            entry: tried before the others.
+        """
+        self[key] = (entry, *self[key][: _MOST_ENTRIES - 1])
+
+
+_entries = Entries()
 
 
 def admit(dispatch_key: str) -> None:
@@ -109,7 +148,8 @@ def n_entries() -> list[int]:
 
 def forget() -> None:
     """Drop all entries: what they launch is to be decided anew."""
-    _entries.clear()
+    for table in _tables:
+        table.clear()
 
 
 def again(
@@ -135,8 +175,8 @@ def again(
         return None
     if not entries:
         return None
-    b = _NO_BIAS if bias is None else bias
-    p = _NO_PLAN if plan is None else plan
+    b = NO_BIAS if bias is None else bias
+    p = NO_PLAN if plan is None else plan
     for same, fixed_out_features, fixed_activation, differentiate, run in entries:
         if (
             activation == fixed_activation
@@ -158,8 +198,8 @@ def find(*args: Any) -> Run | None:
     x, crow_indices, col_indices, values, bias, out_features, activation, plan = args
     if type(x) is not Tensor or type(values) not in _TYPES:
         return None
-    b = _NO_BIAS if bias is None else bias
-    p = _NO_PLAN if plan is None else plan
+    b = NO_BIAS if bias is None else bias
+    p = NO_PLAN if plan is None else plan
     for same, *fixed, _, run in _entries.get((x.shape, values.shape), ()):
         if [out_features, activation] == fixed and same(x, crow_indices, col_indices, values, b, p):
             return run
@@ -193,14 +233,37 @@ def seen(x: Tensor, values: Tensor) -> bool:
         x: as the op has it.
         values: as the op has it.
     """
-    if not USABLE:
-        return False
-    if (x.shape, values.shape) in _entries:
-        return True
-    if len(_entries) >= _MOST_KEYS:
-        _entries.clear()
-    _entries[x.shape, values.shape] = ()
-    return False
+    return USABLE and _entries.noted((x.shape, values.shape))
+
+
+def modes_are_active() -> bool:
+    """Whether a `__torch_dispatch__` mode is to see the ops."""
+    return _n_dispatch_modes() > 0
+
+
+def _keys_of(tensors: list[Tensor]) -> tuple[int, bool] | None:
+    """Bits of the keys that the dispatcher goes by, and whether a gradient is asked for; None: others have a say."""
+    if any(type(tensor) not in _TYPES for tensor in tensors):
+        return None
+    keys, needs_grad = 0, False
+    for tensor in tensors:
+        own = _own_keys(tensor)
+        needs_grad |= tensor.requires_grad and own & _autograd_keys != 0
+        keys |= own
+    return None if keys & ~(_backend_keys | _autograd_keys) else (keys, needs_grad)
+
+
+def recognise(*tensors: Tensor) -> Callable[..., bool] | None:
+    """What tells whether tensors look like these, in a mode of dispatch like this one.
+
+    Args:
+        *tensors: for what is absent, one of :data:`STAND_INS`.
+
+    Returns:
+        A function of as many tensors; None where somebody else has a say in calls with such tensors.
+    """
+    real = [tensor for tensor in tensors if not any(tensor is absent for absent in STAND_INS)]
+    return None if _keys_of(real) is None else _guards(*tensors).check
 
 
 def remember(run: Run, differentiate: Callable[..., Tensor] | None, *args: Any) -> None:
@@ -218,22 +281,15 @@ def remember(run: Run, differentiate: Callable[..., Tensor] | None, *args: Any) 
     x, crow_indices, col_indices, values, bias, out_features, activation, plan = args
     if not seen(x, values):
         return
-    key = (x.shape, values.shape)
-    known = _entries[key]
     tensors = [t for t in (x, crow_indices, col_indices, values, bias, plan) if t is not None]
-    if any(type(tensor) not in _TYPES for tensor in tensors):
+    found = _keys_of(tensors)
+    if found is None:
         return
-    keys, needs_grad = 0, False
-    for tensor in tensors:
-        own = _own_keys(tensor)
-        needs_grad |= tensor.requires_grad and own & _autograd_keys != 0
-        keys |= own
-    if keys & ~(_backend_keys | _autograd_keys) or (
-        keys & _autograd_keys and differentiate is None
-    ):
+    keys, needs_grad = found
+    if keys & _autograd_keys and differentiate is None:
         return
-    b = _NO_BIAS if bias is None else bias
-    p = _NO_PLAN if plan is None else plan
+    b = NO_BIAS if bias is None else bias
+    p = NO_PLAN if plan is None else plan
     same = _guards(x, crow_indices, col_indices, values, b, p).check
     entry = (same, out_features, activation, differentiate if needs_grad else None, run)
-    _entries[key] = (entry, *known[: _MOST_ENTRIES - 1])
+    _entries.keep((x.shape, values.shape), entry)

@@ -32,6 +32,24 @@ def _grad_values_flops(
     return 2 * math.prod(x[:-1]) * col[0] * r * c
 
 
+def _backward_flops(
+    grad: _Shape,
+    x: _Shape,
+    crow: _Shape,
+    col: _Shape,
+    values: _Shape,
+    bias: _Shape | None,
+    activation: str,
+    z: _Shape | None,
+    plan: _Shape | None,
+    needs: Sequence[bool],
+    **_: Any,
+) -> int:
+    computes_z = activation != "none" and z is None
+    products = sum(needs[:2]) + computes_z
+    return 2 * math.prod(x[:-1]) * math.prod(values) * products
+
+
 def _gated_flops(x: _Shape, *weights: Any, **_: Any) -> int:
     # crow, col, values and bias of the gate, then of the other.
     return 2 * math.prod(x[:-1]) * (math.prod(weights[2]) + math.prod(weights[6]))
@@ -42,6 +60,7 @@ def _register(counter: ModuleType) -> None:
         "bsr_linear": _forward_flops,
         "bsr_linear_grad_x": _forward_flops,
         "bsr_linear_grad_values": _grad_values_flops,
+        "bsr_linear_backward": _backward_flops,
         **{f"bsr_product_{name}": _forward_flops for name in ACTIVATIONS},
         **{f"bsr_gated_linear_{name}": _gated_flops for name in ACTIVATIONS if name != "none"},
     }

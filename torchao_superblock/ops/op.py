@@ -12,12 +12,14 @@ r x c the block size, nnz stored blocks.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchao_superblock.ops import autograd, fast_path
+from torchao_superblock.ops import autograd, fast_path, gradients
 from torchao_superblock.ops.activations import ACTIVATIONS
 from torchao_superblock.ops.aot import register_decomposition
 from torchao_superblock.ops.backends import Backend, on_each_backend
@@ -53,6 +55,7 @@ _grad_values_op = torch.ops.torchao_superblock.bsr_linear_grad_values.default
 _profiler = torch.autograd.profiler
 _forward_ad = torch.autograd.forward_ad
 _function_mode_is_active = getattr(torch._C, "_is_torch_function_mode_enabled", lambda: True)
+_autocasts = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
 def bsr_linear(
@@ -114,17 +117,21 @@ def bsr_linear(
             x, crow_indices, col_indices, values, bias, out_features, activation, plan
         )
     # A call like an earlier one need not go through the dispatcher, unless somebody watches the ops go by.
-    if not (
+    unwatched = not (
         _profiler._is_profiler_enabled
         or _forward_ad._current_level >= 0
         or _function_mode_is_active()
-    ):
+    )
+    args = (x, crow_indices, col_indices, values, bias, out_features, activation, plan)
+    if unwatched:
+        casts = _casts_of(x)
+        if casts is not None:
+            return casts(_known_or_op, *args)
         y = fast_path.again(
             x, crow_indices, col_indices, values, bias, out_features, activation, plan
         )
         if y is not None:
             return y
-    args = (x, crow_indices, col_indices, values, bias, out_features, activation, plan)
     if autograd.transformed():
         y = autograd.TransformableFunction.apply(*args[:6], "none", plan)
         return ACTIVATIONS[activation](y)
@@ -132,6 +139,52 @@ def bsr_linear(
     if torch.is_inference_mode_enabled():  # elsewhere the kernel of the Autograd key has done it
         autograd.remember(*args)
     return y
+
+
+def trainable_linear(
+    x: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    out_features: int | None,
+    activation: str,
+    plan: Tensor | None,
+) -> Tensor:
+    """:func:`bsr_linear` as a layer in training calls it: what comes before the activation is kept for the backward.
+
+    Args:
+        x: as :func:`bsr_linear` has it, as have the others.
+    """
+    if activation == "none":
+        return bsr_linear(x, crow_indices, col_indices, values, bias, out_features, "none", plan)
+    y = None
+    if not torch.compiler.is_compiling():
+        args = (x, crow_indices, col_indices, values, bias, out_features, activation, plan)
+        casts = _casts_of(x)
+        y = autograd.keeping(*args) if casts is None else casts(autograd.keeping, *args)
+    if y is None:
+        z = bsr_linear(x, crow_indices, col_indices, values, bias, out_features, "none", plan)
+        y = ACTIVATIONS[activation](z)
+    return y
+
+
+# What serves a call in an autocast region, by device type; its first argument is what is called with cast operands.
+_autocast: dict[str, Callable[..., Any]] = {}
+
+
+def _casts_of(x: Tensor) -> Callable[..., Any] | None:
+    """What casts the operands of a call first; None outside of autocast, and where transforms are to see the casts."""
+    if not _autocasts() or autograd.transformed():
+        return None
+    device_type = x.device.type
+    casts = _autocast.get(device_type)
+    return casts if casts is not None and torch.is_autocast_enabled(device_type) else None
+
+
+def _known_or_op(*args: Any) -> Tensor:
+    y = fast_path.again(*args)
+    return _forward_op(*args) if y is None else y
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -314,6 +367,18 @@ def _register_autocast(backend: Backend) -> None:
         with torch._C._ExcludeDispatchKeyGuard(below):
             return _forward_op(x, crow_indices, col_indices, values, bias, *others, **named)
 
+    def cast_call(function, x, crow_indices, col_indices, values, bias, *others):
+        # The same without the dispatcher, where nobody watches the ops.
+        dtype = torch.get_autocast_dtype(device_type)
+        if x.dtype is not dtype:
+            x = cast_to(dtype, x, device_type)
+        if values.dtype is not dtype:
+            values = cast_to(dtype, values, device_type)
+        if bias is not None and bias.dtype is not dtype:
+            bias = cast_to(dtype, bias, device_type)
+        with torch._C._ExcludeDispatchKeyGuard(below):
+            return function(x, crow_indices, col_indices, values, bias, *others)
+
     def as_it_is(op):
         # A backward inside an autocast region: its operands have the forward's dtype already, and nothing that a
         # backend does with them may be cast.
@@ -323,9 +388,11 @@ def _register_autocast(backend: Backend) -> None:
 
         return call
 
+    _autocast[device_type] = cast_call
     _library.impl("bsr_linear", autocast, dispatch_key)
     _library.impl("bsr_linear_grad_x", as_it_is(_grad_x_op), dispatch_key)
     _library.impl("bsr_linear_grad_values", as_it_is(_grad_values_op), dispatch_key)
+    _library.impl("bsr_linear_backward", as_it_is(gradients.OP), dispatch_key)
 
 
 on_each_backend(_register_dispatch)

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, get_num_threads
 
 from torchao_superblock.ops import pytorch
-from torchao_superblock.ops.activations import CODES
+from torchao_superblock.ops.activations import CODES, activation_backward
 from torchao_superblock.ops.cpu import compiled
 from torchao_superblock.ops.cpu.compiled import backend_info
 from torchao_superblock.ops.plan import plan_fits
 
-__all__ = ["backend_info", "call", "forward", "grad_values", "grad_x", "repeat"]
+__all__ = ["backend_info", "call", "forward", "grad_values", "grad_x", "repeat", "repeat_backward"]
 
 # The order of `enum sb_dtype` in csrc/superblock.h.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -257,3 +257,86 @@ def grad_values(
     sizes = (M, crow.shape[0] - 1, K // block_cols, block_rows, block_cols, nnz)
     kernel.grad_values(*operands, *index, *sizes, _DTYPES[x.dtype], get_num_threads())
     return out
+
+
+def repeat_backward(
+    grad: Tensor,
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    z: Tensor | None,
+    plan: Tensor | None,
+    needs: tuple[bool, bool, bool],
+) -> Callable[..., tuple[Tensor | None, ...] | None] | None:
+    """What serves all gradients of calls like one that was served, with nothing left to ask of their tensors.
+
+    Args:
+        grad: as :func:`torchao_superblock.ops.gradients.linear_backward` had it, as have the others.
+    """
+    kernel = compiled.kernel
+    (nnz, r, c), R, K = values.shape, crow.shape[0] - 1, x.shape[-1]
+    N = R * r
+    plain = [t for t in (crow, col, values, bias, z) if t is not None]
+    if kernel is None or x.numel() * N == 0 or K % c or grad.shape[-1] != N or nnz == 0:
+        return None
+    if not all(tensor.is_contiguous() for tensor in plain):
+        return None
+    if not (x.is_contiguous() and grad.is_contiguous()):
+        if x.dim() != 2 or activation != "none":
+            return None
+    M = x.numel() // K
+    # Of a single row any stride is meant.
+    flat = x.dim() == 2 and M > 1
+    x_strides = x.stride() if flat else (K, x.stride(-1))
+    grad_strides = grad.stride() if flat else (N, grad.stride(-1))
+    dtype, code, none = x.dtype, _DTYPES[x.dtype], CODES["none"]
+    x_like = torch.empty(x.shape, device="meta")
+    z_like = torch.empty(grad.shape, device="meta")
+    x_out, z_out = (tuple(t.shape) for t in (x_like, z_like))
+    x_out_strides, z_out_strides = x_like.stride(), z_like.stride()
+    sizes, sizes_t = (M, R, K // c, r, c, nnz), (M, K // c, R, c, r, nnz)
+    lead = tuple(range(grad.dim() - 1))
+    needs_x, needs_values, needs_bias = needs
+    computes_z = activation != "none" and z is None
+
+    def run(
+        grad: Tensor,
+        x: Tensor,
+        crow: Tensor,
+        col: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        z: Tensor | None,
+        plan: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
+        if compiled.kernel is not kernel:
+            return None
+        threads = get_num_threads()
+        crow_at, col_at, values_at = crow.data_ptr(), col.data_ptr(), values.data_ptr()
+        if computes_z:
+            z = _empty(z_out, z_out_strides, dtype)
+            results = (0 if bias is None else bias.data_ptr(), z.data_ptr())
+            weight = (crow_at, col_at, 0, values_at)
+            kernel.product(x.data_ptr(), *x_strides, *weight, *results, *sizes, code, none, threads)
+        if z is not None:
+            grad = activation_backward(activation, grad, z)
+        grad_at = grad.data_ptr()
+        grad_x = grad_values = grad_bias = None
+        if needs_x:
+            grad_x = _empty(x_out, x_out_strides, dtype)
+            weight = (crow_at, col_at, 1, values_at)
+            results = (0, grad_x.data_ptr())
+            kernel.product(grad_at, *grad_strides, *weight, *results, *sizes_t, code, none, threads)
+        if needs_values:
+            grad_values = _empty((nnz, r, c), (r * c, c, 1), dtype)
+            index = (crow_at, col_at, grad_values.data_ptr())
+            operands = (grad_at, *grad_strides, x.data_ptr(), *x_strides)
+            kernel.grad_values(*operands, *index, *sizes, code, threads)
+        if needs_bias:
+            grad_bias = grad.sum(lead) if lead else grad.clone()
+        return grad_x, grad_values, grad_bias
+
+    return run

@@ -7,7 +7,9 @@ makes of both what runs it, which is kept. `TORCHAO_SUPERBLOCK_PRINT_CHOICE=1` p
 from importlib import import_module
 from typing import Any
 
+_OF_BACKWARD = ("activation_gradient", "repeat_backward")
 __all__ = [
+    *_OF_BACKWARD,
     "aot_twin",
     "backend_info",
     "call",
@@ -22,6 +24,6 @@ def __getattr__(name: str) -> Any:
     # What only wants to know about problems and choices need not import the kernels.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    backend = import_module(f"{__name__}.backend")
-    globals().update({name: getattr(backend, name) for name in __all__})
+    module = import_module(f"{__name__}.{'backward' if name in _OF_BACKWARD else 'backend'}")
+    globals()[name] = getattr(module, name)
     return globals()[name]

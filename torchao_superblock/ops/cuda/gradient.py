@@ -297,6 +297,7 @@ def _dense(problem: Problem) -> Callable[..., Tensor]:
     R, C, r, c = problem.R, problem.C, problem.r, problem.c
 
     def run(grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, parts: Plan) -> Tensor:
+        grad, x = grad.view(-1, R * r), x.view(-1, C * c)
         blocks = (grad.t() @ x).view(R, r, C, c).transpose(1, 2)
         # Clamped, as the kernels do: a bad index gives wrong numbers, and no assertion on the device.
         rows, columns = parts.row_indices.clamp(0, R - 1), col.clamp(0, C - 1)
@@ -316,7 +317,8 @@ def prepare(
         kernel_type: launches it.
 
     Returns:
-        A function of the gradient, x, crow, col and the parts of a plan, which returns `(nnz, r, c)`.
+        A function of the gradient, x, crow, col and the parts of a plan, which returns `(nnz, r, c)`. The first two may
+        have leading dimensions, where they lie in memory as the strides of the problem say.
     """
     if choice.kernel == "dense":
         return _dense(problem)
@@ -365,7 +367,7 @@ def prepare(
             tensors = (grad, x, crow, col, col, parts.row_order)
         else:
             tensors = (grad, x, parts.row_indices, col)
-        M = x.shape[0]
+        M = x.numel() // (C * c)
         # As many ranges of tokens as keep the processors busy, but at least 8 steps a program: below that, adding up
         # the parts costs more than the parallelism brings.
         splits = -(-tile.waves * device.processors // n_tiles)
