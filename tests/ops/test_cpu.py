@@ -94,7 +94,7 @@ def test_products_match_float64(kernel: str, dtype: torch.dtype, blocksize) -> N
         assert y.is_contiguous() and y.dtype == dtype
         assert relative_error(y, ACTIVATIONS[activation](z)) <= tolerance, (M, activation)
 
-        gx = cpu.grad_x(grad, crow, col, values, plan, C)
+        gx = cpu.grad_x(grad, crow, col, values, plan, C * c)
         assert gx.is_contiguous() and gx.dtype == dtype
         assert relative_error(gx, grad.double() @ dense.double()) <= tolerance, M
 
@@ -257,7 +257,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads(kernel: str, thread
             results.append(
                 (
                     cpu.forward(x, crow, col, values, bias, "gelu", plan),
-                    cpu.grad_x(grad, crow, col, values, plan, 8),
+                    cpu.grad_x(grad, crow, col, values, plan, 256),
                     cpu.grad_values(grad, x, crow, col, plan, 32, 32),
                 )
             )
@@ -391,7 +391,7 @@ dense, crow, col, values = random_bsr(512, 512, 32, 0.5)
 x, plan = torch.randn(300, 512), build_plan(crow, col, 16)
 def work():
     y = cpu.forward(x, crow, col, values, None, "gelu", plan)
-    return y, cpu.grad_x(y, crow, col, values, plan, 16), cpu.grad_values(y, x, crow, col, plan, 32, 32)
+    return y, cpu.grad_x(y, crow, col, values, plan, 512), cpu.grad_values(y, x, crow, col, plan, 32, 32)
 expected = work()                       # starts the pool of threads
 child = os.fork()
 if child == 0:
