@@ -27,8 +27,10 @@ SB_INLINE void TYPED(pack_x_as)(const void *x, int64_t x_row, int64_t x_col, int
                         for (int e = 0; e < KC; e += W) *(V *)(to + e) = LOAD(x, from + k + e, dtype);
                     } else {
                         const int64_t n = top + i < rows ? sb_min(KC, K - k) : 0;
-                        for (int64_t e = 0; e < KC; e++)
-                            to[e] = e < n ? ONE(x, from + (k + e) * x_col, dtype) : 0;
+                        int64_t e = 0;
+                        if (x_col == 1)
+                            for (; e + W <= n; e += W) *(V *)(to + e) = LOAD(x, from + k + e, dtype);
+                        for (; e < KC; e++) to[e] = e < n ? ONE(x, from + (k + e) * x_col, dtype) : 0;
                     }
                 }
             }
