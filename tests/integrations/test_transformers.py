@@ -456,7 +456,7 @@ EDITS = {
     ),
     "blocks that do not fit": (
         lambda c: c["layers"][UP].update(blocksize=[7, 8]),
-        f"the layer '{UP}' is described by",
+        rf"damaged: {UP}.weight has shape .*config.json says \(\d+, 7, 8\)",
     ),
     "no layers": (lambda c: c.update(layers={}), "describes no block-sparse layers"),
     "a newer format": (
