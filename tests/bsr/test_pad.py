@@ -12,7 +12,14 @@ from torch import nn
 from tests.bsr.common import CountCalls, assert_unchanged, snapshot
 from tests.ops.common import DEVICES
 from tests.reference import block_mask, expand_mask
-from torchao_superblock import load_bsr, save_bsr, swap_to_bsr, swap_to_dense, to_bsr_linear
+from torchao_superblock import (
+    MagnitudeSparsifier,
+    load_bsr,
+    save_bsr,
+    swap_to_bsr,
+    swap_to_dense,
+    to_bsr_linear,
+)
 from torchao_superblock.bsr import BSRLinear
 from torchao_superblock.bsr.format import bsr_to_dense, dense_to_bsr, infer_blocksize
 
@@ -351,6 +358,74 @@ def test_inductor_compiles_it():
     torch.testing.assert_close(compiled(x), expected)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), expected)
+
+
+def test_kept_blocks_that_are_zero_are_stored_where_training_goes_on():
+    model = nn.Sequential(nn.Linear(53, 37), nn.ReLU(), nn.Linear(37, 29))
+    nn.init.zeros_(model[2].weight)  # as a projection may start
+    sparsifier = MagnitudeSparsifier(0.5, 16)
+    sparsifier.prepare(model, config=None)
+    sparsifier.step()
+    kept = {entry.fqn: entry.kept for entry in sparsifier.summary().groups}
+    assert not any(entry.swap_obstacle for entry in sparsifier.summary().groups)
+    sparsifier.squash_mask()
+    optimizer = torch.optim.AdamW(model.parameters())
+    swap_to_bsr(model, min_sparsity=0.0, pad=True, optimizer=optimizer)
+    assert kept == {"0.weight": model[0].nnz, "2.weight": model[2].nnz}
+    assert model[0].blocksize == model[2].blocksize == (16, 16)
+    model(torch.randn(4, 53)).sum().backward()
+    optimizer.step()
+    padding = padding_of(model[2])
+    assert model[2].values[~padding].any() and not model[2].values[padding].any()
+
+
+class Gated(nn.Module):
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.gate, self.up = ragged(hidden, 53, (16, 16)), ragged(hidden, 53, (16, 16))
+        self.down, self.act = ragged(53, hidden, (16, 16)), nn.SiLU()
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gated_mlps_compute_the_same_and_say_why_two_products_stay(device):
+    for hidden, is_fused in ((37, False), (48, True)):
+        model = nn.Sequential(Gated(hidden)).to(device)
+        x = torch.randn(70, 53, device=device)
+        with torch.no_grad():
+            expected = model(x)
+            report = swap_to_bsr(model, 16, min_sparsity=0.0, pad=True, fuse_activations=True)
+            assert len(report.swapped) == 3
+            torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+        assert any("computed at once" in note for note in report.notes) == is_fused
+        if not is_fused:
+            assert any("since their last blocks are padded" in note for note in report.notes)
+
+
+def test_convolutions_are_padded_too():
+    conv = nn.Conv2d(20, 37, 1)
+    with torch.no_grad():
+        conv.weight[16:].zero_()
+    model = nn.Sequential(conv)
+    x = torch.randn(2, 20, 5, 4)
+    expected = model(x)
+    (entry,) = swap_to_bsr(model, 16, min_sparsity=0.0, pad=True).swapped
+    assert entry.padded == (48, 32)
+    torch.testing.assert_close(model(x), expected)
+    swap_to_dense(model)
+    assert model[0].weight.shape == (37, 20, 1, 1)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_pictures_show_the_whole_grid():
+    pytest.importorskip("matplotlib", reason="pictures need the `examples` extra")
+    from torchao_superblock.visualize import block_masks
+
+    layer = to_bsr_linear(ragged(37, 53, (16, 16)), 16, pad=True)
+    (mask,) = block_masks(nn.Sequential(layer))
+    assert mask.mask.shape == (3, 4) and int(mask.mask.sum()) == layer.nnz
 
 
 def test_attention_is_not_padded():

@@ -32,11 +32,11 @@ MOST_PADDING = 1.125
 
 def nonzero_blocks(weight: Tensor, blocksize: tuple[int, int]) -> Tensor:
     """Bool `(R, C)`: which blocks of a `(N, K)` weight hold anything but zeros (NaN counts, -0.0 does not)."""
-    return _in_blocks(weight.detach() != 0, blocksize).any(3).any(1)
+    return in_blocks(weight.detach() != 0, blocksize).any(3).any(1)
 
 
-def _in_blocks(matrix: Tensor, blocksize: tuple[int, int]) -> Tensor:
-    """`(R, r, C, c)`: a view of a `(N, K)` matrix, or of a padded copy where the last blocks are not whole."""
+def in_blocks(matrix: Tensor, blocksize: tuple[int, int]) -> Tensor:
+    """`(R, r, C, c)`: a view of a `(N, K)` matrix, or of a copy padded with zeros where it ends in a block."""
     (R, C), (r, c) = block_grid(tuple(matrix.shape), blocksize), blocksize
     N, K = matrix.shape
     if (N, K) != (R * r, C * c):
@@ -62,7 +62,7 @@ def gather_blocks(
 ) -> Tensor:
     """The `(nnz, r, c)` blocks of a dense `(N, K)` tensor that an index names, padded; a copy, detached."""
     row = torch.repeat_interleave(crow_indices.diff())
-    blocks = _in_blocks(weight.detach(), blocksize)
+    blocks = in_blocks(weight.detach(), blocksize)
     return blocks[row, :, col_indices.long(), :].contiguous()
 
 
