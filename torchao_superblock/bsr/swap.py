@@ -21,19 +21,16 @@ from torchao_superblock.bsr.attention import (
     with_blocks,
 )
 from torchao_superblock.bsr.attention_swap import judge_attention
-from torchao_superblock.bsr.dataflow import dataflows
-from torchao_superblock.bsr.dead_features import drop_dead_features
+from torchao_superblock.bsr.finish import Finish
 from torchao_superblock.bsr.format import (
     gather_blocks,
     infer_blocksize,
     nonzero_blocks,
     stored_blocks,
 )
-from torchao_superblock.bsr.fused_activations import fold_activations
-from torchao_superblock.bsr.gated_mlp import fuse_gates
 from torchao_superblock.bsr.layers import twin_of
 from torchao_superblock.bsr.linear import BSRLinear, bsr_type, conversion_obstacle
-from torchao_superblock.bsr.measure import find_parts, time_parts
+from torchao_superblock.bsr.measure import time_parts
 from torchao_superblock.bsr.optimizer_state import (
     WAY_OUT,
     Move,
@@ -41,6 +38,7 @@ from torchao_superblock.bsr.optimizer_state import (
     notes,
     stored_blocks_in,
 )
+from torchao_superblock.bsr.parts import find_parts
 from torchao_superblock.common.all_or_nothing import all_or_nothing
 from torchao_superblock.common.blocks import block_grid, padded_shape, parse_blocksize
 from torchao_superblock.common.kept_blocks import KeptBlocks, remembered_kept
@@ -218,8 +216,8 @@ def swap_to_bsr(
             says what tracing cannot know. What cannot be traced is left alone and stands in the report. Names stay as
             they are: an identity keeps the activation's place, and a gated MLP becomes a subclass of its class. Hooks
             that are put between the pieces later see what they saw before, as the activation then runs on its own; an
-            adapter put around a layer that applies an activation is refused when it runs. In a training step the
-            activation runs on its own all the same.
+            adapter put around a layer that applies an activation is refused when it runs. Whoever calls such a layer
+            from elsewhere gets the activation too. In a training step the activation runs on its own all the same.
         drop_dead_features: make two swapped layers that follow each other, with nothing but activations and dropout
             between them, narrower by the features that need not be computed: those that the second layer stores no
             block for, and those that the first layer stores none for. The latter are the same for every input, and what
@@ -230,9 +228,11 @@ def swap_to_bsr(
             kernels want it, it stays one. The report's shapes are those before.
         measure: an example input of the model (a tensor, a tuple of arguments or a dict of keyword arguments): each
             layer that could be swapped is timed dense and swapped on what it is called with, on this machine, and
-            swapped if that is faster; an `nn.TransformerEncoderLayer` and an `nn.MultiheadAttention` are timed whole,
-            since any swapped layer turns their fused path off. Eager forwards, with `optimizer` forwards and backwards.
-            The report has both times. The model runs once; the same shapes are timed once.
+            swapped if that is faster. What would be fused, or lose features together, is timed as what it becomes and
+            swapped together; so is a module with a fused path of torch's that any swapped layer inside turns off: an
+            `nn.MultiheadAttention`, an `nn.TransformerEncoderLayer`, an `nn.TransformerEncoder` that skips padding.
+            Eager forwards, with `optimizer` forwards and backwards. The report has both times. The model runs once; the
+            same shapes, with the same share of stored blocks to 5 %, are timed once.
         optimizer: goes on with the stored blocks in the place of the dense weights: the same object, with the same
             groups and the state of the stored blocks, so that schedulers and a GradScaler stay valid. Blocks that the
             squashed mask kept are stored though they are zero. Any optimizer of `torch.optim` that steps each element
@@ -299,6 +299,7 @@ def swap_to_bsr(
     candidates: list[_Candidate] = []
     owners = parameter_owners(model)
     places = Counter(child for module in model.modules() for child in module._modules.values())
+    guesses: dict[str, float] = {}  # what nobody has measured -> the sparsity that is asked for
 
     def judge(
         linear: nn.Linear,
@@ -309,7 +310,13 @@ def swap_to_bsr(
     ) -> SwapEntry:
         keep = None if optimizer is None else _kept(linear)
         wanted = blocksize, min_sparsity, filter_fn, owners, keep, measure is not None, pad
-        return _judge(linear, fqn, tensor_fqn, obstacle, *wanted)
+        entry = _judge(linear, fqn, tensor_fqn, obstacle, *wanted)
+        if min_sparsity is None and measure is None and entry.sparsity:
+            even = break_even(linear.weight.device.type, entry.blocksize, linear.weight.dtype)
+            dtype = str(linear.weight.dtype).removeprefix("torch.")
+            if not even.measured:
+                guesses[f"{dtype} on {even.where}"] = even.sparsity
+        return entry
 
     def convert(linear: nn.Linear, entry: SwapEntry, bsr: type[BSRLinear], names: Names) -> _Row:
         keep = None if optimizer is None else _kept(linear)
@@ -362,8 +369,14 @@ def swap_to_bsr(
             candidates.append(_Candidate(module, row.layer, [row]))
         else:
             report.skipped.append(entry)
+    report.notes += [
+        f"nobody has measured all of these block sizes in {where}, and without that {sparsity:.1%} of a layer's blocks "
+        "must be zero for a swap, which is cautious; measure=example_input times the layers on this machine"
+        for where, sparsity in guesses.items()
+    ]
+    finish = Finish(fuse_activations, drop_dead_features)
     if measure is not None:
-        _measure(model, candidates, measure, optimizer is not None)
+        _measure(model, candidates, measure, finish, train=optimizer is not None)
     for candidate in candidates:
         for row in candidate.rows:
             is_swapped = row.entry.code == "swapped"
@@ -373,7 +386,7 @@ def swap_to_bsr(
     if optimizer is not None:
         moves = [_move(row) for candidate in candidates for row in candidate.rows]
     with nullcontext() if optimizer is None else stored_blocks_in(optimizer, moves):
-        _replace(model, candidates, report, fuse_activations, drop_dead_features)
+        _replace(model, candidates, report, finish)
     if optimizer is not None:
         report.notes += notes(optimizer, moves)
     return report
@@ -416,12 +429,19 @@ class _Candidate:
 
 
 def _measure(
-    model: nn.Module, candidates: list[_Candidate], example_input: object, train: bool
+    model: nn.Module,
+    candidates: list[_Candidate],
+    example_input: object,
+    finish: Finish,
+    *,
+    train: bool,
 ) -> None:
     """Gives the entries their times; what is not faster, or not called, is swapped no more."""
     of_module = {candidate.module: candidate for candidate in candidates}
-    parts = find_parts(model, {candidate.module: candidate.new for candidate in candidates})
-    for part, timing in time_parts(model, parts, example_input, train=train).items():
+    replacements = {candidate.module: candidate.new for candidate in candidates}
+    parts = find_parts(model, replacements, finish)
+    for part, timing in time_parts(model, parts, example_input, finish, train=train).items():
+        names = " and ".join(repr(fqn or "the model") for fqn in part.fqns)
         if timing is None:
             change: dict[str, Any] = {
                 "code": "not_called",
@@ -432,11 +452,13 @@ def _measure(
         for module in part.replacements:
             candidate = of_module[module]
             if timing is not None and timing.bsr_ms >= timing.dense_ms:
-                is_itself = part.module is module and isinstance(candidate.new, BSRLinear)
-                what = "it" if is_itself else f"{without_compile_prefix(part.fqn)!r}"
+                is_itself = part.entry is module and len(part.replacements) == 1
+                what = "it takes" if is_itself and isinstance(candidate.new, BSRLinear) else names
+                if what is names:
+                    what += " takes" if len(part.fqns) == 1 else " together take"
                 change["code"] = "slower_than_dense"
                 change["reason"] = (
-                    f"{what} takes {timing.bsr_ms:.3f} ms swapped and {timing.dense_ms:.3f} ms dense"
+                    f"{what} {timing.bsr_ms:.3f} ms swapped and {timing.dense_ms:.3f} ms dense"
                 )
             for row in candidate.rows:
                 row.entry = replace(row.entry, **change)
@@ -545,7 +567,7 @@ def _judge(
             dtype = str(linear.weight.dtype).removeprefix("torch.")
             rule = (
                 f"and nobody has measured from where on {dtype} blocks of this size are faster than dense on {where}: "
-                f"{needed:.1%} is a cautious guess; pass min_sparsity to decide yourself"
+                f"{needed:.1%} is a cautious guess; measure=example_input times it here, min_sparsity decides"
             )
     if spared < needed:
         zeros = f"{sparsity:.1%} of its blocks are zero{with_padding}"
@@ -616,8 +638,7 @@ def _replace(
     model: nn.Module,
     candidates: list[_Candidate],
     report: SwapReport,
-    fuse_activations: bool,
-    drop_features: bool,
+    finish: Finish,
 ) -> None:
     """Put the new layers in place of the old ones."""
     with all_or_nothing(model):
@@ -642,34 +663,4 @@ def _replace(
                     if any(layer is row.layer for row in candidate.rows)
                 }
                 become_bsr(candidate.module, layers)
-        for fqn in turn_off_nested_tensors(model):
-            report.notes.append(
-                f"{without_compile_prefix(fqn) or 'the model'}: use_nested_tensor is False now, since a swapped layer "
-                "takes no nested tensors; padding is computed and masked instead"
-            )
-        if not (drop_features or fuse_activations):
-            return
-        flows, remarks = dataflows(model)
-        report.notes += remarks
-        if drop_features:
-            report.notes += drop_dead_features(model, flows)
-        if fuse_activations:
-            report.notes += fuse_gates(flows)
-            report.notes += fold_activations(model, flows)
-
-
-def turn_off_nested_tensors(model: nn.Module) -> list[str]:
-    """Set `use_nested_tensor = False` on each `nn.TransformerEncoder` around a BSRLinear; return their FQNs.
-
-    An encoder decides on nested tensors from its first layer alone, and BSRLinear has no kernel for them.
-    """
-    changed = []
-    for fqn, encoder in model.named_modules():
-        if (
-            isinstance(encoder, nn.TransformerEncoder)
-            and getattr(encoder, "use_nested_tensor", False)
-            and any(isinstance(module, BSRLinear) for module in encoder.modules())
-        ):
-            encoder.use_nested_tensor = False
-            changed.append(fqn)
-    return changed
+        report.notes += finish(model)
