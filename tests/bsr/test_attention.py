@@ -303,6 +303,14 @@ class TestAttributes:
         attention.out_proj(x)
         assert seen == [1, "out"]
 
+    @pytest.mark.parametrize(("name", "sizes"), [("in_proj", {}), ("k_proj", {"kdim": 16})])
+    def test_an_adapter_around_an_input_projection_is_refused(self, name, sizes):
+        _, swapped = pair(batch_first=True, **sizes)
+        setattr(swapped, name, nn.Sequential(getattr(swapped, name)))
+        q = torch.randn(2, 3, E)
+        with pytest.raises(TypeError, match=f"{name} is a Sequential, but its blocks are read"):
+            swapped(q, q[..., : sizes.get("kdim", E)], q)
+
     def test_copies_pickles_and_moves(self):
         _, swapped = pair(batch_first=True)
         q, k, v = inputs("query is key", 2, True)

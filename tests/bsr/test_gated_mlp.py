@@ -181,8 +181,34 @@ class TestGatedLeavesTheOldForward:
                 )
             )
 
+    def test_with_a_hook_on_what_comes_in(self):
+        for path in ("gate_proj", "up_proj", "act_fn"):
+            self.check(
+                lambda model, path=path: model.get_submodule(path).register_forward_pre_hook(
+                    lambda module, args: (args[0] * 2,)
+                )
+            )
+
     def test_with_another_activation(self):
         self.check(lambda model: setattr(model, "act_fn", nn.Tanh()))
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "up_proj"])
+def test_gated_reads_blocks_that_were_pruned_or_frozen_later(name):
+    from torch.nn.utils import prune as torch_prune
+
+    _, model, _ = gated()
+    layer = model.get_submodule(name).requires_grad_(False)
+    keep = torch.ones_like(layer.values)
+    keep[0] = 0
+    torch_prune.custom_from_mask(layer, "values", keep)
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        gate, up = (
+            F.linear(x, one.to_dense(), one.bias) for one in (model.gate_proj, model.up_proj)
+        )
+        hidden = F.silu(gate) * up
+        assert relative_error(model(x), model.down_proj(hidden)) <= 1e-5
 
 
 class TestGatedIsNotFused:

@@ -4,12 +4,15 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from tests.bsr.common import prune, prune_all
+from tests.bsr.common import CountCalls, assert_unchanged, prune, prune_all, snapshot
 from torchao_superblock import swap_to_bsr
 from torchao_superblock.bsr import BSRLinear
-from torchao_superblock.bsr.measure import Timing, find_parts, time_parts
+from torchao_superblock.bsr.finish import Finish
+from torchao_superblock.bsr.measure import Timing, time_parts
+from torchao_superblock.bsr.parts import find_parts
 
 
 class Model(nn.Module):
@@ -96,8 +99,8 @@ def test_an_encoder_layer_is_timed_whole():
         for layer in (block.linear1, block.linear2)
     }
     parts = find_parts(encoder, replacements)
-    assert [part.fqn for part in parts] == ["layers.0", "layers.1"]
-    swapped = parts[0].swapped()
+    assert [part.fqns for part in parts] == [("layers.0",), ("layers.1",)]
+    swapped = parts[0].swapped(Finish())
     assert isinstance(swapped.linear1, BSRLinear)
     assert swapped.norm1.weight is encoder.layers[0].norm1.weight
     assert isinstance(encoder.layers[0].linear1, nn.Linear)
@@ -125,3 +128,167 @@ def test_min_sparsity_still_holds():
     model = prune_all(nn.Sequential(nn.Linear(64, 64)), 16, 0.5)
     report = swap_to_bsr(model, measure=torch.ones(2, 64), min_sparsity=0.9)
     assert report.skipped[0].code == "too_few_zero_blocks"
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up = nn.Linear(64, 128), nn.Linear(64, 128)
+        self.down, self.act = nn.Linear(128, 64), nn.SiLU()
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """An MLP whose pieces can be fused, a gated one, and a layer alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64)
+        self.gated = Gated()
+        self.proj = nn.Linear(64, 64)
+
+    def forward(self, x):
+        x = x + self.fc2(self.act(self.fc1(x)))
+        return self.proj(x + self.gated(x))
+
+
+def pruned_block():
+    torch.manual_seed(0)
+    return prune_all(Block(), 16, 0.75).eval()
+
+
+def all_replaced(model):
+    return {m: BSRLinear.from_dense(m, 16) for m in model.modules() if isinstance(m, nn.Linear)}
+
+
+@pytest.mark.parametrize(
+    ("finish", "expected"),
+    [
+        (Finish(), ["fc1", "fc2", "gated.gate", "gated.up", "gated.down", "proj"]),
+        (Finish(fuse_activations=True), ["fc1", "fc2", "gated", "proj"]),
+        (Finish(drop_dead_features=True), ["fc1 fc2", "gated", "proj"]),
+        (Finish(True, True), ["fc1 fc2", "gated", "proj"]),
+    ],
+)
+def test_what_would_be_fused_is_timed_together(finish, expected):
+    model = pruned_block()
+    before = snapshot(model)
+    parts = find_parts(model, all_replaced(model), finish)
+    assert [" ".join(part.fqns) for part in parts] == expected
+    assert_unchanged(model, before)
+    x = torch.randn(3, 64)
+    times = time_parts(model, parts, x, finish, train=False, progress=False)
+    assert all(timing.bsr_ms > 0 for timing in times.values())
+    assert_unchanged(model, before)
+    for part in parts:
+        layer = next(m for m in part.module.modules() if isinstance(m, nn.Linear))
+        x = torch.randn(3, layer.in_features)
+        torch.testing.assert_close(part.swapped(finish)(x), part.module(x))
+
+
+def test_fused_parts_are_timed_as_what_they_become():
+    model = pruned_block()
+    with torch.no_grad():
+        model.fc2.weight[:, :64] = 0  # half of the hidden features are not read
+    replacements = all_replaced(model)
+    finish = Finish(fuse_activations=True, drop_dead_features=True)
+    mlp, gated, _ = find_parts(model, replacements, finish)
+    first, place, second = mlp.swapped(finish)
+    assert first.activation == "gelu" and place.activation == "gelu"
+    assert first.out_features == second.in_features < 128
+    assert type(gated.swapped(finish)).__name__ == "GatedGated"
+    # The layers that a swap will put in place have learnt nothing.
+    assert all(new.activation == "none" and new.place is None for new in replacements.values())
+    assert mlp.kind(finish) != mlp.kind(Finish(fuse_activations=True))
+    with CountCalls() as counted, torch.no_grad():
+        mlp.swapped(finish)(torch.ones(2, 64))
+    assert counted.activations == {"gelu", "none"}
+
+
+def test_layers_that_are_fused_stand_or_fall_together():
+    model = pruned_block()
+    expected = model(torch.ones(3, 64))
+    report = swap_to_bsr(
+        model, measure=torch.ones(3, 64), fuse_activations=True, drop_dead_features=True
+    )
+    found = entries(report)
+    for names in (("fc1", "fc2"), ("gated.gate", "gated.up", "gated.down")):
+        rows = [found[name] for name in names]
+        assert len({(row.dense_ms, row.bsr_ms, row.code) for row in rows}) == 1
+        if rows[0].code == "slower_than_dense":
+            assert rows[0].reason.startswith(
+                "'fc1' and 'fc2' together" if "fc1" in names else "'gated' takes"
+            )
+    torch.testing.assert_close(model(torch.ones(3, 64)), expected)
+
+
+def test_a_function_of_the_code_is_timed_with_its_layers():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2, self.act = nn.Linear(64, 128), nn.Linear(128, 64), F.silu
+
+        def forward(self, x):
+            return self.fc2(F.dropout(torch.tanh(self.fc1(x)), 0.1, self.training))
+
+    model = prune_all(Functional(), 16, 0.75).eval()
+    finish = Finish(drop_dead_features=True)
+    (part,) = find_parts(model, all_replaced(model), finish)
+    x = torch.randn(2, 64)
+    torch.testing.assert_close(part.module(x), model(x))
+    torch.testing.assert_close(part.swapped(finish)(x), model(x))
+
+
+def test_an_encoder_that_skips_padding_is_timed_whole():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    encoder = prune_all(nn.TransformerEncoder(layer, 2).eval(), 16, 0.75)
+    padding = torch.arange(7) >= torch.tensor([[7], [2]])
+    example = {"src": torch.randn(2, 7, 64), "src_key_padding_mask": padding}
+    report = swap_to_bsr(encoder, measure=example)
+    timed = {e.dense_ms: e.code for e in entries(report).values() if e.dense_ms is not None}
+    assert len(timed) == 1
+    assert encoder.use_nested_tensor is ("swapped" not in timed.values())
+
+
+def test_the_module_that_refuses_the_example_is_named():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(
+                [nn.Sequential(prune(nn.Linear(64, 32), 16)), pruned_block()]
+            )
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    model = Outer()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"RuntimeError in blocks\.1\.fc1: "):
+        swap_to_bsr(model, measure=torch.ones(2, 64))
+    assert_unchanged(model, before)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_the_part_that_cannot_be_timed_is_named():
+    class Picky(nn.ReLU):
+        def forward(self, x):
+            if torch.is_grad_enabled():
+                raise RuntimeError("no gradients here")
+            return super().forward(x)
+
+    class Attended(nn.TransformerEncoderLayer):
+        pass
+
+    model = nn.Sequential(Attended(64, 4, 128, activation=Picky(), batch_first=True)).eval()
+    prune_all(model, 16, 0.75)
+    before = snapshot(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(RuntimeError, match="no gradients here") as caught:
+        swap_to_bsr(model, measure=torch.ones(2, 3, 64), optimizer=optimizer)
+    assert "while timing '0'" in caught.value.__notes__
+    assert_unchanged(model, before)

@@ -153,7 +153,9 @@ def test_report_accounts_for_weights_outside_of_linear_layers():
     }
     reasons = {entry.fqn: entry.reason for entry in report.skipped}
     assert reasons["fused.weight"] == "Conv1D has no block-sparse twin"
-    assert reasons["ragged"].endswith("from 8 to 256; 50.0% of its elements are zero")
+    assert reasons["ragged"].endswith(
+        "from 8 to 256; 50.0% of its elements are zero, and pad=True pads its last blocks"
+    )
 
 
 def test_an_explicit_block_size_that_does_not_divide_is_a_skip():
@@ -186,8 +188,18 @@ def test_a_guess_is_not_stated_as_a_fact():
     (entry,) = report.skipped
     assert entry.code == "slower_than_dense"
     assert "break even" not in entry.reason
-    for words in ("nobody has measured", "float32", "cpu", "guess", "min_sparsity"):
+    for words in ("nobody has measured", "float32", "cpu", "guess", "min_sparsity", "measure="):
         assert words in entry.reason, entry.reason
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.95])
+def test_a_report_says_that_a_guess_was_made(sparsity):
+    def swap(**options):
+        return swap_to_bsr(nn.Sequential(prune(nn.Linear(64, 64), 8, sparsity)), 8, **options)
+
+    (note,) = swap().notes
+    assert "float32 on cpu" in note and "cautious" in note and "measure=" in note
+    assert not swap(min_sparsity=0.5).notes and not swap(measure=torch.ones(1, 64)).notes
 
 
 def test_what_a_module_has_carries_over():

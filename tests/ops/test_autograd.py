@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 from tests.ops.common import DEVICES, SHAPES
-from tests.reference import TOLERANCE, block_mask, random_bsr, relative_error
+from tests.reference import EXTREMES, TOLERANCE, block_mask, random_bsr, relative_error
 from torchao_superblock.bsr.format import bsr_to_dense
 from torchao_superblock.ops import ACTIVATIONS, bsr_linear, build_plan
 
@@ -45,6 +45,23 @@ def test_gradcheck_and_gradgradcheck(activation):
 
     assert torch.autograd.gradcheck(function, (x, values, bias))
     assert torch.autograd.gradgradcheck(function, (x, values, bias))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_gradients_of_activations_at_extremes_are_torchs(activation, dtype, device):
+    """Of the bias, which comes to the activation as it is, once and with a graph of its own."""
+    bias = torch.tensor(EXTREMES, device=device).to(dtype).requires_grad_()
+    N = len(bias)
+    crow, col = torch.zeros(N + 1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
+    values = torch.zeros(0, 1, 1, dtype=dtype, device=device)
+    x = torch.zeros(1, 1, dtype=dtype, device=device)
+    y = bsr_linear(x, crow.to(device), col.to(device), values, bias, None, activation)
+    (expected,) = torch.autograd.grad(ACTIVATIONS[activation](bias).sum(), bias)
+    for create_graph in (False, True):
+        (grad,) = torch.autograd.grad(y.sum(), bias, retain_graph=True, create_graph=create_graph)
+        torch.testing.assert_close(grad, expected, equal_nan=True)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

@@ -149,7 +149,7 @@ def test_activations_are_accurate_on_their_whole_range(kernel: str, activation: 
         assert ((y.double() - expected).abs() <= 4e-7 * expected.abs().clamp(min=0.5)).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_at_extremes_are_torch_s(
     kernel: str, activation: str, dtype: torch.dtype

@@ -268,6 +268,12 @@ class BSRMultiheadAttention(nn.MultiheadAttention):
             if name == "in_proj" and last - first < 3:
                 weight = weight[first * E : last * E]
             return F.linear(x, weight, bias)
+        if not isinstance(layer, BSRLinear):
+            raise TypeError(
+                f"BSRMultiheadAttention: {name} is a {type(layer).__name__}, but its blocks are read and it is never "
+                "called, so that what was put around it would be lost; put the block-sparse layer back, or call "
+                "swap_to_dense on the attention first"
+            )
         blocks = layer.part(first, last) if name == "in_proj" else layer.blocks()
         crow_indices, col_indices, values, plan = blocks
         N, K = (last - first) * E, layer.in_features

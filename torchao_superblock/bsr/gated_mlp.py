@@ -7,7 +7,7 @@ looks whether everything is as it was when it was made, and else is the old one.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -129,6 +129,8 @@ def obstacle(flow: Dataflow, gate: Gate) -> str | None:
         return "the two layers are not plain BSRLinear layers"
     parts = 2 if gate.gate == gate.up else 1
     if layers[0].out_features % (parts * layers[0].blocksize[0]):
+        if parts == 1:
+            return "their last blocks are padded"
         return "a block would lie in both halves of the layer"
     dtypes = {
         module.values.dtype if isinstance(module, BSRLinear) else module.weight.dtype
@@ -140,6 +142,34 @@ def obstacle(flow: Dataflow, gate: Gate) -> str | None:
     return None
 
 
+def fusable(
+    flows: Sequence[Dataflow], notes: list[str] | None = None
+) -> Iterator[tuple[Dataflow, Gate]]:
+    """Each gated MLP of two swapped layers that can compute their product and the activation at once.
+
+    Args:
+        flows: of the model.
+        notes: is given a sentence about each that cannot, with the reason.
+    """
+    for flow in flows:
+        for gate in flow.gates.values():
+            name = activation_name(flow.piece(gate.activation))
+            layers = [flow.piece(path) for path in (gate.gate, gate.up)]
+            if name is None or not all(isinstance(layer, BSRLinear) for layer in layers):
+                continue
+            reason = obstacle(flow, gate)
+            if reason is None and not isinstance(flow.owner, GatedMLP):
+                yield flow, gate
+            elif reason is not None and notes is not None:
+                notes.append(
+                    f"{_names(flow, gate)}: the {name} and the product behind them run on their own, since {reason}"
+                )
+
+
+def _names(flow: Dataflow, gate: Gate) -> str:
+    return " and ".join(dict.fromkeys(map(flow.name, (gate.gate, gate.up))))
+
+
 def fuse_gates(flows: Sequence[Dataflow]) -> list[str]:
     """Let each gated MLP of two swapped layers compute their product and the activation at once.
 
@@ -149,26 +179,16 @@ def fuse_gates(flows: Sequence[Dataflow]) -> list[str]:
     Returns:
         A sentence about each that does now, and about each that does not, with the reason.
     """
-    notes = []
-    for flow in flows:
-        for gate in flow.gates.values():
-            name = activation_name(flow.piece(gate.activation))
-            layers = [flow.piece(path) for path in (gate.gate, gate.up)]
-            if name is None or not all(isinstance(layer, BSRLinear) for layer in layers):
-                continue
-            names = " and ".join(dict.fromkeys(map(flow.name, (gate.gate, gate.up))))
-            reason = obstacle(flow, gate)
-            if reason is None and not isinstance(flow.owner, GatedMLP):
-                fuse_gate(flow.owner, gate, flow.piece(gate.activation))
-                rounding = is_equal_to_rounding(flow.piece(gate.activation))
-                remark = ", which equals the model's own to rounding" if rounding else ""
-                notes.append(
-                    f"{names}: computed at once with the {name} and the product behind them{remark}"
-                )
-            elif reason is not None:
-                notes.append(
-                    f"{names}: the {name} and the product behind them run on their own, since {reason}"
-                )
+    notes: list[str] = []
+    for flow, gate in fusable(flows, notes):
+        activation = flow.piece(gate.activation)
+        fuse_gate(flow.owner, gate, activation)
+        rounding = is_equal_to_rounding(activation)
+        remark = ", which equals the model's own to rounding" if rounding else ""
+        notes.append(
+            f"{_names(flow, gate)}: computed at once with the {activation_name(activation)} and the product behind "
+            f"them{remark}"
+        )
     return notes
 
 

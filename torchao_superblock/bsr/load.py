@@ -13,6 +13,7 @@ from torchao_superblock.bsr import tensor_file
 from torchao_superblock.bsr.attention import attention_obstacle, become_bsr, projections
 from torchao_superblock.bsr.casting import cast_like
 from torchao_superblock.bsr.dataflow import dataflows
+from torchao_superblock.bsr.finish import turn_off_nested_tensors
 from torchao_superblock.bsr.folded_activation import (
     FoldedActivation,
     activation_module,
@@ -29,7 +30,7 @@ from torchao_superblock.bsr.serialization import (
     Description,
     from_metadata,
 )
-from torchao_superblock.bsr.swap import is_one_layer, turn_off_nested_tensors
+from torchao_superblock.bsr.swap import is_one_layer
 from torchao_superblock.common.all_or_nothing import all_or_nothing, overwrite
 from torchao_superblock.common.modules import block_masks_of, hand_over_hooks, replace_modules
 from torchao_superblock.common.swappable import TWINS, module_obstacle

@@ -1,33 +1,30 @@
 """Timing parts of a model, dense and block-sparse, on the inputs that the model itself gives them.
 
-What is timed is the smallest part whose speed a swap decides: a linear layer, or a module around
-several of them that computes faster as long as all of it is dense.
+What is timed is the smallest part whose speed a swap decides: a linear layer, layers that would be fused, or a module
+around several of them that computes faster as long as all of it is dense.
 """
 
 from __future__ import annotations
 
-import copy
 import sys
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
-from torchao_superblock.bsr.linear import BSRLinear
+from torchao_superblock.bsr.finish import Finish
+from torchao_superblock.bsr.parts import Part, is_whole
 from torchao_superblock.common.calls import call_model, eval_mode, median_seconds, shown
+from torchao_superblock.common.names import without_compile_prefix
 
-# Two parts whose shares of stored blocks round to the same multiple of this take the same time.
-DENSITY_STEP = 0.05
 SECONDS = 0.1
 """How long one side is timed at least."""
-
-WHOLE: tuple[type[nn.Module], ...] = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
-"""Modules with a fused path of their own, which any swapped layer inside turns off: they are timed whole."""
 
 
 @dataclass(frozen=True)
@@ -43,68 +40,11 @@ class Timing:
     bsr_ms: float
 
 
-@dataclass(eq=False)
-class Part:
-    """A part that is swapped as a whole or not at all.
-
-    Attributes:
-        fqn: its name.
-        module: as it is.
-        replacements: the modules in it that a swap replaces (itself, or some inside), and by what.
-        calls: what it was called with: a description of the input, and how often.
-    """
-
-    fqn: str
-    module: nn.Module
-    replacements: dict[nn.Module, nn.Module] = field(default_factory=dict)
-    calls: Counter[Any] = field(default_factory=Counter)
-
-    def swapped(self) -> nn.Module:
-        """The part as a swap would leave it; a copy that shares everything but what is replaced."""
-        if self.module in self.replacements:
-            return self.replacements[self.module]
-        memo: dict[int, Any] = {id(old): new for old, new in self.replacements.items()}
-        memo |= {id(t): t for t in (*self.module.parameters(), *self.module.buffers())}
-        return copy.deepcopy(self.module, memo)
-
-    def kind(self) -> tuple[Any, ...]:
-        """Parts of one kind take the same time on inputs of one kind."""
-        names = {module: name for name, module in self.module.named_modules()}
-        return (
-            type(self.module), getattr(self.module, "num_heads", None),
-            tuple(
-                (names[old], inside, type(new), getattr(new, "stride", None), tuple(new.weight.shape),
-                 new.blocksize, new.values.dtype, new.bias is None, round((1.0 - new.sparsity) / DENSITY_STEP))
-                for old, replacement in self.replacements.items()
-                for inside, new in replacement.named_modules()
-                if isinstance(new, BSRLinear)
-            ),
-        )  # fmt: skip
-
-
-def find_parts(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> list[Part]:
-    """The parts to time, outermost first where they nest."""
-    parts: list[Part] = []
-    part_of: dict[nn.Module, Part] = {}
-    for fqn, module in model.named_modules():
-        if module in part_of:
-            inside = part_of[module]
-        elif isinstance(module, WHOLE) or module in replacements:
-            inside = Part(fqn, module)
-            part_of |= dict.fromkeys(module.modules(), inside)
-        else:
-            continue
-        if module in replacements:
-            if not inside.replacements:
-                parts.append(inside)
-            inside.replacements[module] = replacements[module]
-    return parts
-
-
 def time_parts(
     model: nn.Module,
     parts: Sequence[Part],
     example_input: object,
+    finish: Finish | None = None,
     *,
     train: bool,
     progress: bool = True,
@@ -115,6 +55,7 @@ def time_parts(
         model: dense; it runs once, in eval mode.
         parts: of the model.
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments of the model.
+        finish: what the swap does once the new layers are in place; None for nothing.
         train: time a forward and a backward, not a forward alone.
         progress: show a bar, if tqdm is installed.
 
@@ -124,17 +65,23 @@ def time_parts(
     Raises:
         ValueError: the model does not take the example.
     """
+    finish = finish or Finish()
     inputs = _record(model, parts, example_input)
+    kinds = {part: part.kind(finish) for part in parts}
     times: dict[Any, tuple[float, float]] = {}
-    work = {(part.kind(), call): part for part in parts for call in part.calls}
+    work = {(kinds[part], call): part for part in parts for call in part.calls}
     for key, part in shown(list(work.items()), "swap_to_bsr: measuring", progress):
         args, kwargs = inputs[key[1]]
         with eval_mode(part.module):
-            pair = part.module, part.swapped().eval()
-            times[key] = tuple(_milliseconds(module, args, kwargs, train) for module in pair)
+            try:
+                pair = part.module, part.swapped(finish).eval()
+                times[key] = _milliseconds(pair, args, kwargs, train)
+            except Exception as error:
+                error.add_note(f"while timing {' and '.join(map(repr, part.fqns))}")
+                raise
     result: dict[Part, Timing | None] = {}
     for part in parts:
-        found = [(times[part.kind(), call], count) for call, count in part.calls.items()]
+        found = [(times[kinds[part], call], count) for call, count in part.calls.items()]
         dense, bsr = (sum(pair[side] * count for pair, count in found) for side in (0, 1))
         result[part] = Timing(dense, bsr) if found else None
     return result
@@ -145,9 +92,18 @@ def _record(
 ) -> dict[Any, tuple[tuple, dict[str, Any]]]:
     """Runs the model once and notes what each part is called with; the first input of each kind is kept."""
     inputs: dict[Any, tuple[tuple, dict[str, Any]]] = {}
+    part_of = {part.entry: part for part in parts}
+    running: list[str] = []  # FQNs, the innermost last
 
-    def watch(part: Part) -> Callable[..., None]:
-        def look(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def watch(fqn: str, module: nn.Module) -> Iterator[RemovableHandle]:
+        depths: list[int] = []
+
+        def enter(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            depths.append(len(running))
+            running.append(fqn)
+            part = part_of.get(module)
+            if part is None:
+                return
             kind = _kind_of((args, kwargs))
             part.calls[kind] += 1
             if kind not in inputs:
@@ -156,27 +112,43 @@ def _record(
                     (args, kwargs),
                 )
 
-        return look
+        def leave(*_: object) -> None:
+            del running[depths.pop() :]
 
-    handles = [
-        part.module.register_forward_pre_hook(watch(part), with_kwargs=True) for part in parts
-    ]
+        yield module.register_forward_pre_hook(enter, with_kwargs=True)
+        yield module.register_forward_hook(leave)
+
+    handles: list[RemovableHandle] = []
     try:
         with ExitStack() as stack:
             stack.enter_context(eval_mode(model))
             stack.enter_context(torch.no_grad())
             if "torch._dynamo" in sys.modules:  # seconds to import, and nothing is compiled without
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
+            for fqn, module in _outside_of_fused_paths(model):
+                handles += watch(fqn, module)
             call_model(model, example_input)
     except Exception as error:
+        where = without_compile_prefix(running[-1]) if running else ""
         raise ValueError(
-            f"swap_to_bsr: the model does not take the example given as measure ({type(error).__name__}: {error}); "
-            "give a tensor, a tuple of arguments or a dict of keyword arguments that it does, on its device"
+            f"swap_to_bsr: the model does not take the example given as measure ({type(error).__name__} in "
+            f"{where or 'the model'}: {error}); give a tensor, a tuple of arguments or a dict of keyword arguments "
+            "that it does, on its device"
         ) from error
     finally:
         for handle in handles:
             handle.remove()
     return inputs
+
+
+def _outside_of_fused_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that can be watched; a hook further inside would turn the fused path off."""
+    inside: set[nn.Module] = set()
+    for fqn, module in model.named_modules():
+        if module not in inside:
+            yield fqn, module
+            if is_whole(module):
+                inside.update(module.modules())
 
 
 def _kind_of(tree: object) -> Any:
@@ -191,14 +163,16 @@ def _kind_of(tree: object) -> Any:
     return str(spec), described
 
 
-def _milliseconds(module: nn.Module, args: tuple, kwargs: dict[str, Any], train: bool) -> float:
-    """What a forward takes, or a forward and backward."""
+def _milliseconds(
+    modules: Sequence[nn.Module], args: tuple, kwargs: dict[str, Any], train: bool
+) -> tuple[float, ...]:
+    """What a forward of each takes, or a forward and backward."""
 
-    def forward() -> None:
+    def forward(module: nn.Module) -> None:
         with torch.no_grad():
             module(*args, **kwargs)
 
-    def forward_and_backward() -> None:
+    def forward_and_backward(module: nn.Module) -> None:
         with torch.enable_grad():
             outputs = [
                 leaf
@@ -219,4 +193,6 @@ def _milliseconds(module: nn.Module, args: tuple, kwargs: dict[str, Any], train:
         for leaf in pytree.tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor) and leaf.is_floating_point():
                 leaf.requires_grad_()
-    return median_seconds(forward_and_backward if train else forward, SECONDS) * 1e3
+    call = forward_and_backward if train else forward
+    seconds = median_seconds(*(partial(call, module) for module in modules), at_least=SECONDS)
+    return tuple(second * 1e3 for second in seconds)

@@ -1,5 +1,6 @@
 """Replace the linear layers of a model by :class:`BSRLinear` where that pays, and say what became of each."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -20,19 +21,16 @@ from torchao_superblock.bsr.attention import (
     with_blocks,
 )
 from torchao_superblock.bsr.attention_swap import judge_attention
-from torchao_superblock.bsr.dataflow import dataflows
-from torchao_superblock.bsr.dead_features import drop_dead_features
+from torchao_superblock.bsr.finish import Finish
 from torchao_superblock.bsr.format import (
     gather_blocks,
     infer_blocksize,
     nonzero_blocks,
     stored_blocks,
 )
-from torchao_superblock.bsr.fused_activations import fold_activations
-from torchao_superblock.bsr.gated_mlp import fuse_gates
 from torchao_superblock.bsr.layers import twin_of
 from torchao_superblock.bsr.linear import BSRLinear, bsr_type, conversion_obstacle
-from torchao_superblock.bsr.measure import find_parts, time_parts
+from torchao_superblock.bsr.measure import time_parts
 from torchao_superblock.bsr.optimizer_state import (
     WAY_OUT,
     Move,
@@ -40,8 +38,9 @@ from torchao_superblock.bsr.optimizer_state import (
     notes,
     stored_blocks_in,
 )
+from torchao_superblock.bsr.parts import find_parts
 from torchao_superblock.common.all_or_nothing import all_or_nothing
-from torchao_superblock.common.blocks import parse_blocksize, whole_block_grid
+from torchao_superblock.common.blocks import block_grid, padded_shape, parse_blocksize
 from torchao_superblock.common.kept_blocks import KeptBlocks, remembered_kept
 from torchao_superblock.common.modules import (
     block_masks_of,
@@ -74,6 +73,7 @@ class SwapEntry:
         dense_ms: where it was measured: milliseconds that the dense layer takes, or the module around it that had to
             be timed as a whole.
         bsr_ms: the same, swapped.
+        padded: rows and columns of the whole blocks that are stored, where that is more than `shape`.
     """
 
     fqn: str
@@ -84,6 +84,16 @@ class SwapEntry:
     code: str
     dense_ms: float | None = None
     bsr_ms: float | None = None
+    padded: tuple[int, int] | None = None
+
+    @property
+    def _result(self) -> str:
+        if self.code != "swapped":
+            return f"skipped: {self.reason}"
+        if self.padded is None:
+            return "swapped"
+        more = math.prod(self.padded) / math.prod(self.shape) - 1.0
+        return f"swapped, padded to {self.padded[0]}x{self.padded[1]} ({more:.1%} more)"
 
 
 @dataclass
@@ -120,7 +130,7 @@ class SwapReport:
                     "x".join(map(str, entry.blocksize)) if entry.blocksize else "-",
                     f"{entry.sparsity:.1%}" if entry.sparsity is not None else "-",
                     *("-" if ms is None else f"{ms:.3f}" for ms in pair),
-                    "swapped" if entry.code == "swapped" else f"skipped: {entry.reason}",
+                    entry._result,
                 )
             )
         if len(rows) > 1:
@@ -131,12 +141,15 @@ class SwapReport:
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 
-def to_bsr_linear(linear: nn.Linear, blocksize: int | tuple[int, int] | None = None) -> BSRLinear:
+def to_bsr_linear(
+    linear: nn.Linear, blocksize: int | tuple[int, int] | None = None, *, pad: bool = False
+) -> BSRLinear:
     """Convert one linear layer, or raise with the reason; the same as :meth:`BSRLinear.from_dense`.
 
     Args:
         linear: an `nn.Linear` whose weight has blocks of zeros. It is left as it is.
         blocksize: int, `(rows, cols)`, or None to read it off the zeros.
+        pad: take shapes that are not a multiple of the block size, as in :func:`swap_to_bsr`.
 
     Returns:
         A :class:`BSRLinear` that computes the same, with a copy of the stored blocks and the same `bias` Parameter.
@@ -151,7 +164,7 @@ def to_bsr_linear(linear: nn.Linear, blocksize: int | tuple[int, int] | None = N
         >>> to_bsr_linear(linear).sparsity
         0.5
     """
-    return BSRLinear.from_dense(linear, blocksize)
+    return BSRLinear.from_dense(linear, blocksize, pad=pad)
 
 
 def swap_to_bsr(
@@ -160,6 +173,7 @@ def swap_to_bsr(
     *,
     min_sparsity: float | None = None,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    pad: bool = False,
     fuse_activations: bool = False,
     drop_dead_features: bool = False,
     measure: object = None,
@@ -188,6 +202,12 @@ def swap_to_bsr(
             takes a cautious 0.9 and the report says so. With `measure` the times decide alone.
         filter_fn: `filter_fn(module, fqn) -> bool`; a layer for which it is False is skipped. A projection that an
             `nn.MultiheadAttention` holds itself comes as an `nn.Linear` with its weight and the FQN of the weight.
+        pad: swap layers whose shape is not a multiple of the block size, too: the last row or column of blocks is
+            stored padded with zeros, and the report says how much that is. Features, results, gradients, `to_dense()`
+            and what files say are those of the layer without it; the padding's gradient is zero, so that it stays as
+            it is. Without `blocksize`, sizes up to the shape are tried, and the zeros of the weight itself decide. What
+            is stored, padding included, must be less than dense by as much as the break-even table asks. Projections of
+            attention are not padded.
         fuse_activations: let a swapped layer apply the activation that directly follows it (ReLU, GELU or SiLU, also
             those of timm and transformers), and compute a gated MLP's `activation(gate(x)) * up(x)` at once, where that
             gives the same result: nothing else reads the layer's output, no hook sits between the two, and the layer
@@ -196,8 +216,8 @@ def swap_to_bsr(
             says what tracing cannot know. What cannot be traced is left alone and stands in the report. Names stay as
             they are: an identity keeps the activation's place, and a gated MLP becomes a subclass of its class. Hooks
             that are put between the pieces later see what they saw before, as the activation then runs on its own; an
-            adapter put around a layer that applies an activation is refused when it runs. In a training step the
-            activation runs on its own all the same.
+            adapter put around a layer that applies an activation is refused when it runs. Whoever calls such a layer
+            from elsewhere gets the activation too. In a training step the activation runs on its own all the same.
         drop_dead_features: make two swapped layers that follow each other, with nothing but activations and dropout
             between them, narrower by the features that need not be computed: those that the second layer stores no
             block for, and those that the first layer stores none for. The latter are the same for every input, and what
@@ -208,9 +228,11 @@ def swap_to_bsr(
             kernels want it, it stays one. The report's shapes are those before.
         measure: an example input of the model (a tensor, a tuple of arguments or a dict of keyword arguments): each
             layer that could be swapped is timed dense and swapped on what it is called with, on this machine, and
-            swapped if that is faster; an `nn.TransformerEncoderLayer` and an `nn.MultiheadAttention` are timed whole,
-            since any swapped layer turns their fused path off. Eager forwards, with `optimizer` forwards and backwards.
-            The report has both times. The model runs once; the same shapes are timed once.
+            swapped if that is faster. What would be fused, or lose features together, is timed as what it becomes and
+            swapped together; so is a module with a fused path of torch's that any swapped layer inside turns off: an
+            `nn.MultiheadAttention`, an `nn.TransformerEncoderLayer`, an `nn.TransformerEncoder` that skips padding.
+            Eager forwards, with `optimizer` forwards and backwards. The report has both times. The model runs once; the
+            same shapes, with the same share of stored blocks to 5 %, are timed once.
         optimizer: goes on with the stored blocks in the place of the dense weights: the same object, with the same
             groups and the state of the stored blocks, so that schedulers and a GradScaler stay valid. Blocks that the
             squashed mask kept are stored though they are zero. Any optimizer of `torch.optim` that steps each element
@@ -242,6 +264,8 @@ def swap_to_bsr(
             raise TypeError(f"swap_to_bsr: min_sparsity must be a number, got {min_sparsity!r}")
         if not 0.0 <= min_sparsity <= 1.0:
             raise ValueError(f"swap_to_bsr: min_sparsity must lie in [0, 1], got {min_sparsity}")
+    if not isinstance(pad, bool):
+        raise TypeError(f"swap_to_bsr: pad must be True or False, got {pad!r}")
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"swap_to_bsr: filter_fn must be callable, got {filter_fn!r}")
     if optimizer is not None:
@@ -275,23 +299,30 @@ def swap_to_bsr(
     candidates: list[_Candidate] = []
     owners = parameter_owners(model)
     places = Counter(child for module in model.modules() for child in module._modules.values())
+    guesses: dict[str, float] = {}  # what nobody has measured -> the sparsity that is asked for
 
     def judge(
         linear: nn.Linear,
         fqn: str,
         tensor_fqn: str,
         obstacle: tuple[str, str] | None = None,
+        pad: bool | None = None,
     ) -> SwapEntry:
         keep = None if optimizer is None else _kept(linear)
-        wanted = blocksize, min_sparsity, filter_fn, owners, keep, measure is not None
-        return _judge(linear, fqn, tensor_fqn, obstacle, *wanted)
+        wanted = blocksize, min_sparsity, filter_fn, owners, keep, measure is not None, pad
+        entry = _judge(linear, fqn, tensor_fqn, obstacle, *wanted)
+        if min_sparsity is None and measure is None and entry.sparsity:
+            even = break_even(linear.weight.device.type, entry.blocksize, linear.weight.dtype)
+            dtype = str(linear.weight.dtype).removeprefix("torch.")
+            if not even.measured:
+                guesses[f"{dtype} on {even.where}"] = even.sparsity
+        return entry
 
     def convert(linear: nn.Linear, entry: SwapEntry, bsr: type[BSRLinear], names: Names) -> _Row:
         keep = None if optimizer is None else _kept(linear)
         try:
-            return _Row(
-                entry, linear, bsr.from_dense(linear, entry.blocksize, keep=keep), names, keep
-            )
+            layer = bsr.from_dense(linear, entry.blocksize, pad=entry.padded is not None, keep=keep)
+            return _Row(entry, linear, layer, names, keep)
         except Exception as error:
             error.add_note(f"while swapping {entry.fqn!r}")
             raise
@@ -332,14 +363,20 @@ def swap_to_bsr(
             report.skipped += _other_weights(module, name)
             continue
         names = f"{name}.weight", f"{name}.values"
-        entry = judge(module, name, names[0])
+        entry = judge(module, name, names[0], pad=pad)
         if entry.code == "swapped":
             row = convert(module, entry, bsr_type(module), names)
             candidates.append(_Candidate(module, row.layer, [row]))
         else:
             report.skipped.append(entry)
+    report.notes += [
+        f"nobody has measured all of these block sizes in {where}, and without that {sparsity:.1%} of a layer's blocks "
+        "must be zero for a swap, which is cautious; measure=example_input times the layers on this machine"
+        for where, sparsity in guesses.items()
+    ]
+    finish = Finish(fuse_activations, drop_dead_features)
     if measure is not None:
-        _measure(model, candidates, measure, optimizer is not None)
+        _measure(model, candidates, measure, finish, train=optimizer is not None)
     for candidate in candidates:
         for row in candidate.rows:
             is_swapped = row.entry.code == "swapped"
@@ -349,7 +386,7 @@ def swap_to_bsr(
     if optimizer is not None:
         moves = [_move(row) for candidate in candidates for row in candidate.rows]
     with nullcontext() if optimizer is None else stored_blocks_in(optimizer, moves):
-        _replace(model, candidates, report, fuse_activations, drop_dead_features)
+        _replace(model, candidates, report, finish)
     if optimizer is not None:
         report.notes += notes(optimizer, moves)
     return report
@@ -392,12 +429,19 @@ class _Candidate:
 
 
 def _measure(
-    model: nn.Module, candidates: list[_Candidate], example_input: object, train: bool
+    model: nn.Module,
+    candidates: list[_Candidate],
+    example_input: object,
+    finish: Finish,
+    *,
+    train: bool,
 ) -> None:
     """Gives the entries their times; what is not faster, or not called, is swapped no more."""
     of_module = {candidate.module: candidate for candidate in candidates}
-    parts = find_parts(model, {candidate.module: candidate.new for candidate in candidates})
-    for part, timing in time_parts(model, parts, example_input, train=train).items():
+    replacements = {candidate.module: candidate.new for candidate in candidates}
+    parts = find_parts(model, replacements, finish)
+    for part, timing in time_parts(model, parts, example_input, finish, train=train).items():
+        names = " and ".join(repr(fqn or "the model") for fqn in part.fqns)
         if timing is None:
             change: dict[str, Any] = {
                 "code": "not_called",
@@ -408,11 +452,13 @@ def _measure(
         for module in part.replacements:
             candidate = of_module[module]
             if timing is not None and timing.bsr_ms >= timing.dense_ms:
-                is_itself = part.module is module and isinstance(candidate.new, BSRLinear)
-                what = "it" if is_itself else f"{without_compile_prefix(part.fqn)!r}"
+                is_itself = part.entry is module and len(part.replacements) == 1
+                what = "it takes" if is_itself and isinstance(candidate.new, BSRLinear) else names
+                if what is names:
+                    what += " takes" if len(part.fqns) == 1 else " together take"
                 change["code"] = "slower_than_dense"
                 change["reason"] = (
-                    f"{what} takes {timing.bsr_ms:.3f} ms swapped and {timing.dense_ms:.3f} ms dense"
+                    f"{what} {timing.bsr_ms:.3f} ms swapped and {timing.dense_ms:.3f} ms dense"
                 )
             for row in candidate.rows:
                 row.entry = replace(row.entry, **change)
@@ -457,13 +503,18 @@ def _judge(
     owners: dict[tuple[object, int], list[str]],
     keep: KeptBlocks | None,
     measured: bool,
+    pad: bool | None,
 ) -> SwapEntry:
-    """Decide about one layer without touching it; `obstacle` is what its surroundings have against it."""
+    """Decide about one layer without touching it; `obstacle` is what its surroundings have against it.
+
+    `pad` is None where the layer cannot be padded, whatever the caller asks for.
+    """
     twin = bsr_type(linear)
     shape = twin.features_of(linear)
 
     def entry(code: str, reason: str, sparsity: float | None = None) -> SwapEntry:
-        return SwapEntry(fqn, shape, blocksize, sparsity, reason, code)
+        padded = padded_shape(shape, blocksize) if pad and blocksize is not None else None
+        return SwapEntry(fqn, shape, blocksize, sparsity, reason, code, padded=padded)
 
     if filter_fn is not None and not filter_fn(linear, fqn):
         return entry("filtered_out", "filter_fn returned False for it")
@@ -477,13 +528,21 @@ def _judge(
         return _judge_stored(linear, fqn, blocksize, min_sparsity)
     weight = twin.matrix_of(linear.weight)
     if blocksize is None:
-        blocksize = infer_blocksize(weight) if keep is None else keep.blocksize
-    unfit = shape_obstacle(shape, blocksize)
+        blocksize = infer_blocksize(weight, pad=bool(pad)) if keep is None else keep.blocksize
+    unfit = None if pad else shape_obstacle(shape, blocksize)
     if unfit is not None or blocksize is None:
         zeros = (weight.detach() == 0).double().mean().item()
         remark = f"; {zeros:.1%} of its elements are zero" if zeros else ""
+        if zeros and pad is not None:
+            remark += ", and pad=True pads its last blocks"
         return entry("shape_not_multiple", f"{unfit}{remark}")
-    sparsity = 1.0 - stored_blocks(weight, blocksize, keep).float().mean().item()
+    stored = stored_blocks(weight, blocksize, keep)
+    sparsity = 1.0 - stored.float().mean().item()
+    with_padding, spared = "", sparsity
+    if min_sparsity is None and not measured and padded_shape(shape, blocksize) is not None:
+        # What the kernels are spared; less than nothing where there is more padding than zeros.
+        spared = 1.0 - int(stored.sum()) * math.prod(blocksize) / weight.numel()
+        with_padding = f" ({spared:.1%} with their padding counted)"
     if min_sparsity is not None:
         needed, code = min_sparsity, "too_few_zero_blocks"
         rule = f"min_sparsity is {needed:.1%}"
@@ -508,10 +567,11 @@ def _judge(
             dtype = str(linear.weight.dtype).removeprefix("torch.")
             rule = (
                 f"and nobody has measured from where on {dtype} blocks of this size are faster than dense on {where}: "
-                f"{needed:.1%} is a cautious guess; pass min_sparsity to decide yourself"
+                f"{needed:.1%} is a cautious guess; measure=example_input times it here, min_sparsity decides"
             )
-    if sparsity < needed:
-        return entry(code, f"{sparsity:.1%} of its blocks are zero, {rule}", sparsity)
+    if spared < needed:
+        zeros = f"{sparsity:.1%} of its blocks are zero{with_padding}"
+        return entry(code, f"{zeros}, {rule}", sparsity)
     return entry("swapped", f"{sparsity:.1%} of its blocks are zero", sparsity)
 
 
@@ -556,7 +616,7 @@ def _judge_stored(
     shape = (linear.out_features, linear.in_features)
     values = linear.weight.values()
     size = tuple(values.shape[1:])
-    R, C = whole_block_grid(shape, size)
+    R, C = block_grid(shape, size)
     sparsity = 1.0 - values.shape[0] / (R * C)
 
     def entry(code: str, reason: str) -> SwapEntry:
@@ -578,8 +638,7 @@ def _replace(
     model: nn.Module,
     candidates: list[_Candidate],
     report: SwapReport,
-    fuse_activations: bool,
-    drop_features: bool,
+    finish: Finish,
 ) -> None:
     """Put the new layers in place of the old ones."""
     with all_or_nothing(model):
@@ -604,34 +663,4 @@ def _replace(
                     if any(layer is row.layer for row in candidate.rows)
                 }
                 become_bsr(candidate.module, layers)
-        for fqn in turn_off_nested_tensors(model):
-            report.notes.append(
-                f"{without_compile_prefix(fqn) or 'the model'}: use_nested_tensor is False now, since a swapped layer "
-                "takes no nested tensors; padding is computed and masked instead"
-            )
-        if not (drop_features or fuse_activations):
-            return
-        flows, remarks = dataflows(model)
-        report.notes += remarks
-        if drop_features:
-            report.notes += drop_dead_features(model, flows)
-        if fuse_activations:
-            report.notes += fuse_gates(flows)
-            report.notes += fold_activations(model, flows)
-
-
-def turn_off_nested_tensors(model: nn.Module) -> list[str]:
-    """Set `use_nested_tensor = False` on each `nn.TransformerEncoder` around a BSRLinear; return their FQNs.
-
-    An encoder decides on nested tensors from its first layer alone, and BSRLinear has no kernel for them.
-    """
-    changed = []
-    for fqn, encoder in model.named_modules():
-        if (
-            isinstance(encoder, nn.TransformerEncoder)
-            and getattr(encoder, "use_nested_tensor", False)
-            and any(isinstance(module, BSRLinear) for module in encoder.modules())
-        ):
-            encoder.use_nested_tensor = False
-            changed.append(fqn)
-    return changed
+        report.notes += finish(model)

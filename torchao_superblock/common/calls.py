@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
+_WARM_UP, _ROUNDS = 3, 7
 
 
 def call_model(model: nn.Module, batch: object) -> object:
@@ -49,15 +50,31 @@ def shown(steps: Sequence[T], title: str, progress: bool) -> Iterable[T]:
     return tqdm(steps, desc=title)
 
 
-def median_seconds(call: Callable[[], object], at_least: float) -> float:
-    """Median time of a call in a row of calls: what the host or the device takes, whichever is more.
+def median_seconds(*calls: Callable[[], object], at_least: float) -> tuple[float, ...]:
+    """Median time of each of some calls, in rows of calls: what the host or the device takes, whichever is more.
+
+    They take turns, so that what else the machine does meanwhile befalls all of them.
 
     Args:
-        call: what to time; it is called a few times before.
-        at_least: seconds that the row takes.
+        calls: what to time. A call that takes `at_least` or more is made three times, the first one not timed.
+        at_least: seconds for each of them.
     """
-    from torch.utils.benchmark import Timer  # looks for a CUDA toolkit and talks about it on stderr
+    from torch.utils.benchmark import timer  # looks for a CUDA toolkit and talks about it on stderr
 
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    timer.timeit(3)  # compiles kernels, settles on one
-    return timer.blocked_autorange(min_run_time=at_least).median
+    def seconds(call: Callable[[], object], number: int = 1) -> float:
+        start = timer()  # waits for the device
+        for _ in range(number):
+            call()
+        return max(timer() - start, 1e-9) / number
+
+    for _ in range(_WARM_UP):  # compiles kernels, settles on one
+        once = [seconds(call) for call in calls]
+        if max(once) > at_least:
+            break
+    once = [seconds(call) for call in calls]
+    samples = [[second] for second in once]
+    rounds = min(_ROUNDS, max(1, int(at_least / max(once))))
+    for _ in range(rounds):
+        for call, found, single in zip(calls, samples, once, strict=True):
+            found.append(seconds(call, max(1, int(at_least / rounds / single))))
+    return tuple(statistics.median(found) for found in samples)

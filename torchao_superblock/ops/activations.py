@@ -51,6 +51,7 @@ def activation_backward(activation: str, grad: Tensor, z: Tensor) -> Tensor:
         return torch.ops.aten.silu_backward(grad, z)
     if activation == "quick_gelu":
         sigmoid = torch.sigmoid(1.702 * z)
-        return grad * sigmoid * (1 + 1.702 * z * (1 - sigmoid))
+        # z times what is 0 where z is large: 1.702 z may overflow.
+        return grad * (sigmoid + z * (1.702 * sigmoid * (1 - sigmoid)))
     approximate = "tanh" if activation == "gelu_tanh" else "none"
     return torch.ops.aten.gelu_backward(grad, z, approximate=approximate)
