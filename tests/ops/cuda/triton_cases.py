@@ -7,7 +7,9 @@ switched on before a kernel is defined: `test_interpreted.py` runs this file in 
 Legend: M tokens, R x C the block grid, r x c the block size.
 """
 
+import ctypes
 import math
+import mmap
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -435,6 +437,24 @@ def among_nans(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return view.copy_(torch.randn(shape))
 
 
+def before_a_hole(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Random numbers at the end of the process's memory there: whoever reads or writes behind them ends the program.
+
+    On a GPU they have NaN around them.
+    """
+    numel = math.prod(shape)
+    if DEVICE == "cuda" or sys.platform != "linux":
+        around = torch.full((numel + 64,), math.nan, dtype=dtype, device=DEVICE)
+        return around[32:-32].view(shape).copy_(torch.randn(shape))
+    end = -(-numel * dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
+    pages = mmap.mmap(-1, end + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + end), mmap.PAGESIZE, 0) == 0
+    offset = end - numel * dtype.itemsize
+    tensor = torch.frombuffer(pages, dtype=dtype, count=numel, offset=offset)
+    return tensor.view(shape).copy_(torch.randn(shape))
+
+
 class Guarded(Kernel):
     """A kernel whose outputs have memory around them, in which it must not write."""
 
@@ -476,7 +496,7 @@ def check_padded(
     )
     dense, plan = dense[:N, :K].double(), build_plan(crow, col, C)
     x, grad = make_x(M, K, dtype=dtype), make_x(M, N, dtype=dtype)
-    bias = among_nans(1, N, dtype=dtype)[0]
+    bias = make_x(1, N, dtype=dtype)[0]
     tolerance, where = tolerance or TOLERANCE[dtype], (shape, blocksize, dtype, M)
     z = x.double() @ dense.T
     for b, p, activation in ((bias, plan, "silu"), (None, None, "none")):
@@ -508,10 +528,6 @@ def check_padded(
 def check_padding() -> None:
     """Nothing beyond x, grad, bias and the outputs is read or written, and no number there counts."""
 
-    def contiguous(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        around = torch.full((math.prod(shape) + 64,), math.nan, dtype=dtype, device=DEVICE)
-        return around[32:-32].view(shape).copy_(torch.randn(shape))
-
     shapes = {
         (37, 53): ((16, 16), (64, 64), (3, 5)),
         (104, 72): ((32, 32), (64, 16)),  # 8 of 32, 40 of 64
@@ -534,7 +550,10 @@ def check_padding() -> None:
     whole_rows = partial(check_padded, (64, 53), (32, 32), torch.float32)
     whole_columns = partial(check_padded, (37, 64), (32, 32), torch.float32)
     for check_one in (whole_rows, whole_columns):
-        check_one(200, make_x=contiguous, gradients=(of_blocks,))
+        check_one(200, make_x=before_a_hole, gradients=(of_blocks,))
+    for blocksize in ((16, 16), (64, 64), (3, 5)):
+        small_blocks = partial(check_padded, (37, 53), blocksize, make_x=before_a_hole)
+        small_blocks(torch.float16, 20, gradients=(of_blocks, *of_lines))
     for tile in (
         MatmulTile(16, 16, 16, 1, 4, 2),
         MatmulTile(32, 16, 64, 1, 4, 2),
@@ -557,6 +576,19 @@ def check_padding() -> None:
     plan = build_plan(other_crow, other_col, 4)
     assert backend.grad_x(grad, crow, col, values, plan, 53).isnan().all()
     assert backend.grad_values(grad, x, crow, col, plan, 16, 16).isnan().all()
+    # A third call of a kind skips checks and choices.
+    general_calls = []
+
+    def general(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        general_calls.append(1)
+        return backend.forward(x, *rest[:4], *rest[5:], rest[4])
+
+    backend.forget()
+    for was_known in (False, False, True, True):
+        general_calls.clear()
+        with torch._C._AutoDispatchBelowAutograd():
+            y = backend.call(general, among_nans(20, 53), crow, col, values, None, 37, "none", None)
+        assert y.shape == (20, 37) and y.isfinite().all() and len(general_calls) != was_known
     # Bad indices stay within bounds, that of the last column too.
     for column in (3, 2**31 - 1):
         bad = torch.full_like(col, column)
