@@ -99,6 +99,22 @@ class TestCheckBSR:
                 "sorted and unique.*got 2 then 2 in block row 1",
             ),
             ({"shape": (5, 6)}, ValueError, r"4 entries.*3 block rows of shape \(5, 6\)"),
+            (
+                {
+                    "shape": (3, 6),
+                    "values": torch.tensor([1.0, 1, 1, float("nan")]).expand(3, 4).view(3, 2, 2),
+                },
+                ValueError,
+                r"beyond the shape \(3, 6\) must be finite",
+            ),
+            (
+                {
+                    "shape": (4, 5),
+                    "values": torch.tensor([1.0, float("inf"), 1, 1]).expand(3, 4).view(3, 2, 2),
+                },
+                ValueError,
+                r"beyond the shape \(4, 5\) must be finite",
+            ),
             ({"col": torch.zeros(3, dtype=torch.int32, device="meta")}, ValueError, "one device"),
         ],
     )

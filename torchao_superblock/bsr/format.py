@@ -17,7 +17,7 @@ Legend: N out features, K in features, R x C the block grid, r x c the block siz
 import torch
 from torch import Tensor
 
-from torchao_superblock.common.blocks import block_grid
+from torchao_superblock.common.blocks import block_grid, padded_shape
 from torchao_superblock.common.kept_blocks import KeptBlocks
 from torchao_superblock.common.swappable import CANDIDATE_SIZES
 
@@ -224,6 +224,18 @@ def check_bsr(
             f"{name}: col_indices must be sorted and unique in each block row, got {col[at].item()} then "
             f"{col[at + 1].item()} in block row {row[at].item()}"
         )
+    padded = padded_shape(shape, blocksize)
+    if padded is not None:
+        rows, cols = (whole - n for whole, n in zip(padded, shape, strict=True))
+        below, beside = (
+            values[crow[-2] :, blocksize[0] - rows :],
+            values[(col == C - 1).to(values.device), :, blocksize[1] - cols :],
+        )
+        if not (below.isfinite().all() and beside.isfinite().all()):
+            raise ValueError(
+                f"{name}: what the last blocks hold beyond the shape {tuple(shape)} must be finite, best zero: it is "
+                "multiplied with zeros"
+            )
 
 
 def infer_blocksize(weight: Tensor, *, pad: bool = False) -> tuple[int, int] | None:
