@@ -86,6 +86,27 @@ types are read off names and shapes: each 2-D weight counts as a linear layer, e
     )
 
 
+def test_padded_layers_are_shown_converted_and_made_dense(tmp_path, capsys):
+    head = nn.Linear(32, 50)
+    with torch.no_grad():
+        head.weight[16:].zero_()
+    source, stored, back = (tmp_path / f"{name}.safetensors" for name in ("in", "bsr", "back"))
+    save_file(nn.ModuleDict({"head": head}).state_dict(), source)
+    options = ("--device", "cpu", "--blocksize", 16, "--min-sparsity", 0.5)
+    assert run_json(capsys, "inspect", source, *options)["swapped"] == 0
+    (layer,) = run_json(capsys, "inspect", source, *options, "--pad")["layers"]
+    assert layer["reason"] == "75.0% of its blocks are zero; padded to 64x32"
+    assert run("convert", source, stored, *options, "--pad") == 0
+    capsys.readouterr()
+    (layer,) = run_json(capsys, "inspect", stored, "--device", "cpu")["layers"]
+    assert layer["shape"] == [50, 32] and "; padded to 64x32" in layer["reason"]
+    assert run("convert", stored, back, "--device", "cpu") == 0
+    assert torch.equal(load_file(back)["head.weight"], head.weight)
+    capsys.readouterr()
+    assert run("convert", stored, tmp_path / "no.safetensors", "--pad") == 2
+    assert_one_line(capsys, "--pad cannot change it")
+
+
 def test_what_inspect_says_is_what_convert_saves(dense, tmp_path, capsys):
     options = ("--device", "cpu", "--min-sparsity", 0.5, "--exclude", "mlp.2")
     shown = run_json(capsys, "inspect", dense, *options)

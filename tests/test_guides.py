@@ -140,6 +140,8 @@ def check_deploy(names: Names) -> None:
     assert swapped(names) == 2
     assert type(names["vit"].attention) is BSRMultiheadAttention
     assert type(names["resnet"][0]) is BSRConv1x1
+    assert names["classifier"][0].blocksize == (64, 64)
+    assert '"swapped, padded to 1024x768 (2.4% more)"' in text_of("deploy.md")
     assert names["twin_of"](names["MyLinear"]).bsr is BSRLinear
     torch.testing.assert_close(names["fresh"](x), model(x))
     torch.testing.assert_close(names["served"](x), model(x))

@@ -23,6 +23,7 @@ from torch import nn
 from torchao_superblock.bsr import BSRConv1x1, BSRLinear, save_bsr, swap_to_bsr, swap_to_dense
 from torchao_superblock.bsr.attention import projections
 from torchao_superblock.bsr.swap import SwapEntry
+from torchao_superblock.common.blocks import padded_shape
 from torchao_superblock.model_file import ModelFile, read_model, write_dense, write_folder
 from torchao_superblock.ops import ACTIVATIONS
 from torchao_superblock.ops.break_even import break_even
@@ -128,6 +129,11 @@ def _parser() -> argparse.ArgumentParser:
             "--blocksize",
             type=_blocksize,
             help="64 or 64x32 (out x in) for all layers; by default each one's is read off its zeros",
+        )
+        sub.add_argument(
+            "--pad",
+            action="store_true",
+            help="pad the last blocks of layers whose shape is not a multiple of the block size",
         )
         sub.add_argument(
             "--exclude",
@@ -390,7 +396,7 @@ def _milliseconds(call: Callable[[], object], device: torch.device, seconds: flo
 def _read(arguments: argparse.Namespace) -> ModelFile:
     with _progress(f"reading {arguments.file}", None):
         read = read_model(arguments.file, arguments.key)
-    options = ("blocksize", "min_sparsity", "exclude")
+    options = ("blocksize", "min_sparsity", "pad", "exclude")
     given = [f"--{name.replace('_', '-')}" for name in options if getattr(arguments, name, None)]
     if read.is_bsr and given:
         raise ValueError(
@@ -441,7 +447,11 @@ def _layers(
             return not any(fnmatch(fqn, pattern) for pattern in arguments.exclude)
 
         report = swap_to_bsr(
-            model, arguments.blocksize, min_sparsity=min_sparsity, filter_fn=is_meant
+            model,
+            arguments.blocksize,
+            min_sparsity=min_sparsity,
+            filter_fn=is_meant,
+            pad=arguments.pad,
         )
     entries = {entry.fqn: entry for entry in [*report.swapped, *report.skipped]}
     swapped = {entry.fqn for entry in report.swapped}
@@ -458,9 +468,15 @@ def _judged(entry: SwapEntry, old: nn.Module, new: nn.Module) -> Layer:
     swapped = isinstance(new, BSRLinear)
     blocksize = entry.blocksize if entry.sparsity else None
     saved = _bytes(old) - _bytes(new) if swapped else 0
+    reason = entry.reason + (_padding(new) if swapped else "")
     return Layer(
-        entry.fqn, entry.shape, blocksize, entry.sparsity, swapped, entry.reason, _bytes(old), saved
+        entry.fqn, entry.shape, blocksize, entry.sparsity, swapped, reason, _bytes(old), saved
     )
+
+
+def _padding(layer: BSRLinear) -> str:
+    padded = padded_shape((layer.out_features, layer.in_features), layer.blocksize)
+    return "" if padded is None else "; padded to {}x{}".format(*padded)
 
 
 def _stored(fqn: str, layer: BSRLinear) -> Layer:
@@ -473,6 +489,7 @@ def _stored(fqn: str, layer: BSRLinear) -> Layer:
         reason += f", though on {needed.where} blocks of this size break even at {needed.sparsity:.1%}{guess}"
     if layer.is_narrowed:
         reason += f"; narrowed to {layer.out_features}x{layer.in_features}"
+    reason += _padding(layer)
     if layer.activation != "none":
         reason += f"; applies {layer.activation}"
     return Layer(

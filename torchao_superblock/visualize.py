@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from torchao_superblock.bsr import BSRLinear, SwapReport
 from torchao_superblock.bsr.format import infer_blocksize
-from torchao_superblock.common.blocks import parse_blocksize
+from torchao_superblock.common.blocks import block_grid, parse_blocksize
 from torchao_superblock.ops.block_mask import nonzero_blocks
 from torchao_superblock.pruning import Sensitivity
 from torchao_superblock.pruning.finding import masks_of
@@ -83,13 +83,13 @@ def block_masks(
 
 def _masks_of(module: nn.Module, blocksize: tuple[int, int] | None) -> list[tuple[Any, ...]]:
     if isinstance(module, BSRLinear):
-        r, c = module.blocksize
-        mask = torch.zeros(module.out_features // r, module.in_features // c, dtype=torch.bool)
+        shape, (r, c) = (module.out_features, module.in_features), module.blocksize
+        mask = torch.zeros(block_grid(shape, (r, c)), dtype=torch.bool)
         rows = torch.repeat_interleave(
             torch.arange(len(mask)), module.crow_indices.cpu().diff().long()
         )
         mask[rows, module.col_indices.cpu().long()] = True
-        return [("weight", mask, (module.out_features, module.in_features), (r, c))]
+        return [("weight", mask, shape, (r, c))]
     found: list[tuple[Any, ...]] = [
         (name, mask.block_mask(), mask.weight_shape, mask.blocksize)
         for name, mask in masks_of(module).items()

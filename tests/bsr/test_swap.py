@@ -153,7 +153,9 @@ def test_report_accounts_for_weights_outside_of_linear_layers():
     }
     reasons = {entry.fqn: entry.reason for entry in report.skipped}
     assert reasons["fused.weight"] == "Conv1D has no block-sparse twin"
-    assert reasons["ragged"].endswith("from 8 to 256; 50.0% of its elements are zero")
+    assert reasons["ragged"].endswith(
+        "from 8 to 256; 50.0% of its elements are zero, and pad=True pads its last blocks"
+    )
 
 
 def test_an_explicit_block_size_that_does_not_divide_is_a_skip():

@@ -6,6 +6,7 @@ import gc
 import subprocess
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,18 @@ from torchao_superblock.bsr import swap_to_bsr
 ROOT = Path(__file__).parents[2]
 
 
-def make_model() -> nn.Sequential:
+def make_model(hidden: int = 64) -> nn.Sequential:
+    """Two swapped layers; padded where `hidden` is not a multiple of 16."""
     torch.manual_seed(0)
-    model = prune_all(nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)), 16)
-    swap_to_bsr(model, min_sparsity=0.25)
+    model = nn.Sequential(nn.Linear(32, hidden), nn.GELU(), nn.Linear(hidden, 32))
+    if hidden % 16 == 0:
+        prune_all(model, 16)
+    else:
+        with torch.no_grad():
+            model[0].weight[16:32].zero_()
+            model[2].weight[:, :16].zero_()
+    report = swap_to_bsr(model, 16, min_sparsity=0.25, pad=hidden % 16 != 0)
+    assert len(report.swapped) == 2
     return model
 
 
@@ -100,11 +109,11 @@ for x, y in torch.load(sys.argv[1] + "/cases.pt"):
 # Two gloo processes.
 
 
-def check_ddp(rank: int) -> None:
-    model = nn.parallel.DistributedDataParallel(make_model())
+def check_ddp(rank: int, hidden: int = 64) -> None:
+    model = nn.parallel.DistributedDataParallel(make_model(hidden))
     data = batches()
     train(model, [x.chunk(2)[rank] for x in data])
-    alone = make_model()
+    alone = make_model(hidden)
     train(alone, data)
     for ours, reference in zip(model.module.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(ours, reference)
@@ -125,7 +134,7 @@ def check_fsdp2(rank: int) -> None:
         torch.testing.assert_close(ours.full_tensor(), reference)
 
 
-CHECKS = {"ddp": check_ddp, "fsdp2": check_fsdp2}
+CHECKS = {"ddp": check_ddp, "ddp_padded": partial(check_ddp, hidden=40), "fsdp2": check_fsdp2}
 
 
 def _on_rank(rank: int, folder: str) -> None:

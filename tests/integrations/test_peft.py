@@ -129,6 +129,24 @@ def test_merging_what_fits_loses_nothing():
     torch.testing.assert_close(merged(X), said, rtol=1e-4, atol=1e-5)
 
 
+def test_padded_layers_take_adapters_and_merge_them():
+    torch.manual_seed(0)
+    base = Block(50)
+    with torch.no_grad():
+        base.up.weight[8:48].zero_()  # in blocks of 8, the last one of 2 rows
+    swap_to_bsr(base, 8, min_sparsity=0.3, pad=True, filter_fn=lambda _, fqn: fqn == "up")
+    assert base.up.values.shape[0] == 8 and base.up.out_features == 50
+    model = get_peft_model(base, config("up", lora_bias=False))
+    adapter = base.up
+    with torch.no_grad():
+        adapter.lora_B["default"].weight.normal_()[8:48] = 0
+    assert lost_by_merging(model) == {}
+    said = model(X)
+    merged = model.merge_and_unload(safe_merge=True)
+    torch.testing.assert_close(merged(X), said, rtol=1e-4, atol=1e-5)
+    assert not merged.up.values[4:, 2:].any()  # the padding
+
+
 @pytest.mark.parametrize("method", ["merge_and_unload", "merge_adapter"])
 def test_merging_what_does_not_fit_is_refused_and_changes_nothing(method):
     model = get_peft_model(swapped(), config("head", "down"))

@@ -456,7 +456,7 @@ EDITS = {
     ),
     "blocks that do not fit": (
         lambda c: c["layers"][UP].update(blocksize=[7, 8]),
-        f"the layer '{UP}' is described by",
+        rf"damaged: {UP}.weight has shape .*config.json says \(\d+, 7, 8\)",
     ),
     "no layers": (lambda c: c.update(layers={}), "describes no block-sparse layers"),
     "a newer format": (
@@ -474,6 +474,18 @@ def test_a_folder_that_does_not_fit_is_refused(edit, llama, tmp_path):
     for options in ({}, {"ignore_mismatched_sizes": True}):
         with pytest.raises((ValueError, TypeError), match=rule):
             transformers.LlamaForCausalLM.from_pretrained(folder, **options)
+
+
+def test_padded_layers_come_back(tmp_path):
+    model = build("llama", intermediate_size=50)
+    train_and_squash("llama", model, steps=1)
+    report = swap_to_bsr(model, 8, min_sparsity=0.5, pad=True)
+    assert (56, 64) in [entry.padded for entry in report.swapped]
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    layer = loaded.get_submodule(UP)
+    assert isinstance(layer, BSRLinear) and layer.out_features == 50
+    assert torch.equal(logits("llama", loaded), logits("llama", model))
 
 
 def test_the_folder_of_another_model_is_refused(llama):

@@ -143,7 +143,9 @@ static void compare(const char *what, double got, double expected, double scale,
 
 static void problem(int64_t M, int64_t R, int64_t C, int64_t r, int64_t c, int dtype, int density) {
     const int threads = 1 + (int)draw(3), activation = (int)draw(6), with_bias = (int)draw(2);
-    const int64_t N = R * r, K = C * c;
+    /* In every second problem the last blocks are not whole; what they hold beyond N and K must not count. */
+    const int ragged = (int)draw(2);
+    const int64_t N = R * r - (ragged ? draw((uint32_t)r) : 0), K = C * c - (ragged ? draw((uint32_t)c) : 0);
     int32_t *crow = buffer(sizeof(int32_t) * (size_t)(R + 1)), *all = buffer(sizeof(int32_t) * (size_t)(R * C));
     int64_t nnz = 0;
     crow[0] = 0;
@@ -164,13 +166,14 @@ static void problem(int64_t M, int64_t R, int64_t C, int64_t r, int64_t c, int d
         for (int64_t j = crow[i]; j < crow[i + 1]; j++)
             for (int64_t a = 0; a < r; a++)
                 for (int64_t b = 0; b < c; b++)
-                    dense[(i * r + a) * K + col[j] * c + b] = get(values, (j * r + a) * c + b, dtype);
+                    if (i * r + a < N && col[j] * c + b < K)
+                        dense[(i * r + a) * K + col[j] * c + b] = get(values, (j * r + a) * c + b, dtype);
 
     matrix x = make(M, K, dtype), grad = make(M, N, dtype);
     char *y = buffer((size_t)(M * N) * sizes[dtype]);
     sb_product p = {.x = x.data, .x_row = x.row, .x_col = x.col, .crow = crow, .col = col, .values = values,
-                    .bias = with_bias ? bias : NULL, .y = y, .M = M, .R = R, .C = C, .r = r, .c = c, .nnz = nnz,
-                    .dtype = dtype, .activation = activation, .threads = threads};
+                    .bias = with_bias ? bias : NULL, .y = y, .M = M, .N = N, .K = K, .R = R, .C = C, .r = r, .c = c,
+                    .nnz = nnz, .dtype = dtype, .activation = activation, .threads = threads};
     int status = sb_run_product(&p);
     if (status) fail("forward status", status, 0);
     for (int64_t m = 0; m < M; m++)
@@ -187,8 +190,8 @@ static void problem(int64_t M, int64_t R, int64_t C, int64_t r, int64_t c, int d
     /* grad_x: the transposed product, over the same index */
     y = buffer((size_t)(M * K) * sizes[dtype]);
     sb_product t = {.x = grad.data, .x_row = grad.row, .x_col = grad.col, .crow = crow, .col = col,
-                    .transposed = 1, .values = values, .y = y, .M = M, .R = C, .C = R, .r = c, .c = r, .nnz = nnz,
-                    .dtype = dtype, .threads = threads};
+                    .transposed = 1, .values = values, .y = y, .M = M, .N = K, .K = N, .R = C, .C = R, .r = c, .c = r,
+                    .nnz = nnz, .dtype = dtype, .threads = threads};
     status = sb_run_product(&t);
     if (status) fail("grad_x status", status, 0);
     for (int64_t m = 0; m < M; m++)
@@ -204,8 +207,8 @@ static void problem(int64_t M, int64_t R, int64_t C, int64_t r, int64_t c, int d
 
     char *out = buffer((size_t)(nnz * r * c) * sizes[dtype]);
     sb_grad_values g = {.grad = grad.data, .grad_row = grad.row, .grad_col = grad.col, .x = x.data, .x_row = x.row,
-                        .x_col = x.col, .crow = crow, .col = col, .out = out, .M = M, .R = R, .C = C, .r = r, .c = c,
-                        .nnz = nnz, .dtype = dtype, .threads = threads};
+                        .x_col = x.col, .crow = crow, .col = col, .out = out, .M = M, .N = N, .K = K, .R = R, .C = C,
+                        .r = r, .c = c, .nnz = nnz, .dtype = dtype, .threads = threads};
     status = sb_run_grad_values(&g);
     if (status) fail("grad_values status", status, 0);
     for (int64_t i = 0; i < R; i++)
@@ -213,6 +216,11 @@ static void problem(int64_t M, int64_t R, int64_t C, int64_t r, int64_t c, int d
             for (int64_t a = 0; a < r; a++)
                 for (int64_t b = 0; b < c; b++) {
                     double z = 0, scale = 0;
+                    if (i * r + a >= N || col[j] * c + b >= K) {
+                        z = get(out, (j * r + a) * c + b, dtype);
+                        if (z != 0) fail("grad_values of padding", z, 0);
+                        continue;
+                    }
                     for (int64_t m = 0; m < M; m++) {
                         const double v = get(grad.data, m * grad.row + (i * r + a) * grad.col, dtype) *
                                          get(x.data, m * x.row + (col[j] * c + b) * x.col, dtype);
@@ -271,11 +279,13 @@ static void race(void) {
     for (int n = 0; n < 1000; n++) {
         const int64_t width = RACE_C * RACE_BLOCK;
         sb_product p = {.x = x, .x_row = width, .x_col = 1, .crow = crow, .col = col, .values = values, .y = y,
-                        .M = n % 4 ? RACE_M : 1, .R = RACE_R, .C = RACE_C, .r = RACE_BLOCK, .c = RACE_BLOCK,
+                        .M = n % 4 ? RACE_M : 1, .N = width, .K = width, .R = RACE_R, .C = RACE_C, .r = RACE_BLOCK,
+                        .c = RACE_BLOCK,
                         .nnz = RACE_NNZ, .dtype = SB_FLOAT32, .threads = 1 + n % 2, .transposed = n % 3 == 1};
         sb_grad_values g = {.grad = x, .grad_row = width, .grad_col = 1, .x = x, .x_row = width, .x_col = 1,
-                            .crow = crow, .col = col, .out = out, .M = 3, .R = RACE_R, .C = RACE_C, .r = RACE_BLOCK,
-                            .c = RACE_BLOCK, .nnz = RACE_NNZ, .dtype = SB_FLOAT32, .threads = 1 + n % 2};
+                            .crow = crow, .col = col, .out = out, .M = 3, .N = width, .K = width, .R = RACE_R,
+                            .C = RACE_C, .r = RACE_BLOCK, .c = RACE_BLOCK, .nnz = RACE_NNZ, .dtype = SB_FLOAT32,
+                            .threads = 1 + n % 2};
         const int status = n % 3 == 2 ? sb_run_grad_values(&g) : sb_run_product(&p);
         if (status != SB_OK && status != SB_BAD_CROW && status != SB_BAD_COL) fail("status in a race", status, 0);
         served += status == SB_OK;

@@ -94,7 +94,7 @@ def test_products_match_float64(kernel: str, dtype: torch.dtype, blocksize) -> N
         assert y.is_contiguous() and y.dtype == dtype
         assert relative_error(y, ACTIVATIONS[activation](z)) <= tolerance, (M, activation)
 
-        gx = cpu.grad_x(grad, crow, col, values, plan, C)
+        gx = cpu.grad_x(grad, crow, col, values, plan, C * c)
         assert gx.is_contiguous() and gx.dtype == dtype
         assert relative_error(gx, grad.double() @ dense.double()) <= tolerance, M
 
@@ -257,7 +257,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads(kernel: str, thread
             results.append(
                 (
                     cpu.forward(x, crow, col, values, bias, "gelu", plan),
-                    cpu.grad_x(grad, crow, col, values, plan, 8),
+                    cpu.grad_x(grad, crow, col, values, plan, 256),
                     cpu.grad_values(grad, x, crow, col, plan, 32, 32),
                 )
             )
@@ -289,7 +289,7 @@ def test_an_updated_weight_is_seen_by_the_next_call(kernel: str) -> None:
 
 
 def test_the_plain_case_takes_the_short_way(has_compiled: None) -> None:
-    """`call` serves whole blocks by itself, and leaves what needs a copy, padding or an error."""
+    """`call` serves what needs no copy and no error by itself, padded blocks as well, and leaves the rest."""
     dense, crow, col, values = random_bsr(64, 96, 16, 0.5)
     bias, plan = torch.randn(64), build_plan(crow, col, 6)
     asked: list[tuple] = []
@@ -309,10 +309,13 @@ def test_the_plain_case_takes_the_short_way(has_compiled: None) -> None:
             z = x.double() @ dense.double().t() + (0 if b is None else b.double())
             assert y.shape == (*x.shape[:-1], 64) and y.is_contiguous()
             assert relative_error(y, ACTIVATIONS["silu"](z)) < 1e-6
-    assert not asked
     x = torch.randn(5, 96)
+    y = cpu.call(general, x[:, :90], crow, col, values, bias[:60], 60, "none", plan)
+    z = x[:, :90].double() @ dense[:60, :90].double().t() + bias[:60].double()
+    assert relative_error(y, z) < 1e-6
+    assert not asked
     other_ways: list[tuple] = [
-        (x[:, :90], crow, col, values),
+        (x[:, :80], crow, col, values, None, None, "none", plan),
         (x[:0], crow, col, values),
         (x[0], crow, col, values),
         (torch.randn(3, 2, 96).transpose(0, 1), crow, col, values),
@@ -326,7 +329,8 @@ def test_the_plain_case_takes_the_short_way(has_compiled: None) -> None:
         (x, crow[None], col, values),
         (x, crow, col, values, bias[1:]),
         (x, crow, col, values, bias.double()),
-        (x, crow, col, values, None, 60),
+        (x, crow, col, values, None, 48),
+        (x, crow, col, values, None, 65),
         (x, crow, col, values, None, None, "swish"),
         (x, crow, col, values, None, None, "none", plan[1:]),
         (x, crow, col, values.to("meta")),
@@ -391,7 +395,7 @@ dense, crow, col, values = random_bsr(512, 512, 32, 0.5)
 x, plan = torch.randn(300, 512), build_plan(crow, col, 16)
 def work():
     y = cpu.forward(x, crow, col, values, None, "gelu", plan)
-    return y, cpu.grad_x(y, crow, col, values, plan, 16), cpu.grad_values(y, x, crow, col, plan, 32, 32)
+    return y, cpu.grad_x(y, crow, col, values, plan, 512), cpu.grad_values(y, x, crow, col, plan, 32, 32)
 expected = work()                       # starts the pool of threads
 child = os.fork()
 if child == 0:

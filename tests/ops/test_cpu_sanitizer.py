@@ -85,8 +85,8 @@ def test_the_build_catches_an_overrun(build, tmp_path: Path) -> None:
             const int32_t crow[] = {0, 1}, col[] = {0};
             float *x = calloc(13 * 16, 4), *values = calloc(16 * 16, 4), *y = calloc(12 * 16, 4);
             const sb_product p = {.x = x, .x_row = 16, .x_col = 1, .crow = crow, .col = col,
-                                  .values = values, .y = y, .M = 13, .R = 1, .C = 1, .r = 16,
-                                  .c = 16, .nnz = 1, .dtype = SB_FLOAT32, .threads = 1};
+                                  .values = values, .y = y, .M = 13, .N = 16, .K = 16, .R = 1, .C = 1,
+                                  .r = 16, .c = 16, .nnz = 1, .dtype = SB_FLOAT32, .threads = 1};
             return sb_run_product(&p);
         }
         """

@@ -17,7 +17,7 @@ from torchao_superblock import BSRLinear, to_bsr_linear
 from torchao_superblock.ops import ACTIVATIONS, Operands, bsr_gated_linear, bsr_linear, build_plan
 from torchao_superblock.ops.aot import FEW_TOKENS
 from torchao_superblock.ops.gated import OPS as GATED
-from torchao_superblock.ops.inner import OPS
+from torchao_superblock.ops.inner import OPS, PADDED_OPS
 
 PUBLIC = "torch.ops.torchao_superblock.bsr_linear.default("
 TRITON = "bsr_matmul_kernel"
@@ -53,6 +53,9 @@ def test_opcheck(activation):
     _, crow, col, values = random_bsr(48, 64, 16, 0.5)
     for bias in (None, torch.randn(48)):
         torch.library.opcheck(OPS[activation], (torch.randn(5, 64), crow, col, values, bias))
+    for bias in (None, torch.randn(41)):
+        arguments = (torch.randn(5, 60), crow, col, values, bias, 41)
+        torch.library.opcheck(PADDED_OPS[activation], arguments)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -66,7 +69,7 @@ def test_inductor_calls_it_and_the_numbers_stay(activation, lead):
         assert y.shape == (*lead, 96) and y.is_contiguous()
 
 
-def test_ragged_edges_are_padded_and_cropped_around_it():
+def test_padded_blocks_have_an_op_of_their_own_and_nothing_around_it():
     _, crow, col, values = random_bsr(48, 64, 16, 0.5)
 
     def function(x, bias):
@@ -74,7 +77,9 @@ def test_ragged_edges_are_padded_and_cropped_around_it():
 
     x, bias = torch.randn(3, 60), torch.randn(41)
     y, code = code_of(torch.compile(function, fullgraph=True), x, bias)
-    assert "bsr_product_gelu" in code
+    assert "bsr_padded_product_gelu.default(" in code and PUBLIC not in code
+    # Neither x nor y is copied.
+    assert "constant_pad_nd" not in code and "cpp_fused" not in code
     torch.testing.assert_close(y, function(x, bias))
     assert y.is_contiguous()
 

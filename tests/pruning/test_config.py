@@ -165,7 +165,7 @@ ragged.weight                       50x40  16x16   4x3   50.0%   50.0%
 blocks.1.mlp.0.weight               64x32   8x16   8x2   90.0%   87.5%
 blocks.1.mlp.2.weight               32x64   8x16   4x4   90.0%   87.5%
 9 tensors masked: 34 of 92 blocks kept, 63.0% pruned
-1 tensor masked to no use at a swap:
+1 tensor of use at a swap with pad=True:
   ragged.weight: its shape (50, 40) is not a multiple of any block size from 8 to 256 (40.8% of its elements are pruned)
 6 tensors skipped:
   table 32x32: Model is no nn.Linear: name it exactly to mask it

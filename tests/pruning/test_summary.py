@@ -39,16 +39,20 @@ def test_masks_that_no_swap_can_use_are_listed_with_the_reason() -> None:
     assert_expected_inline(
         "\n".join(str(summary).splitlines()[8:]),
         """\
-3 tensors masked to no use at a swap:
-  ragged.weight: its shape (50, 40) is not a multiple of any block size from 8 to 256 (47.2% of its elements are pruned)
+2 tensors masked to no use at a swap:
   special.weight: Special has no block-sparse twin
-  words.weight: Embedding has no block-sparse twin""",
+  words.weight: Embedding has no block-sparse twin
+1 tensor of use at a swap with pad=True:
+  ragged.weight: its shape (50, 40) is not a multiple of any block size from 8 to 256 (47.2% of its elements are pruned)""",  # noqa: E501
     )
     sparsifier.squash_mask()
-    report = swap_to_bsr(model, min_sparsity=0.0)
     unused = {entry.fqn for entry in summary.groups if entry.swap_obstacle is not None}
-    assert unused == {f"{name}.weight" for name in ("ragged", "special", "words")}
+    assert unused == {f"{name}.weight" for name in ("special", "words")}
+    report = swap_to_bsr(model, min_sparsity=0.0)
     assert {entry.fqn for entry in report.swapped} == {"plain", "smaller_blocks"}
+    assert [entry.fqn for entry in summary.groups if entry.swap_needs_pad] == ["ragged.weight"]
+    (entry,) = swap_to_bsr(model, min_sparsity=0.0, pad=True).swapped
+    assert (entry.fqn, entry.blocksize, entry.padded) == ("ragged", (16, 8), (64, 40))
 
 
 @pytest.mark.parametrize("shape", [(50, 40), (33, 16), (16, 17), (32, 32)])

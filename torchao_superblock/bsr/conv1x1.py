@@ -60,8 +60,8 @@ class BSRConv1x1(BSRLinear):
     Args:
         in_channels: K.
         out_channels: N.
-        blocksize: int, or `(rows, cols)` = (out, in); must divide `(N, K)`.
-        crow_indices: `(R + 1,)` int32, R = N / rows.
+        blocksize: as in :class:`BSRLinear`.
+        crow_indices: `(R + 1,)` int32, R = ceil(N / rows).
         col_indices: `(nnz,)` int32, sorted and unique in each block row.
         values: `(nnz, rows, cols)`, float32, float64, float16 or bfloat16. A Parameter is taken as it is.
         bias: `(N,)` of the same dtype, or None. A Parameter is taken as it is.

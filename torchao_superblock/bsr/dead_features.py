@@ -200,21 +200,24 @@ def _narrow(pair: LinearPair, fold: bool = True) -> dict[str, int] | None:
     features = second.in_features
     parts = 2 if pair.is_packed else 1
     unit = math.lcm(*(first.blocksize[0] for first in firsts), second.blocksize[1])
-    if any(first.out_features != parts * features for first in firsts) or features % unit:
+    if any(first.out_features != parts * features for first in firsts):
+        return None
+    if (
+        features % unit and parts > 1
+    ):  # a block in both halves, or more of one half than of the other
         return None
     rows = [
-        blocks
+        _in_units(blocks, unit // first.blocksize[0]).sum(1)
         for first in firsts
-        for blocks in first.crow_indices.diff()
-        .view(parts, features // unit, unit // first.blocksize[0])
-        .sum(2)
+        for blocks in first.crow_indices.diff().view(parts, -1)
     ]
-    columns = torch.bincount(second.col_indices, minlength=features // second.blocksize[1])
-    columns = columns.view(-1, unit // second.blocksize[1]).sum(1)
+    column_count = -(-features // second.blocksize[1])
+    columns = torch.bincount(second.col_indices, minlength=column_count)
+    columns = _in_units(columns, unit // second.blocksize[1]).sum(1)
     unread, constant = columns == 0, torch.zeros_like(columns, dtype=torch.bool)
     value = None
     if not pair.is_random:
-        constant, value = _constants(pair, rows)
+        constant, value = _constants(pair, rows, unit)
         constant &= ~unread
         if second.bias is None or not fold:
             constant &= (value == 0).all(1)
@@ -230,20 +233,28 @@ def _narrow(pair: LinearPair, fold: bool = True) -> dict[str, int] | None:
     unread, constant = unread & dead, constant & dead
     bias = second.bias
     if value is not None and bool((value[constant] != 0).any()):
-        gone = constant.repeat_interleave(unit)
-        more = _with_inputs(second, gone, None, "none").double()(value.flatten()[gone])
+        gone = constant.repeat_interleave(unit)[:features]
+        more = _with_inputs(second, gone, None, "none").double()(value.flatten()[:features][gone])
         total = bias.double() + more
         bias = nn.Parameter(total.to(bias.dtype), bias.requires_grad)
         if not torch.equal(bias.isfinite(), total.isfinite()):  # too large for float16
             return _narrow(pair, fold=False)
-    kept = (~dead).repeat_interleave(unit)
+    kept = (~dead).repeat_interleave(unit)[:features]
     for path, first in zip(pair.first_paths, firsts, strict=True):
         pair.flow.put(path, _with_outputs(first, kept.repeat(parts)))
     pair.flow.put(pair.second, _with_inputs(second, kept, bias, second.activation))
-    return {"unread": int(unread.sum()) * unit, "constant": int(constant.sum()) * unit}
+    unread, constant = (
+        int(which.repeat_interleave(unit)[:features].sum()) for which in (unread, constant)
+    )
+    return {"unread": unread, "constant": constant}
 
 
-def _constants(pair: LinearPair, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _in_units(tensor: Tensor, size: int) -> Tensor:
+    """`(units, size)` of `(n,)`; the last one may be short and is filled up with zeros."""
+    return F.pad(tensor, (0, -tensor.shape[0] % size)).view(-1, size)
+
+
+def _constants(pair: LinearPair, rows: Sequence[Tensor], unit: int) -> tuple[Tensor, Tensor]:
     """Which features are the same for every input, and what they are: bool `(units,)`, float64 `(units, unit)`.
 
     `rows` has the stored blocks of each unit, for each factor that they are made of.
@@ -257,9 +268,10 @@ def _constants(pair: LinearPair, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor
         # Rounded where the model rounds.
         return ACTIVATIONS[layer.activation](value).to(dtype).double()
 
-    units = len(rows[0])
     parts = 2 if pair.is_packed else 1
-    factors = [part.view(units, -1) for first in pair.firsts for part in biases(first).chunk(parts)]
+    factors = [
+        _in_units(part, unit) for first in pair.firsts for part in biases(first).chunk(parts)
+    ]
     if pair.gate is not None:
         active = 1 if pair.is_packed and not pair.gate.gate_is_first else 0
         activation = pair.flow.piece(pair.gate.activation)
@@ -277,44 +289,46 @@ def _constants(pair: LinearPair, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor
 
 def _with_outputs(layer: BSRLinear, kept: Tensor) -> BSRLinear:
     """The layer without some of its outputs; `kept` is bool `(out_features,)`, the same within a block row."""
-    rows = kept.view(-1, layer.blocksize[0])[:, 0]
+    rows = _in_units(kept, layer.blocksize[0])[:, 0]
     counts = layer.crow_indices.diff()
     blocks = rows.repeat_interleave(counts)
     bias = layer.bias
     if bias is not None:
         bias = nn.Parameter(bias[kept], bias.requires_grad)
-    return _part(layer, counts[rows], layer.col_indices, blocks, bias, layer.activation)
+    features = int(kept.sum()), layer.in_features
+    return _part(layer, features, counts[rows], layer.col_indices, blocks, bias, layer.activation)
 
 
 def _with_inputs(
     layer: BSRLinear, kept: Tensor, bias: nn.Parameter | None, activation: str
 ) -> BSRLinear:
     """The layer without some of its inputs; `kept` is bool `(in_features,)`, the same within a block column."""
-    columns = kept.view(-1, layer.blocksize[1])[:, 0]
+    columns = _in_units(kept, layer.blocksize[1])[:, 0]
     new_column = columns.cumsum(0, dtype=torch.int32) - 1
     blocks = columns[layer.col_indices]
     before = torch.zeros(layer.nnz + 1, dtype=torch.int32, device=blocks.device)
     before[1:] = blocks.cumsum(0)
     counts = before[layer.crow_indices].diff()
-    return _part(layer, counts, new_column[layer.col_indices], blocks, bias, activation, kept)
+    features = layer.out_features, int(kept.sum())
+    return _part(layer, features, counts, new_column[layer.col_indices], blocks, bias, activation)
 
 
 def _part(
     layer: BSRLinear,
+    features: tuple[int, int],
     counts: Tensor,
     col_indices: Tensor,
     blocks: Tensor,
     bias: nn.Parameter | None,
     activation: str,
-    inputs: Tensor | None = None,
 ) -> BSRLinear:
-    """A layer of some of another one's blocks: `counts` of them in each block row."""
+    """A layer `(out, in)` of some of another one's blocks: `counts` of them in each block row."""
     crow_indices = counts.new_zeros(counts.shape[0] + 1)
     crow_indices[1:] = counts.cumsum(0)
     values = layer.values
     part = BSRLinear(
-        layer.in_features if inputs is None else int(inputs.sum()),
-        counts.shape[0] * layer.blocksize[0],
+        features[1],
+        features[0],
         layer.blocksize,
         crow_indices,
         col_indices[blocks],

@@ -7,13 +7,17 @@ BSR (block compressed sparse row; see Saad, "Iterative Methods for Sparse Linear
     col_indices   int32 (nnz,)       block column of each stored block, sorted and unique in each row
     values        (nnz, r, c)        the stored blocks, contiguous and row-major
 
+The grid covers the matrix: where N or K is not a multiple of the block size, the blocks of the last block row or column
+are stored whole, padded with zeros. Nothing that reads a matrix depends on what the padding holds, as long as it is
+finite, and its gradient is zero.
+
 Legend: N out features, K in features, R x C the block grid, r x c the block size, nnz stored blocks.
 """
 
 import torch
 from torch import Tensor
 
-from torchao_superblock.common.blocks import whole_block_grid
+from torchao_superblock.common.blocks import block_grid, padded_shape
 from torchao_superblock.common.kept_blocks import KeptBlocks
 from torchao_superblock.common.swappable import CANDIDATE_SIZES
 
@@ -22,11 +26,22 @@ from torchao_superblock.common.swappable import CANDIDATE_SIZES
 STORED_TOLERANCE = 1.02
 
 
+# So much larger a padded dimension may be where smaller blocks would fit it without padding.
+MOST_PADDING = 1.125
+
+
 def nonzero_blocks(weight: Tensor, blocksize: tuple[int, int]) -> Tensor:
     """Bool `(R, C)`: which blocks of a `(N, K)` weight hold anything but zeros (NaN counts, -0.0 does not)."""
-    R, C = whole_block_grid(weight, blocksize)
-    r, c = blocksize
-    return (weight.detach() != 0).view(R, r, C, c).any(3).any(1)
+    return in_blocks(weight.detach() != 0, blocksize).any(3).any(1)
+
+
+def in_blocks(matrix: Tensor, blocksize: tuple[int, int]) -> Tensor:
+    """`(R, r, C, c)`: a view of a `(N, K)` matrix, or of a copy padded with zeros where it ends in a block."""
+    (R, C), (r, c) = block_grid(tuple(matrix.shape), blocksize), blocksize
+    N, K = matrix.shape
+    if (N, K) != (R * r, C * c):
+        matrix = torch.nn.functional.pad(matrix, (0, C * c - K, 0, R * r - N))
+    return matrix.reshape(R, r, C, c)
 
 
 def stored_blocks(weight: Tensor, blocksize: tuple[int, int], keep: KeptBlocks | None) -> Tensor:
@@ -45,28 +60,24 @@ def stored_blocks(weight: Tensor, blocksize: tuple[int, int], keep: KeptBlocks |
 def gather_blocks(
     weight: Tensor, crow_indices: Tensor, col_indices: Tensor, blocksize: tuple[int, int]
 ) -> Tensor:
-    """The `(nnz, r, c)` blocks of a dense `(N, K)` tensor that an index names; a copy, detached."""
-    (R, C), (r, c) = whole_block_grid(weight, blocksize), blocksize
+    """The `(nnz, r, c)` blocks of a dense `(N, K)` tensor that an index names, padded; a copy, detached."""
     row = torch.repeat_interleave(crow_indices.diff())
-    blocks = weight.detach().reshape(R, r, C, c)
+    blocks = in_blocks(weight.detach(), blocksize)
     return blocks[row, :, col_indices.long(), :].contiguous()
 
 
 def dense_to_bsr(
     weight: Tensor, blocksize: tuple[int, int], keep: KeptBlocks | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Store the blocks of a dense weight that hold anything but zeros.
+    """Store the blocks of a dense weight that hold anything but zeros, the last ones padded with zeros.
 
     Args:
-        weight: `(N, K)`, any dtype, N and K multiples of the block size.
+        weight: `(N, K)`, any dtype.
         blocksize: `(r, c)`.
         keep: blocks to store whatever they hold.
 
     Returns:
         `(crow_indices, col_indices, values)` on the device of the weight; a copy, detached.
-
-    Raises:
-        ValueError: the shape is not a multiple of the block size.
     """
     mask = stored_blocks(weight, blocksize, keep)
     crow_indices = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=weight.device)
@@ -118,11 +129,12 @@ def bsr_to_dense(
         shape: `(N, K)`.
     """
     _, r, c = values.shape
-    R, C = whole_block_grid(shape, (r, c))
+    R, C = block_grid(shape, (r, c))
     position = torch.arange(values.shape[0], device=values.device, dtype=torch.int32)
     row = torch.searchsorted(crow_indices, position, right=True) - 1
     blocks = values.new_zeros(R, C, r, c).index_put((row, col_indices.long()), values)
-    return blocks.transpose(1, 2).reshape(shape)
+    N, K = shape
+    return blocks.transpose(1, 2).reshape(R * r, C * c)[:N, :K].contiguous()
 
 
 def check_bsr(
@@ -147,7 +159,7 @@ def check_bsr(
         TypeError: indices that are not int32, or values that are not floating point.
         ValueError: any other broken invariant; the message says which.
     """
-    R, C = whole_block_grid(shape, blocksize)
+    R, C = block_grid(shape, blocksize)
     for label, tensor in (
         ("crow_indices", crow_indices),
         ("col_indices", col_indices),
@@ -212,36 +224,74 @@ def check_bsr(
             f"{name}: col_indices must be sorted and unique in each block row, got {col[at].item()} then "
             f"{col[at + 1].item()} in block row {row[at].item()}"
         )
+    padded = padded_shape(shape, blocksize)
+    if padded is not None:
+        rows, cols = (whole - n for whole, n in zip(padded, shape, strict=True))
+        below, beside = (
+            values[crow[-2] :, blocksize[0] - rows :],
+            values[(col == C - 1).to(values.device), :, blocksize[1] - cols :],
+        )
+        if not (below.isfinite().all() and beside.isfinite().all()):
+            raise ValueError(
+                f"{name}: what the last blocks hold beyond the shape {tuple(shape)} must be finite, best zero: it is "
+                "multiplied with zeros"
+            )
 
 
-def infer_blocksize(weight: Tensor) -> tuple[int, int] | None:
+def infer_blocksize(weight: Tensor, *, pad: bool = False) -> tuple[int, int] | None:
     """Read the block size off the zeros of a weight.
 
-    Rows and columns are looked at separately, over the powers of two from 8 to 256 that divide the shape. The largest
-    size that stores at most 1.02x the elements of the smallest one is taken.
+    Rows and columns are looked at separately, over the powers of two from 8 to 256 that divide the shape. With `pad`,
+    others come in where they make a dimension at most 1.125x as large, or where no size divides it and they are not
+    larger than it. The largest size that stores at most 1.02x the elements of the smallest one is taken; padding does
+    not count as an element.
 
     Args:
         weight: `(N, K)`.
+        pad: whether the last blocks may be padded.
 
     Returns:
         `(r, c)`, or None where no candidate divides the shape. A weight without a block of zeros gives the largest
-        candidates that divide its shape.
+        candidates. With `pad`, dimensions below 8 are cut in blocks of 8.
     """
-    row_sizes = [size for size in CANDIDATE_SIZES if weight.shape[0] % size == 0]
-    col_sizes = [size for size in CANDIDATE_SIZES if weight.shape[1] % size == 0]
+    row_sizes, col_sizes = (_candidates(n, pad) for n in weight.shape)
     if not row_sizes or not col_sizes or weight.numel() == 0:
         return None
-    smallest = nonzero_blocks(weight, (row_sizes[0], col_sizes[0]))
-    limit = STORED_TOLERANCE * int(smallest.sum())
+    # What is counted is small, and not every device counts in float64.
+    smallest = nonzero_blocks(weight, (row_sizes[0], col_sizes[0])).cpu().double()
+    heights, widths = (
+        _sums(torch.ones(n, dtype=torch.float64), sizes[0])
+        for n, sizes in zip(weight.shape, (row_sizes, col_sizes), strict=True)
+    )
+    limit = STORED_TOLERANCE * float(heights @ smallest @ widths)
 
-    def largest(sizes: list[int], mask: Tensor) -> int:
+    def largest(sizes: list[int], mask: Tensor, lengths: Tensor, others: Tensor) -> int:
         """Merge blocks along the first dimension of `mask` while that stores hardly more."""
         best = sizes[0]
         for size in sizes[1:]:
             factor = size // sizes[0]
-            merged = mask.view(-1, factor, mask.shape[1]).any(1)
-            if int(merged.sum()) * factor <= limit:
+            merged = (_sums(mask, factor) > 0).double()
+            if float(_sums(lengths, factor) @ merged @ others) <= limit:
                 best = size
         return best
 
-    return largest(row_sizes, smallest), largest(col_sizes, smallest.t().contiguous())
+    rows = largest(row_sizes, smallest, heights, widths)
+    return rows, largest(col_sizes, smallest.t(), widths, heights)
+
+
+def _candidates(n: int, pad: bool) -> list[int]:
+    """Sizes that a dimension of n may be cut in."""
+    whole = [size for size in CANDIDATE_SIZES if n % size == 0]
+    if not pad:
+        return whole
+    if not whole:
+        return [size for size in CANDIDATE_SIZES if size <= max(n, CANDIDATE_SIZES[0])]
+    return [size for size in CANDIDATE_SIZES if -(-n // size) * size <= MOST_PADDING * n]
+
+
+def _sums(tensor: Tensor, size: int) -> Tensor:
+    """Sums of `size` neighbours along the first dimension; of fewer at its end."""
+    missing = -tensor.shape[0] % size
+    if missing:
+        tensor = torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
+    return tensor.reshape(-1, size, *tensor.shape[1:]).sum(1)

@@ -129,6 +129,8 @@ def obstacle(flow: Dataflow, gate: Gate) -> str | None:
         return "the two layers are not plain BSRLinear layers"
     parts = 2 if gate.gate == gate.up else 1
     if layers[0].out_features % (parts * layers[0].blocksize[0]):
+        if parts == 1:
+            return "their last blocks are padded"
         return "a block would lie in both halves of the layer"
     dtypes = {
         module.values.dtype if isinstance(module, BSRLinear) else module.weight.dtype

@@ -23,11 +23,11 @@ from torchao_superblock.bsr.format import (
 from torchao_superblock.bsr.index_record import IndexRecord
 from torchao_superblock.bsr.weight import BSRWeight, TracedBSRWeight
 from torchao_superblock.common.all_or_nothing import all_or_nothing
-from torchao_superblock.common.blocks import parse_blocksize
+from torchao_superblock.common.blocks import block_grid, padded_shape, parse_blocksize
 from torchao_superblock.common.kept_blocks import KeptBlocks
 from torchao_superblock.common.modules import block_masks_of, copy_hooks
 from torchao_superblock.common.sharding import is_dtensor
-from torchao_superblock.common.swappable import own_methods, twin_of
+from torchao_superblock.common.swappable import own_methods, shape_obstacle, twin_of
 from torchao_superblock.ops import ACTIVATIONS, bsr_linear, build_plan
 from torchao_superblock.ops.checks import DTYPES
 from torchao_superblock.ops.op import trainable_linear
@@ -181,8 +181,10 @@ class BSRLinear(nn.Module):
     Args:
         in_features: K.
         out_features: N.
-        blocksize: int, or `(rows, cols)` = (out, in); must divide `(N, K)`.
-        crow_indices: `(R + 1,)` int32, R = N / rows.
+        blocksize: int, or `(rows, cols)` = (out, in). Where it does not divide `(N, K)`, the last block row or column
+            is padded: what its blocks hold beyond the weight counts for nothing, as long as it is finite, and has a
+            gradient of zero.
+        crow_indices: `(R + 1,)` int32, R = ceil(N / rows).
         col_indices: `(nnz,)` int32, sorted and unique in each block row.
         values: `(nnz, rows, cols)`, float32, float64, float16 or bfloat16. A Parameter is taken as it is.
         bias: `(N,)` of the same dtype, or None. A Parameter is taken as it is.
@@ -295,7 +297,7 @@ class BSRLinear(nn.Module):
     def _set_indices(self, crow_indices: Tensor, col_indices: Tensor) -> None:
         self.register_buffer("crow_indices", crow_indices.contiguous())
         self.register_buffer("col_indices", col_indices.contiguous())
-        n_block_cols = self.in_features // self.blocksize[1]
+        _, n_block_cols = block_grid((self.out_features, self.in_features), self.blocksize)
         plan = build_plan(crow_indices, col_indices, n_block_cols, self.blocksize)
         self.register_buffer("plan", plan, persistent=False)
         self._index_record = IndexRecord(self.crow_indices, self.col_indices)
@@ -361,6 +363,7 @@ class BSRLinear(nn.Module):
         linear: nn.Linear,
         blocksize: int | tuple[int, int] | None = None,
         *,
+        pad: bool = False,
         keep: KeptBlocks | None = None,
     ) -> "BSRLinear":
         """Convert a linear layer whose weight has blocks of zeros.
@@ -372,12 +375,14 @@ class BSRLinear(nn.Module):
                 they are.
             blocksize: int, `(rows, cols)`, or None to read it off the zeros
                 (:func:`torchao_superblock.bsr.format.infer_blocksize`).
+            pad: take shapes that are not a multiple of the block size: the last blocks are stored padded with zeros.
             keep: blocks to store whatever they hold, as one that is trained on may be zero now.
 
         Raises:
             TypeError: `linear` is not an `nn.Linear`, nor of a type that is registered as one, or its dtype is not
                 supported.
-            ValueError: the shape is not a multiple of the block size, or there is no block of zeros to read it off.
+            ValueError: the shape is not a multiple of the block size, without `pad`, or there is no block of zeros to
+                read it off.
             RuntimeError: the block mask of `linear` is not squashed yet.
         """
         if getattr(bsr_type(linear), "DENSE", None) != cls.DENSE:
@@ -400,11 +405,11 @@ class BSRLinear(nn.Module):
                 )
             blocksize = size
         if blocksize is None:
-            blocksize = infer_blocksize(weight)
+            blocksize = infer_blocksize(weight, pad=pad)
             if blocksize is None:
                 raise ValueError(
                     f"cannot convert this {what} to {cls.__name__}: its shape {shape} is not a multiple of "
-                    "8; pass a blocksize that divides it"
+                    "8; pass a blocksize that divides it, or pad=True to pad its last blocks"
                 )
             if nonzero_blocks(weight, blocksize).all():
                 raise ValueError(
@@ -412,6 +417,11 @@ class BSRLinear(nn.Module):
                     "zeros to read the block size off; pass blocksize to convert it all the same"
                 )
         blocksize = parse_blocksize(blocksize)
+        unfit = None if pad else shape_obstacle(shape, blocksize)
+        if unfit is not None:
+            raise ValueError(
+                f"cannot convert this {what} to {cls.__name__}: {unfit}; pass pad=True to pad its last blocks"
+            )
         with torch.inference_mode(False):  # tensors made in inference mode could never be trained
             if stored is None:
                 stored = dense_to_bsr(weight, blocksize, keep)
@@ -444,8 +454,8 @@ class BSRLinear(nn.Module):
     @property
     def sparsity(self) -> float:
         """Fraction of blocks that are not stored."""
-        r, c = self.blocksize
-        return 1.0 - self.nnz / ((self.out_features // r) * (self.in_features // c))
+        R, C = block_grid((self.out_features, self.in_features), self.blocksize)
+        return 1.0 - self.nnz / (R * C)
 
     @property
     def dense_shape(self) -> tuple[int, int]:
@@ -527,6 +537,9 @@ class BSRLinear(nn.Module):
         options = "" if self.activation == "none" else f", activation={self.activation!r}"
         if self.is_narrowed:
             options += f", dense_shape={self.dense_shape}"
+        padded = padded_shape((self.out_features, self.in_features), self.blocksize)
+        if padded is not None:
+            options += f", padded={padded}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"blocksize={self.blocksize}, sparsity={self.sparsity:.4f}{options}"

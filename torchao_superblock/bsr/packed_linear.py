@@ -43,7 +43,7 @@ class PackedBSRLinear(BSRLinear):
     def _set_indices(self, crow_indices: Tensor, col_indices: Tensor) -> None:
         super()._set_indices(crow_indices, col_indices)
         self._bounds = self._starts(crow_indices)
-        n_block_cols = self.in_features // self.blocksize[1]
+        n_block_cols = -(-self.in_features // self.blocksize[1])
         for first, last in self._RANGES:
             crow = self._rows(crow_indices, self._bounds, first, last)
             col = col_indices[self._bounds[first] : self._bounds[last]]

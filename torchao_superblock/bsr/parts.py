@@ -95,7 +95,7 @@ def _density(layer: BSRLinear) -> tuple[float]:
 def _densities(layer: BSRLinear) -> tuple[float, float, float]:
     """The same, and that of the block rows and columns that have any: the others may go."""
     rows = (layer.crow_indices.diff() > 0).float().mean().item()
-    n_columns = layer.in_features // layer.blocksize[1]
+    n_columns = -(-layer.in_features // layer.blocksize[1])
     return 1.0 - layer.sparsity, rows, layer.col_indices.unique().numel() / n_columns
 
 

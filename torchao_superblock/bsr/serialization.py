@@ -1,7 +1,8 @@
 """What the metadata of a saved model says: which layers are block-sparse, and what must hold for the file to be whole.
 
     format, version   "torchao_superblock.bsr"; "1", or "2" where features of some layers were dropped, or "3" where
-                      there is a key of version 3, each of which is left out where it is empty
+                      there is a key of version 3, each of which is left out where it is empty, or the blocks of some
+                      layer do not divide its features: the last ones are padded
     layers            JSON: FQN -> in_features, out_features, blocksize, activation, bias; dense_shape (version 2);
                       kind (version 3): what the layer stands for, where that is no nn.Linear: "nn.Conv2d", 1x1, or
                       what its library calls it
@@ -31,7 +32,7 @@ from torchao_superblock.bsr.attention import IN_PROJECTIONS, BSRMultiheadAttenti
 from torchao_superblock.bsr.folded_activation import FoldedActivation
 from torchao_superblock.bsr.gated_mlp import GatedMLP
 from torchao_superblock.bsr.linear import BSRLinear
-from torchao_superblock.common.blocks import parse_blocksize, whole_block_grid
+from torchao_superblock.common.blocks import padded_shape, parse_blocksize
 from torchao_superblock.ops import ACTIVATIONS
 
 FORMAT = "torchao_superblock.bsr"
@@ -123,7 +124,7 @@ def to_metadata(description: Description, checksums: dict[str, str]) -> dict[str
     layers = description.layers
     new = {key: json.dumps(getattr(description, key)) for key in _NEW_KEYS}
     new = {key: text for key, text in new.items() if text != "{}"}
-    is_new = new or any("kind" in layer for layer in layers.values())
+    is_new = new or any("kind" in layer or _is_padded(layer) for layer in layers.values())
     is_narrowed = any("dense_shape" in layer for layer in layers.values())
     metadata = new | {
         "format": FORMAT,
@@ -166,6 +167,8 @@ def from_metadata(metadata: dict[str, str]) -> Description:
         )
         for fqn, spec in layers.items():
             _check_layer(fqn, spec)
+            if metadata["version"] != "3" and _is_padded(spec):
+                raise ValueError(f"blocks of {spec['blocksize']} do not divide the layer {fqn!r}")
         for fqn, spec in attention.items():
             _check_attention(fqn, spec, layers)
         for texts in (folded, aliases, checksums, folded_by, gated):
@@ -183,6 +186,11 @@ def from_metadata(metadata: dict[str, str]) -> Description:
     )
 
 
+def _is_padded(spec: dict[str, Any]) -> bool:
+    shape = spec["out_features"], spec["in_features"]
+    return padded_shape(shape, tuple(spec["blocksize"])) is not None
+
+
 def _check_layer(fqn: str, spec: dict[str, Any]) -> None:
     if spec.keys() - {"dense_shape", "kind"} != _LAYER_KEYS:
         raise KeyError(f"the layer {fqn!r} is described by {spec}")
@@ -192,7 +200,6 @@ def _check_layer(fqn: str, spec: dict[str, Any]) -> None:
     sizes = (*shape, *spec["dense_shape"])
     if len(sizes) != 4 or not all(type(size) is int and size > 0 for size in sizes):
         raise TypeError(f"the layer {fqn!r} is described by {spec}")
-    whole_block_grid(shape, spec["blocksize"])
     if type(spec.setdefault("kind", BSRLinear.DENSE)) is not str:
         raise TypeError(f"the layer {fqn!r} is described by {spec}")
     if spec["activation"] not in ACTIVATIONS or type(spec["bias"]) is not bool:

@@ -1,5 +1,6 @@
 """Replace the linear layers of a model by :class:`BSRLinear` where that pays, and say what became of each."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -39,7 +40,7 @@ from torchao_superblock.bsr.optimizer_state import (
 )
 from torchao_superblock.bsr.parts import find_parts
 from torchao_superblock.common.all_or_nothing import all_or_nothing
-from torchao_superblock.common.blocks import parse_blocksize, whole_block_grid
+from torchao_superblock.common.blocks import block_grid, padded_shape, parse_blocksize
 from torchao_superblock.common.kept_blocks import KeptBlocks, remembered_kept
 from torchao_superblock.common.modules import (
     block_masks_of,
@@ -72,6 +73,7 @@ class SwapEntry:
         dense_ms: where it was measured: milliseconds that the dense layer takes, or the module around it that had to
             be timed as a whole.
         bsr_ms: the same, swapped.
+        padded: rows and columns of the whole blocks that are stored, where that is more than `shape`.
     """
 
     fqn: str
@@ -82,6 +84,16 @@ class SwapEntry:
     code: str
     dense_ms: float | None = None
     bsr_ms: float | None = None
+    padded: tuple[int, int] | None = None
+
+    @property
+    def _result(self) -> str:
+        if self.code != "swapped":
+            return f"skipped: {self.reason}"
+        if self.padded is None:
+            return "swapped"
+        more = math.prod(self.padded) / math.prod(self.shape) - 1.0
+        return f"swapped, padded to {self.padded[0]}x{self.padded[1]} ({more:.1%} more)"
 
 
 @dataclass
@@ -118,7 +130,7 @@ class SwapReport:
                     "x".join(map(str, entry.blocksize)) if entry.blocksize else "-",
                     f"{entry.sparsity:.1%}" if entry.sparsity is not None else "-",
                     *("-" if ms is None else f"{ms:.3f}" for ms in pair),
-                    "swapped" if entry.code == "swapped" else f"skipped: {entry.reason}",
+                    entry._result,
                 )
             )
         if len(rows) > 1:
@@ -129,12 +141,15 @@ class SwapReport:
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 
-def to_bsr_linear(linear: nn.Linear, blocksize: int | tuple[int, int] | None = None) -> BSRLinear:
+def to_bsr_linear(
+    linear: nn.Linear, blocksize: int | tuple[int, int] | None = None, *, pad: bool = False
+) -> BSRLinear:
     """Convert one linear layer, or raise with the reason; the same as :meth:`BSRLinear.from_dense`.
 
     Args:
         linear: an `nn.Linear` whose weight has blocks of zeros. It is left as it is.
         blocksize: int, `(rows, cols)`, or None to read it off the zeros.
+        pad: take shapes that are not a multiple of the block size, as in :func:`swap_to_bsr`.
 
     Returns:
         A :class:`BSRLinear` that computes the same, with a copy of the stored blocks and the same `bias` Parameter.
@@ -149,7 +164,7 @@ def to_bsr_linear(linear: nn.Linear, blocksize: int | tuple[int, int] | None = N
         >>> to_bsr_linear(linear).sparsity
         0.5
     """
-    return BSRLinear.from_dense(linear, blocksize)
+    return BSRLinear.from_dense(linear, blocksize, pad=pad)
 
 
 def swap_to_bsr(
@@ -158,6 +173,7 @@ def swap_to_bsr(
     *,
     min_sparsity: float | None = None,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    pad: bool = False,
     fuse_activations: bool = False,
     drop_dead_features: bool = False,
     measure: object = None,
@@ -186,6 +202,12 @@ def swap_to_bsr(
             takes a cautious 0.9 and the report says so. With `measure` the times decide alone.
         filter_fn: `filter_fn(module, fqn) -> bool`; a layer for which it is False is skipped. A projection that an
             `nn.MultiheadAttention` holds itself comes as an `nn.Linear` with its weight and the FQN of the weight.
+        pad: swap layers whose shape is not a multiple of the block size, too: the last row or column of blocks is
+            stored padded with zeros, and the report says how much that is. Features, results, gradients, `to_dense()`
+            and what files say are those of the layer without it; the padding's gradient is zero, so that it stays as
+            it is. Without `blocksize`, sizes up to the shape are tried, and the zeros of the weight itself decide. What
+            is stored, padding included, must be less than dense by as much as the break-even table asks. Projections of
+            attention are not padded.
         fuse_activations: let a swapped layer apply the activation that directly follows it (ReLU, GELU or SiLU, also
             those of timm and transformers), and compute a gated MLP's `activation(gate(x)) * up(x)` at once, where that
             gives the same result: nothing else reads the layer's output, no hook sits between the two, and the layer
@@ -242,6 +264,8 @@ def swap_to_bsr(
             raise TypeError(f"swap_to_bsr: min_sparsity must be a number, got {min_sparsity!r}")
         if not 0.0 <= min_sparsity <= 1.0:
             raise ValueError(f"swap_to_bsr: min_sparsity must lie in [0, 1], got {min_sparsity}")
+    if not isinstance(pad, bool):
+        raise TypeError(f"swap_to_bsr: pad must be True or False, got {pad!r}")
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"swap_to_bsr: filter_fn must be callable, got {filter_fn!r}")
     if optimizer is not None:
@@ -282,9 +306,10 @@ def swap_to_bsr(
         fqn: str,
         tensor_fqn: str,
         obstacle: tuple[str, str] | None = None,
+        pad: bool | None = None,
     ) -> SwapEntry:
         keep = None if optimizer is None else _kept(linear)
-        wanted = blocksize, min_sparsity, filter_fn, owners, keep, measure is not None
+        wanted = blocksize, min_sparsity, filter_fn, owners, keep, measure is not None, pad
         entry = _judge(linear, fqn, tensor_fqn, obstacle, *wanted)
         if min_sparsity is None and measure is None and entry.sparsity:
             even = break_even(linear.weight.device.type, entry.blocksize, linear.weight.dtype)
@@ -296,9 +321,8 @@ def swap_to_bsr(
     def convert(linear: nn.Linear, entry: SwapEntry, bsr: type[BSRLinear], names: Names) -> _Row:
         keep = None if optimizer is None else _kept(linear)
         try:
-            return _Row(
-                entry, linear, bsr.from_dense(linear, entry.blocksize, keep=keep), names, keep
-            )
+            layer = bsr.from_dense(linear, entry.blocksize, pad=entry.padded is not None, keep=keep)
+            return _Row(entry, linear, layer, names, keep)
         except Exception as error:
             error.add_note(f"while swapping {entry.fqn!r}")
             raise
@@ -339,7 +363,7 @@ def swap_to_bsr(
             report.skipped += _other_weights(module, name)
             continue
         names = f"{name}.weight", f"{name}.values"
-        entry = judge(module, name, names[0])
+        entry = judge(module, name, names[0], pad=pad)
         if entry.code == "swapped":
             row = convert(module, entry, bsr_type(module), names)
             candidates.append(_Candidate(module, row.layer, [row]))
@@ -479,13 +503,18 @@ def _judge(
     owners: dict[tuple[object, int], list[str]],
     keep: KeptBlocks | None,
     measured: bool,
+    pad: bool | None,
 ) -> SwapEntry:
-    """Decide about one layer without touching it; `obstacle` is what its surroundings have against it."""
+    """Decide about one layer without touching it; `obstacle` is what its surroundings have against it.
+
+    `pad` is None where the layer cannot be padded, whatever the caller asks for.
+    """
     twin = bsr_type(linear)
     shape = twin.features_of(linear)
 
     def entry(code: str, reason: str, sparsity: float | None = None) -> SwapEntry:
-        return SwapEntry(fqn, shape, blocksize, sparsity, reason, code)
+        padded = padded_shape(shape, blocksize) if pad and blocksize is not None else None
+        return SwapEntry(fqn, shape, blocksize, sparsity, reason, code, padded=padded)
 
     if filter_fn is not None and not filter_fn(linear, fqn):
         return entry("filtered_out", "filter_fn returned False for it")
@@ -499,13 +528,21 @@ def _judge(
         return _judge_stored(linear, fqn, blocksize, min_sparsity)
     weight = twin.matrix_of(linear.weight)
     if blocksize is None:
-        blocksize = infer_blocksize(weight) if keep is None else keep.blocksize
-    unfit = shape_obstacle(shape, blocksize)
+        blocksize = infer_blocksize(weight, pad=bool(pad)) if keep is None else keep.blocksize
+    unfit = None if pad else shape_obstacle(shape, blocksize)
     if unfit is not None or blocksize is None:
         zeros = (weight.detach() == 0).double().mean().item()
         remark = f"; {zeros:.1%} of its elements are zero" if zeros else ""
+        if zeros and pad is not None:
+            remark += ", and pad=True pads its last blocks"
         return entry("shape_not_multiple", f"{unfit}{remark}")
-    sparsity = 1.0 - stored_blocks(weight, blocksize, keep).float().mean().item()
+    stored = stored_blocks(weight, blocksize, keep)
+    sparsity = 1.0 - stored.float().mean().item()
+    with_padding, spared = "", sparsity
+    if min_sparsity is None and not measured and padded_shape(shape, blocksize) is not None:
+        # What the kernels are spared; less than nothing where there is more padding than zeros.
+        spared = 1.0 - int(stored.sum()) * math.prod(blocksize) / weight.numel()
+        with_padding = f" ({spared:.1%} with their padding counted)"
     if min_sparsity is not None:
         needed, code = min_sparsity, "too_few_zero_blocks"
         rule = f"min_sparsity is {needed:.1%}"
@@ -532,8 +569,9 @@ def _judge(
                 f"and nobody has measured from where on {dtype} blocks of this size are faster than dense on {where}: "
                 f"{needed:.1%} is a cautious guess; measure=example_input times it here, min_sparsity decides"
             )
-    if sparsity < needed:
-        return entry(code, f"{sparsity:.1%} of its blocks are zero, {rule}", sparsity)
+    if spared < needed:
+        zeros = f"{sparsity:.1%} of its blocks are zero{with_padding}"
+        return entry(code, f"{zeros}, {rule}", sparsity)
     return entry("swapped", f"{sparsity:.1%} of its blocks are zero", sparsity)
 
 
@@ -578,7 +616,7 @@ def _judge_stored(
     shape = (linear.out_features, linear.in_features)
     values = linear.weight.values()
     size = tuple(values.shape[1:])
-    R, C = whole_block_grid(shape, size)
+    R, C = block_grid(shape, size)
     sparsity = 1.0 - values.shape[0] / (R * C)
 
     def entry(code: str, reason: str) -> SwapEntry:

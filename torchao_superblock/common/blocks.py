@@ -1,7 +1,7 @@
 """Block sizes, and the grid that they cut a weight into.
 
-Two rules live side by side, each with its own words: a mask takes any block size and rounds the grid
-up, a BSR weight is made of whole blocks.
+A mask takes any block size and rounds the grid up. A BSR weight does so where its last blocks are padded; else it is
+made of whole blocks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ from torch import Tensor
 
 from torchao_superblock.ops.block_mask import block_grid
 
-__all__ = ["BlockSize", "block_grid", "check_blocksize", "parse_blocksize", "whole_block_grid"]
+__all__ = [
+    "BlockSize",
+    "block_grid",
+    "check_blocksize",
+    "padded_shape",
+    "parse_blocksize",
+    "whole_block_grid",
+]
 
 BlockSize = int | tuple[int, int]
 
@@ -36,6 +43,18 @@ def whole_block_grid(
     if N % r or K % c:
         raise ValueError(f"shape ({N}, {K}) is not a multiple of the block size {r}x{c}")
     return N // r, K // c
+
+
+def padded_shape(shape: tuple[int, int], blocksize: tuple[int, int]) -> tuple[int, int] | None:
+    """Rows and columns of the whole blocks that cover a weight; None where that is its very shape.
+
+    Args:
+        shape: `(N, K)`.
+        blocksize: `(r, c)`.
+    """
+    R, C = block_grid(shape, blocksize)
+    padded = R * blocksize[0], C * blocksize[1]
+    return None if padded == tuple(shape) else padded
 
 
 def parse_blocksize(blocksize: BlockSize) -> tuple[int, int]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from torchao_superblock.bsr import BSRConv1x1, BSRLinear
+from torchao_superblock.bsr.format import in_blocks
 from torchao_superblock.pruning import BlockMask
 
 VERSIONS = ("0.21", "1.0")
@@ -136,9 +137,8 @@ class BlockSparseLoraLinear(lora.Linear):
         return float(rest.norm() / added.norm()) if bool(rest.any()) else 0.0
 
     def _grid(self, weight: Tensor) -> Tensor:
-        """`(R, C, r, c)` view of an `(N, K)` weight."""
-        r, c = self.get_base_layer().blocksize
-        return weight.unflatten(0, (-1, r)).unflatten(2, (-1, c)).transpose(1, 2)
+        """The blocks of an `(N, K)` weight, `(R, C, r, c)`."""
+        return in_blocks(weight, self.get_base_layer().blocksize).transpose(1, 2)
 
     def _places(self) -> tuple[Tensor, Tensor]:
         """Block row and block column of each stored block."""

@@ -21,9 +21,13 @@ from torch import Tensor
 class BackendModule(Protocol):
     """What a backend computes: a module (or any object) with these functions.
 
-    Operands are 2-D, of one dtype, on one device and made of whole blocks, with M >= 1; `x` and `grad` have any
-    strides, the rest is contiguous. Outputs are contiguous, in the dtype of `x`; float16 and bfloat16 accumulate in
-    float32. What the indices hold is never trusted for memory safety.
+    Operands are 2-D, of one dtype, on one device, with M >= 1; `x` and `grad` have any strides, the rest is contiguous.
+    Outputs are contiguous, in the dtype of `x`; float16 and bfloat16 accumulate in float32. What the indices hold is
+    never trusted for memory safety.
+
+    N and K need not be multiples of the block size: the last blocks are stored whole then, and nothing else is. What
+    they hold beyond row N or column K is finite and does not count, its gradient is zero, and nothing is read or
+    written beyond `x`, `grad`, `bias` and the output.
 
     - `x` `(M, K)`, `grad` `(M, N)`, `bias` `(N,)` or None
     - `crow` int32 `(R + 1,)`, where each block row starts; `col` int32 `(nnz,)`, block columns; `values` `(nnz, r, c)`
@@ -36,12 +40,13 @@ class BackendModule(Protocol):
     `forward` as here that compilers can trace, for packages that run without Python, and `few_tokens_twin` one for
     `torch.compile` and few tokens.
 
-    Legend: M tokens, R x C the block grid, r x c the block size, nnz stored blocks, W the block-sparse weight
-    `(N, K) = (R * r, C * c)`.
+    Legend: M tokens, N out features, K in features, R x C the block grid (R = ceil(N / r), C = ceil(K / c)), r x c the
+    block size, nnz stored blocks, W the block-sparse weight `(N, K)`.
 
     Attributes:
-        forward: of `x, crow, col, values, bias, activation, plan`: `activation(x @ W.T + bias)`, `(M, N)`.
-        grad_x: of `grad, crow, col, values, plan, n_block_cols`: `grad @ W`, `(M, K)`; the last is C.
+        forward: of `x, crow, col, values, bias, activation, plan, out_features`: `activation(x @ W.T + bias)`,
+            `(M, N)`; the last is N.
+        grad_x: of `grad, crow, col, values, plan, in_features`: `grad @ W`, `(M, K)`; the last is K.
         grad_values: of `grad, x, crow, col, plan, block_rows, block_cols`: the stored blocks of `grad.T @ x`,
             `(nnz, r, c)`; the last two are r and c.
         backend_info: of nothing: `name` and `reason` (a sentence), for people, and what else there is to say.

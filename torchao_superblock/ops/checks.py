@@ -24,11 +24,11 @@ def check_forward(
     out_features: int | None,
     activation: str,
     plan: Tensor | None,
-) -> tuple[int, int]:
+) -> int:
     """Check the op's arguments: all that can be checked without reading data.
 
     Returns:
-        N and C.
+        N.
     """
     nnz, r, c = check_blocks(values)
     if x.dim() < 1:
@@ -60,7 +60,7 @@ def check_forward(
             f"bsr_linear: unknown activation {activation!r}; choose one of {', '.join(map(repr, ACTIVATIONS))}"
         )
     check_devices(x, crow_indices, col_indices, values, bias, plan)
-    return N, C
+    return N
 
 
 def check_grad_x(
@@ -70,12 +70,8 @@ def check_grad_x(
     values: Tensor,
     in_features: int,
     plan: Tensor | None,
-) -> tuple[int, int]:
-    """Check the arguments of the op's gradient with respect to x.
-
-    Returns:
-        R and C.
-    """
+) -> None:
+    """Check the arguments of the op's gradient with respect to x."""
     nnz, r, c = check_blocks(values)
     if in_features < 0:
         raise ValueError(f"bsr_linear backward: in_features={in_features} must not be negative")
@@ -84,7 +80,6 @@ def check_grad_x(
     R = crow_indices.shape[0] - 1
     _check_grad(grad, values, "values", R, r)
     check_devices(grad, crow_indices, col_indices, values, plan)
-    return R, C
 
 
 def check_grad_values(
@@ -95,12 +90,8 @@ def check_grad_values(
     block_rows: int,
     block_cols: int,
     plan: Tensor | None,
-) -> tuple[int, int]:
-    """Check the arguments of the op's gradient with respect to the stored blocks.
-
-    Returns:
-        R and C.
-    """
+) -> None:
+    """Check the arguments of the op's gradient with respect to the stored blocks."""
     if block_rows < 1 or block_cols < 1:
         raise ValueError(
             f"bsr_linear backward: blocks must be at least 1x1, got {block_rows}x{block_cols}"
@@ -118,7 +109,6 @@ def check_grad_values(
         raise ValueError(
             f"bsr_linear backward: grad {tuple(grad.shape)} and x {tuple(x.shape)} differ in their leading dimensions"
         )
-    return R, C
 
 
 def check_backward(

@@ -62,6 +62,7 @@ def _register(counter: ModuleType) -> None:
         "bsr_linear_grad_values": _grad_values_flops,
         "bsr_linear_backward": _backward_flops,
         **{f"bsr_product_{name}": _forward_flops for name in ACTIVATIONS},
+        **{f"bsr_padded_product_{name}": _forward_flops for name in ACTIVATIONS},
         **{f"bsr_gated_linear_{name}": _gated_flops for name in ACTIVATIONS if name != "none"},
     }
     for name, formula in formulas.items():

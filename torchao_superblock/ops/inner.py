@@ -10,7 +10,8 @@ Measured on a CPU host, in units of a compiled `F.linear` of one token: 3.8 for 
 one, both with their work; with an empty kernel 1.09 for an op of two tensors and 0.07 to 0.09 more for each further
 one. So the indices stay the two tensors that they are. Packed into one they would be that much faster, and compiled
 code would go by a copy: one that nobody renews where an index is replaced (`torch.func.functional_call`) or written to.
-An activation has an op of its own, since an argument for it would cost as much as a tensor; the plan is for GPUs.
+An activation has an op of its own, since an argument for it would cost as much as a tensor, and so has a weight whose
+last block row is not whole; the plan is for GPUs.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,9 @@ from torchao_superblock.ops.flops import register_formulas
 
 _NAMESPACE = "torchao_superblock"
 _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
-_SCHEMA = "(Tensor x, Tensor crow_indices, Tensor col_indices, Tensor values, Tensor? bias=None) -> Tensor"
+_OPERANDS = "Tensor x, Tensor crow_indices, Tensor col_indices, Tensor values"
+_SCHEMA = f"({_OPERANDS}, Tensor? bias=None) -> Tensor"
+_PADDED_SCHEMA = f"({_OPERANDS}, Tensor? bias, SymInt out_features) -> Tensor"
 
 
 def _fake(
@@ -34,13 +37,14 @@ def _fake(
     col_indices: Tensor,
     values: Tensor,
     bias: Tensor | None = None,
+    out_features: int | None = None,
 ) -> Tensor:
-    return x.new_empty((x.shape[0], (crow_indices.shape[0] - 1) * values.shape[1]))
+    N = (crow_indices.shape[0] - 1) * values.shape[1] if out_features is None else out_features
+    return x.new_empty((x.shape[0], N))
 
 
-def _define(activation: str) -> Callable[..., Tensor]:
-    name = f"bsr_product_{activation}"
-    _library.define(name + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+def _define(name: str, schema: str) -> Callable[..., Tensor]:
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"{_NAMESPACE}::{name}", _fake, lib=_library)
     # Not the fallback, which would look at each argument for gradients.
     _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
@@ -48,9 +52,14 @@ def _define(activation: str) -> Callable[..., Tensor]:
 
 
 OPS: dict[str, Callable[..., Tensor]] = {
-    activation: _define(activation) for activation in ACTIVATIONS
+    activation: _define(f"bsr_product_{activation}", _SCHEMA) for activation in ACTIVATIONS
 }
 """Activation -> the op."""
+PADDED_OPS: dict[str, Callable[..., Tensor]] = {
+    activation: _define(f"bsr_padded_product_{activation}", _PADDED_SCHEMA)
+    for activation in ACTIVATIONS
+}
+"""Activation -> the op for a weight whose last block row is padded."""
 
 register_formulas()
 
@@ -67,9 +76,12 @@ class Twin:
         bias: Tensor | None,
         activation: str,
         plan: Tensor | None,
+        out_features: int,
     ) -> Tensor:
         """As :class:`torchao_superblock.ops.backends.BackendModule` has it."""
-        return OPS[activation](x, crow, col, values, bias)
+        if out_features == (crow.shape[0] - 1) * values.shape[1]:
+            return OPS[activation](x, crow, col, values, bias)
+        return PADDED_OPS[activation](x, crow, col, values, bias, out_features)
 
 
 def twin_of(backend: Backend) -> type[Twin] | None:
@@ -93,11 +105,16 @@ def _register(backend: Backend) -> None:
         col: Tensor,
         values: Tensor,
         bias: Tensor | None = None,
+        out_features: int | None = None,
     ) -> Tensor:
-        return backend.module.forward(x, crow, col, values, bias, activation, None)
+        if out_features is None:
+            out_features = (crow.shape[0] - 1) * values.shape[1]
+        return backend.module.forward(x, crow, col, values, bias, activation, None, out_features)
 
     for activation in OPS:
-        _library.impl(f"bsr_product_{activation}", partial(run, activation), backend.dispatch_key)
+        for kind in ("product", "padded_product"):
+            name = f"bsr_{kind}_{activation}"
+            _library.impl(name, partial(run, activation), backend.dispatch_key)
 
 
 on_each_backend(_register)

@@ -4,8 +4,8 @@ The op is registered with `torch.library.Library` rather than `torch.library.cus
 a few microseconds, and the decorator's wrappers alone would cost more than that. For the same reason a call that
 repeats an earlier one skips most of what is here: see `fast_path.py`.
 
-What a backend (`backends.py`) sees is always the simple case: 2-D operands of one dtype on one device, whole
-blocks, M >= 1. Everything else (leading dimensions, ragged edges, empty batches) is dealt with here, once.
+What a backend (`backends.py`) sees is always the simple case: 2-D operands of one dtype on one device, M >= 1.
+Everything else (leading dimensions, empty batches) is dealt with here, once.
 
 Legend: M tokens (all leading dimensions of x together), N out features, K in features, R x C the block grid,
 r x c the block size, nnz stored blocks.
@@ -85,8 +85,8 @@ def bsr_linear(
         col_indices: `(nnz,)` int32, block column of each stored block, sorted and unique in each row.
         values: `(nnz, r, c)`, the stored blocks, dtype and device of `x`.
         bias: `(N,)` or None.
-        out_features: N, if the last block row is ragged; None means `R * r`. K may be ragged as well: what a block
-            holds beyond column K is ignored.
+        out_features: N, if the last block row is ragged; None means `R * r`. K may be ragged as well. What blocks hold
+            beyond row N or column K is ignored, as long as it is finite, and its gradient is zero.
         activation: one of `"none"`, `"relu"`, `"gelu"`, `"gelu_tanh"`, `"silu"`, `"quick_gelu"`.
         plan: from :func:`torchao_superblock.ops.build_plan`; None builds what a backward needs at each call. A plan of
             another index slows a forward down; gradients are right on a CPU, which uses none, and NaN on a GPU.
@@ -191,21 +191,14 @@ def _known_or_op(*args: Any) -> Tensor:
 # From the general case to what backends (a BackendModule each) see.
 
 
-def _flatten(x: Tensor, width: int) -> Tensor:
-    """`(..., K)` -> `(M, width)`, padded with zeros up to a whole number of blocks."""
-    K = x.shape[-1]
-    if x.dim() != 2:
-        x = x.reshape(math.prod(x.shape[:-1]), K)
-    if K != width:
-        x = torch.nn.functional.pad(x, (0, width - K))
-    return x
+def _flatten(x: Tensor) -> Tensor:
+    """`(..., K)` -> `(M, K)`."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _crop(y: Tensor, lead: torch.Size, width: int) -> Tensor:
-    """`(M, padded)` -> contiguous `(*lead, width)`."""
-    if y.shape[1] != width:
-        y = y[:, :width].contiguous()
-    return y if len(lead) == 1 else y.view(*lead, width)
+def _unflatten(y: Tensor, lead: torch.Size) -> Tensor:
+    """`(M, N)` -> `(*lead, N)`."""
+    return y if len(lead) == 1 else y.view(*lead, y.shape[1])
 
 
 def _forward(
@@ -220,51 +213,47 @@ def _forward(
     plan=None,
 ):
     args = (x, crow_indices, col_indices, values, bias, out_features, activation, plan)
-    N, C = check_forward(*args)
+    N = check_forward(*args)
     lead = x.shape[:-1]
     if N == 0 or math.prod(lead) == 0:
         return x.new_empty((*lead, N))
-    R, r, c = crow_indices.shape[0] - 1, values.shape[1], values.shape[2]
-    if bias is not None:
-        if N != R * r:
-            bias = torch.nn.functional.pad(bias, (0, R * r - N))
-        bias = bias.contiguous()
     y = backend.forward(
-        _flatten(x, C * c),
+        _flatten(x),
         crow_indices.contiguous(),
         col_indices.contiguous(),
         values.contiguous(),
-        bias,
+        bias if bias is None else bias.contiguous(),
         activation,
         plan if plan is None else plan.contiguous(),
+        N,
     )
-    return _crop(y, lead, N)
+    return _unflatten(y, lead)
 
 
 def _grad_x(backend, grad, crow_indices, col_indices, values, in_features, plan=None):
-    R, C = check_grad_x(grad, crow_indices, col_indices, values, in_features, plan)
+    check_grad_x(grad, crow_indices, col_indices, values, in_features, plan)
     lead = grad.shape[:-1]
     if math.prod(lead) == 0 or in_features == 0:
         return grad.new_empty((*lead, in_features))
     grad_x = backend.grad_x(
-        _flatten(grad, R * values.shape[1]),
+        _flatten(grad),
         crow_indices.contiguous(),
         col_indices.contiguous(),
         values.contiguous(),
         plan if plan is None else plan.contiguous(),
-        C,
+        in_features,
     )
-    return _crop(grad_x, lead, in_features)
+    return _unflatten(grad_x, lead)
 
 
 def _grad_values(backend, grad, x, crow_indices, col_indices, block_rows, block_cols, plan=None):
-    R, C = check_grad_values(grad, x, crow_indices, col_indices, block_rows, block_cols, plan)
+    check_grad_values(grad, x, crow_indices, col_indices, block_rows, block_cols, plan)
     nnz = col_indices.shape[0]
     if nnz == 0 or math.prod(x.shape[:-1]) == 0:
         return grad.new_zeros((nnz, block_rows, block_cols))
     return backend.grad_values(
-        _flatten(grad, R * block_rows),
-        _flatten(x, C * block_cols),
+        _flatten(grad),
+        _flatten(x),
         crow_indices.contiguous(),
         col_indices.contiguous(),
         plan if plan is None else plan.contiguous(),
@@ -281,7 +270,7 @@ def _grad_values(backend, grad, x, crow_indices, col_indices, block_rows, block_
 def _forward_fake(
     x, crow_indices, col_indices, values, bias=None, out_features=None, activation="none", plan=None
 ):
-    N, _ = check_forward(x, crow_indices, col_indices, values, bias, out_features, activation, plan)
+    N = check_forward(x, crow_indices, col_indices, values, bias, out_features, activation, plan)
     return x.new_empty((*x.shape[:-1], N))
 
 

@@ -9,7 +9,8 @@ The four functions are those of :class:`torchao_superblock.ops.backends.BackendM
 the matrix raises a ValueError in each.
 
 Dimension letters: M tokens, N out_features, K in_features, R and C block rows and columns, r and c
-rows and columns of a block, B block rows in one batch, n stored blocks in each of them.
+rows and columns of a block, B block rows in one batch, n stored blocks in each of them. A name that ends in CcM or RrM
+is of whole blocks: what a matrix lacks is zero there.
 """
 
 import torch
@@ -67,17 +68,28 @@ def check_indices(crow: Tensor, col: Tensor, n_block_cols: int) -> None:
             )
 
 
+def _in_blocks(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """`(M, K)` -> `(C, c, M)`: a copy, in which a block of features is one contiguous slab."""
+    M, K = x.shape
+    C = -(-K // size)
+    if K == C * size:
+        return x.t().to(dtype).contiguous().view(C, size, M)
+    blocks = torch.empty(C * size, M, dtype=dtype, device=x.device)
+    blocks[:K] = x.t()
+    blocks[K:] = 0
+    return blocks.view(C, size, M)
+
+
 def _product(x: Tensor, crow: Tensor, col: Tensor, blocks: Tensor, perm: Tensor | None) -> Tensor:
-    """The product of x `(M, K)` and the transpose of a BSR matrix with int64 indices, as `(N, M)`.
+    """The product of x `(M, K)` and the transpose of a BSR matrix with int64 indices, as `(R * r, M)`.
 
     `blocks` is `(nnz, r, c)`; with `perm`, stored block j of row i is `blocks[perm[j]]`.
     """
-    M, K = x.shape
+    M = x.shape[0]
     R = crow.numel() - 1
     _, r, c = blocks.shape
     dtype = _accumulation_dtype(x.dtype)
-    # A block column becomes one contiguous slab, so that the gather below is a few long copies.
-    x_CcM = x.t().to(dtype).contiguous().view(K // c, c, M)
+    x_CcM = _in_blocks(x, c, dtype)  # so that the gather below is a few long copies
     y_RrM = x_CcM.new_zeros(R, r, M)
     counts = crow.diff()
     if M <= _FEW_ROWS:
@@ -107,27 +119,28 @@ def forward(
     bias: Tensor | None,
     activation: str,
     plan: Tensor | None,
+    out_features: int | None = None,
 ) -> Tensor:
     """`activation(x @ W.T + bias)`."""
     crow, col = crow.long(), col.long()  # copies: what is checked is what is used
-    check_indices(crow, col, x.shape[1] // values.shape[2])
-    y = _product(x, crow, col, values, None).t().contiguous()
+    check_indices(crow, col, -(-x.shape[1] // values.shape[2]))
+    y = _product(x, crow, col, values, None)[:out_features].t().contiguous()
     if bias is not None:
         y += bias
     return ACTIVATIONS[activation](y).to(x.dtype)
 
 
 def grad_x(
-    grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, plan: Tensor | None, n_block_cols: int
+    grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, plan: Tensor | None, in_features: int
 ) -> Tensor:
     """`grad @ W`; the index is transposed anew, so that it cannot be of another one, as a plan can."""
-    crow, col = crow.clone(), col.clone()
+    crow, col, n_block_cols = crow.clone(), col.clone(), -(-in_features // values.shape[2])
     check_indices(crow, col, n_block_cols)
     plan = build_plan(crow, col, n_block_cols)
     p = split_plan(plan, crow.numel() - 1, n_block_cols, col.numel())
     blocks = values.transpose(1, 2)
     return (
-        _product(grad, p.crow_t.long(), p.row_t.long(), blocks, p.perm_t.long())
+        _product(grad, p.crow_t.long(), p.row_t.long(), blocks, p.perm_t.long())[:in_features]
         .t()
         .to(grad.dtype)
         .contiguous()
@@ -147,11 +160,10 @@ def grad_values(
     M, K = x.shape
     nnz, r, c = col.numel(), block_rows, block_cols
     crow, col = crow.long(), col.long()
-    check_indices(crow, col, K // c)
+    check_indices(crow, col, -(-K // c))
     row = torch.repeat_interleave(crow.diff(), output_size=nnz)
     dtype = _accumulation_dtype(x.dtype)
-    grad_RrM = grad.t().to(dtype).contiguous().view(-1, r, M)
-    x_CcM = x.t().to(dtype).contiguous().view(-1, c, M)
+    grad_RrM, x_CcM = _in_blocks(grad, r, dtype), _in_blocks(x, c, dtype)
     out = x.new_empty(nnz, r, c)
     step = max(1, _MAX_GATHER // ((r + c) * M))
     for j in range(0, nnz, step):

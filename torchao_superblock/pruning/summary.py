@@ -34,6 +34,7 @@ class MaskedTensor:
         zeros: fraction of the weight's elements in pruned blocks; differs from `sparsity` where the
             blocks at the edges are smaller. None on the meta device.
         swap_obstacle: why no swap can use the zeros, a sentence; None if one can.
+        swap_needs_pad: why only a swap with `pad=True` can use them, a sentence; None if others can too.
         gain: what the next forward multiplies kept blocks by (1.0 on the meta device), and a squash the
             weights; Adam's learning rate for them has to grow as much to go on after it.
     """
@@ -50,6 +51,7 @@ class MaskedTensor:
     zeros: float | None = None
     swap_obstacle: str | None = None
     gain: float = 1.0
+    swap_needs_pad: str | None = None
 
     @classmethod
     def of(cls, group: Mapping[str, Any], mask: BlockMask) -> MaskedTensor:
@@ -62,6 +64,12 @@ class MaskedTensor:
             found = mask.block_mask().cpu()
             kept, zeros = int(found.sum()), _pruned_elements(found, mask)
         trained = isinstance(mask.scores, nn.Parameter)
+        module = group["module"]
+        kind = type_before_masks(module)
+        obstacle = module_obstacle(module, kind, group["tensor_name"])
+        shape = _shape_obstacle(mask) if obstacle is None else None
+        if shape is not None and issubclass(kind, nn.MultiheadAttention):  # never padded
+            obstacle, shape = shape, None
         return cls(
             fqn=group["tensor_fqn"],
             shape=mask.tensor_shape or mask.weight_shape,
@@ -73,7 +81,8 @@ class MaskedTensor:
             frozen=mask.is_frozen,
             scores_frozen=trained and not mask.scores.requires_grad,
             zeros=zeros,
-            swap_obstacle=_swap_obstacle(group, mask),
+            swap_obstacle=obstacle,
+            swap_needs_pad=shape,
             gain=mask.gain_now,
         )
 
@@ -119,6 +128,10 @@ class MaskSummary:
         if unused:
             lines.append(f"{_count(len(unused), 'tensor')} masked to no use at a swap:")
             lines += [f"  {entry.fqn}: {entry.swap_obstacle}{_zeros(entry)}" for entry in unused]
+        ragged = [entry for entry in self.groups if entry.swap_needs_pad is not None]
+        if ragged:
+            lines.append(f"{_count(len(ragged), 'tensor')} of use at a swap with pad=True:")
+            lines += [f"  {entry.fqn}: {entry.swap_needs_pad}{_zeros(entry)}" for entry in ragged]
         if self.skipped:
             lines.append(f"{_count(len(self.skipped), 'tensor')} skipped:")
             lines += [f"  {entry.fqn} {_by(entry.shape)}: {entry.reason}" for entry in self.skipped]
@@ -137,13 +150,12 @@ def _pruned_elements(block_mask: Tensor, mask: BlockMask) -> float:
     return 1 - float(kept) / math.prod(mask.weight_shape)
 
 
-def _swap_obstacle(group: Mapping[str, Any], mask: BlockMask) -> str | None:
-    module = group["module"]
-    obstacle = module_obstacle(module, type_before_masks(module), group["tensor_name"])
-    if obstacle is None and shape_obstacle(mask.weight_shape, mask.blocksize) is not None:
-        # Smaller blocks than those of the mask may do: a swap reads their size off the zeros.
-        obstacle = shape_obstacle(mask.weight_shape)
-    return obstacle
+def _shape_obstacle(mask: BlockMask) -> str | None:
+    """Why a swap has to pad the last blocks: a sentence, or None."""
+    if shape_obstacle(mask.weight_shape, mask.blocksize) is None:
+        return None
+    # Smaller blocks than those of the mask may do: a swap reads their size off the zeros.
+    return shape_obstacle(mask.weight_shape)
 
 
 def _zeros(entry: MaskedTensor) -> str:

@@ -27,12 +27,13 @@ def problem(
     device: Device = H200,
     **others: Any,
 ) -> Problem:
-    """A problem whose operands are contiguous; `share` of its blocks are stored."""
+    """A problem whose operands are contiguous; `share` of its blocks are stored, the last ones padded if need be."""
     r, c = (blocksize, blocksize) if isinstance(blocksize, int) else blocksize
-    R, C = max(1, N // r), max(1, K // c)
+    R, C = -(-N // r), -(-K // c)
     nnz = max(1, round(R * C * share))
     if precision is None:
         precision = TF32 if dtype == torch.float32 else NATIVE
-    strides = (C * c, 1) if kind != "grad_values" else (R * r, 1, C * c, 1)
-    fields = {"strides": strides, "aligned": (True, True), "device": device} | others
+    strides = (K, 1) if kind != "grad_values" else (N, 1, K, 1)
+    fields = {"strides": strides, "aligned": (True, True), "device": device}
+    fields |= {"row_padding": R * r - N, "col_padding": C * c - K} | others
     return Problem(kind, M, R, C, r, c, nnz, dtype, precision, **fields)

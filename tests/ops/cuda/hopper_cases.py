@@ -57,8 +57,12 @@ class Product(NamedTuple):
     slow_memory: bool = False
 
     @property
+    def grid(self) -> tuple[int, int]:
+        return -(-self.N // self.r), -(-self.K // self.c)
+
+    @property
     def nnz(self) -> int:
-        return max(1, round((self.N // self.r) * (self.K // self.c) * self.share))
+        return max(1, round(self.grid[0] * self.grid[1] * self.share))
 
     def asked(self, clusters: bool = hopper.kernels.CLUSTERS) -> Problem:
         """What a call with a bias asks of a card with an H200's memory, or an H100's."""
@@ -66,9 +70,12 @@ class Product(NamedTuple):
         precision = NATIVE
         if self.dtype == torch.float32:
             precision = TF32X3 if self.exact else TF32
+        R, C = self.grid
         return Problem(
-            *("forward", self.M, self.N // self.r, self.K // self.c, self.r, self.c, self.nnz),
+            *("forward", self.M, R, C, self.r, self.c, self.nnz),
             *(self.dtype, precision, (self.K, 1), (True, True), device, self.activation, True),
+            row_padding=R * self.r - self.N,
+            col_padding=C * self.c - self.K,
         )
 
     def tile(self, clusters: bool = hopper.kernels.CLUSTERS) -> HopperTile | None:
@@ -81,8 +88,7 @@ class Product(NamedTuple):
 
     def shared_bytes(self, tile: HopperTile) -> int:
         """Shared memory of a program, as it is counted without compiling."""
-        rows, columns = self.N // self.r, self.K // self.c
-        stages = tile.stages(rows, columns, self.c, self.dtype.itemsize, self.exact)
+        stages = tile.stages(*self.grid, self.c, self.dtype.itemsize, self.exact)
         assert stages is not None
         return stages.shared_bytes
 
@@ -117,14 +123,15 @@ def forward(
     bias: Tensor | None,
     activation: str,
     plan: Tensor | None,
+    out_features: int | None = None,
     *,
     tile: HopperTile | None = None,
 ) -> Tensor:
     """The Gluon kernel, also where another would be chosen."""
-    asked = backend.forward_problem(x, crow, values, bias, activation, plan)
+    asked = backend.forward_problem(x, crow, values, bias, activation, plan, out_features)
     asked = asked._replace(M=x.shape[0])
     choice = choose.Choice("hopper", tile or choose.hopper_tile(asked))
-    shape = (x.shape[0], asked.R * asked.r)
+    shape = (x.shape[0], asked.N)
     return backend.run(asked, choice, x, crow, col, values, bias, plan, shape)
 
 
@@ -251,19 +258,27 @@ def check(
     tile: HopperTile | None = None,
     mask: Tensor | None = None,
 ) -> None:
-    """Compare a product with float64, and with itself."""
-    dense, crow, col, values = random_bsr(N, K, blocksize, sparsity, dtype, "cuda", mask=mask)
-    # Rows of a wider tensor, and an output poisoned by what the allocator hands out again.
-    x = torch.randn(M, K + 64, device="cuda").to(dtype)[:, :K]
-    b = torch.randn(N, device="cuda").to(dtype) if bias else None
-    plan = build_plan(crow, col, K // values.shape[2], tuple(values.shape[1:]))
+    """Compare a product with float64, and with itself. N and K need not be made of whole blocks."""
+    r, c = (blocksize, blocksize) if isinstance(blocksize, int) else blocksize
+    R, C = -(-N // r), -(-K // c)
+    dense, crow, col, values = random_bsr(
+        R * r, C * c, blocksize, sparsity, dtype, "cuda", mask=mask
+    )
+    dense = dense[:N, :K]  # what the last blocks hold besides must not count
+    # Rows of a wider tensor and a bias with NaN around them, and an output poisoned by what the allocator hands out
+    # again.
+    x = torch.full((M + 1, K + 64), float("nan"), device="cuda", dtype=dtype)[:M, :K]
+    x.copy_(torch.randn(M, K, device="cuda"))
+    around = torch.full((N + 128,), float("nan"), device="cuda", dtype=dtype)
+    b = around[:N].copy_(torch.randn(N, device="cuda")) if bias else None
+    plan = build_plan(crow, col, C, (r, c))
     torch.full((M, N), float("nan"), device="cuda", dtype=dtype)
-    y = forward(x, crow, col, values, b, activation, plan, tile=tile)
+    y = forward(x, crow, col, values, b, activation, plan, N, tile=tile)
     z = x.double() @ dense.double().t() + (0 if b is None else b.double())
     assert y.shape == (M, N) and y.is_contiguous() and y.dtype == dtype
     error = relative_error(y, ACTIVATIONS[activation](z))
     assert error <= bound, error
-    again = forward(x, crow, col, values, b, activation, plan, tile=tile)
+    again = forward(x, crow, col, values, b, activation, plan, N, tile=tile)
     assert torch.equal(y, again), "the same inputs gave other bits"
-    ungrouped = forward(x, crow, col, values, b, activation, None, tile=tile)
+    ungrouped = forward(x, crow, col, values, b, activation, None, N, tile=tile)
     assert torch.equal(y, ungrouped), "the order of the rows changed the sums"

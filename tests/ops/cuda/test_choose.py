@@ -199,6 +199,27 @@ def test_the_gluon_kernel_leaves_what_it_cannot_read_to_plain_triton(change: dic
     assert choose.by_rule(LARGE._replace(**change)).kernel == "matmul"
 
 
+@pytest.mark.parametrize(
+    ("N", "K", "block", "kernel"),
+    [
+        (1000, 768, 64, "hopper"),
+        (1000, 1000, 32, "hopper"),
+        (768, 1016, 64, "hopper"),
+        (1000, 1000, 16, "matmul"),  # 63 block rows are not made of strips
+        (2730, 1024, 64, "matmul"),  # rows of y do not start at 16 bytes
+        (1024, 2730, 64, "matmul"),  # nor do those of x
+        (50257, 64, 64, "matmul"),
+    ],
+)
+def test_padded_blocks_are_served_where_rows_start_at_16_bytes(
+    N: int, K: int, block: int, kernel: str
+) -> None:
+    for kind in ("forward", "grad_x"):
+        asked = problem(50432, N, K, block, 0.1, kind=kind)
+        assert (asked.N, asked.K) == (N, K)
+        assert choose.by_rule(asked).kernel == kernel
+
+
 def test_a_gradient_does_not_ask_where_the_values_start() -> None:
     """Its blocks are a copy."""
     gradient = LARGE._replace(kind="grad_x", aligned=(True, False))

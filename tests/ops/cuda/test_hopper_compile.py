@@ -51,6 +51,39 @@ def test_every_tile_of_the_rules_compiles_for_hopper(problem, tmp_path):
     assert spilled(kernel, tmp_path) <= _spill_bound(problem)
 
 
+@pytest.mark.parametrize("problem", list(CHOSEN.values()), ids=str)
+def test_padding_of_the_last_blocks_costs_whole_ones_nothing(problem):
+    """It is a constant, so kernels for whole blocks are not compiled with it, and boxes are the same."""
+    tile = problem.tile()
+    whole, padded = (problem._replace(N=N).launch(tile) for N in (problem.N, problem.N - 8))
+    assert whole.constants["PADDING"] == 0 and padded.constants["PADDING"] == 8
+    assert whole.constants | {"PADDING": 8} == padded.constants
+    assert whole.numbers == padded.numbers and whole.options == padded.options
+    of_x, of_values, of_y = padded.descriptors
+    assert (of_x, of_values) == whole.descriptors[:2] and of_y[2:] == whole.descriptors[2][2:]
+    assert of_y[:2] == ([problem.M, problem.N - 8], [problem.N - 8, 1])
+
+
+def _padded():
+    """One problem for each way in which outputs leave a program, and a cluster's."""
+    found = {}
+    for tile, problem in CHOSEN.items():
+        way = (tile.load, problem.r < 64, problem.exact, problem.dtype, tile.cluster)
+        found.setdefault(way, problem._replace(N=problem.N - 8, K=problem.K - 8))
+    return list(found.values())
+
+
+@pytest.mark.parametrize("problem", _padded(), ids=str)
+def test_padded_blocks_compile_for_hopper(problem, tmp_path):
+    tile = problem.tile()
+    launch = problem.launch(tile)
+    assert launch.constants["PADDING"] == 8
+    kernel = compiled(problem, tile)
+    assert "wgmma.mma_async" in kernel.asm["ptx"]
+    assert kernel.metadata.shared <= shared_limit(tile)
+    assert spilled(kernel, tmp_path) <= _spill_bound(problem)
+
+
 def _variants():
     """Problems of every kind with tiles that tuning tries and no rule has for them."""
     known = {(tile, problem.r, problem.c) for tile, problem in CHOSEN.items()}

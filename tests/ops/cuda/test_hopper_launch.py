@@ -61,6 +61,20 @@ def test_a_launcher_serves_tensors_with_leading_dimensions():
         assert of_x[:2] == ([4200, 704], [720, 1]) and of_y[:2] == ([4200, 768], [768, 1])
 
 
+def test_boxes_beyond_the_last_features_are_left_to_tma():
+    """Tiles cover whole blocks, also where the plan puts the last block row elsewhere; descriptors end with x and y."""
+    for r, N, K in ((64, 1000, 776), (32, 1000, 776), (128, 1040, 776), (16, 1016, 776)):
+        padded = Product(8192, N, K, r, 64)
+        R, C = padded.grid
+        whole = padded._replace(N=R * r, K=C * 64)
+        for tile in padded.tiles():
+            launch = padded.launch(tile)
+            assert launch.numbers == whole.launch(tile).numbers
+            of_x, of_values, of_y = launch.descriptors
+            assert of_x[:2] == ([8192, K], [K, 1]) and of_y[:2] == ([8192, N], [N, 1])
+            assert of_values == whole.launch(tile).descriptors[1]
+
+
 def test_layers_whose_output_is_stored_in_other_pieces_have_other_kernels():
     kernels = {}
     tile = next(tile for tile in Product(4096, 768, 768, 32, 32).tiles() if tile.grouped)

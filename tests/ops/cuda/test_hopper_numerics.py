@@ -60,6 +60,45 @@ def test_every_tile_that_tuning_tries_matches_float64(
         check(2100, 768, 768, blocksize, dtype, bound, tile=tile)
 
 
+@pytest.mark.parametrize("blocksize", SIZES)
+@pytest.mark.parametrize(("N", "K"), [(1000, 768), (768, 1000), (1000, 1000), (712, 520)])
+def test_the_last_blocks_may_be_padded(blocksize, N, K):
+    hopper_or_skip()
+    r, c = (blocksize, blocksize) if isinstance(blocksize, int) else blocksize
+    tiles = candidates(-(-N // r), -(-K // c), r, c, torch.bfloat16)
+    for tile in tiles:
+        for activation in ("none", "gelu"):
+            check(2100, N, K, blocksize, torch.bfloat16, 4e-3, tile=tile, activation=activation)
+
+
+@pytest.mark.parametrize("blocksize", [64, 32, 128, (64, 32)])
+@pytest.mark.parametrize(("precision", "bound"), [("ieee", 3e-7), ("tf32", 2e-3)])
+def test_the_last_blocks_may_be_padded_in_float32(set_precision, blocksize, precision, bound):
+    hopper_or_skip()
+    set_precision(precision)
+    r, c = (blocksize, blocksize) if isinstance(blocksize, int) else blocksize
+    exact = precision == "ieee"
+    for N, K in ((1000, 768), (712, 524)):
+        tiles = candidates(-(-N // r), -(-K // c), r, c, torch.float32, exact=exact)
+        for tile in tiles:
+            check(2100, N, K, blocksize, torch.float32, bound, tile=tile)
+
+
+def test_gradients_of_a_padded_layer_that_it_computes_match_float64():
+    hopper_or_skip()
+    dense, crow, col, values = random_bsr(1024, 832, 64, 0.8, torch.bfloat16, "cuda")
+    dense = dense[:1000, :776].double()
+    plan = build_plan(crow, col, 13, (64, 64))
+    x, grad = (torch.randn(50432, n, device="cuda").bfloat16() for n in (776, 1000))
+    assert choose.choose(backend.grad_x_problem(grad, crow, values, 776)).kernel == "hopper"
+    grad_x = cuda.grad_x(grad, crow, col, values, plan, 776)
+    assert relative_error(grad_x, grad.double() @ dense) <= 4e-3
+    asked = backend.forward_problem(x, crow, values, None, "none", plan, 1000)
+    assert choose.choose(asked).kernel == "hopper"
+    y = cuda.forward(x, crow, col, values, None, "none", plan, 1000)
+    assert relative_error(y, x.double() @ dense.T) <= 4e-3
+
+
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, -1])
 def test_float32_keeps_every_nan(set_precision, bits):
     """A GPU's own NaN has every bit of the mantissa set: rounding it must not carry into its sign."""
@@ -102,10 +141,10 @@ def test_a_gradient_by_the_plan_of_another_index_is_nan():
     )
     assert not torch.equal(own, other)
     x = torch.randn(50432, 768, device="cuda").to(torch.bfloat16)
-    assert choose.choose(backend.grad_x_problem(x, crow, values, 12)).kernel == "hopper"
-    right = cuda.grad_x(x, crow, col, values, own, 12)
+    assert choose.choose(backend.grad_x_problem(x, crow, values, 768)).kernel == "hopper"
+    right = cuda.grad_x(x, crow, col, values, own, 768)
     assert right.isfinite().all()
-    assert cuda.grad_x(x, crow, col, values, other, 12).isnan().all()
+    assert cuda.grad_x(x, crow, col, values, other, 768).isnan().all()
     y = cuda.forward(x, crow, col, values, None, "none", own)
     assert torch.equal(y, cuda.forward(x, crow, col, values, None, "none", other))
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[3]
         ("indices", "strides"),
         ("tiles", "precision", "determinism"),
         ("gradients_of_small_blocks", "stale_plans", "repeated_calls"),
+        ("padding",),
     ],
     ids=" and ".join,
 )

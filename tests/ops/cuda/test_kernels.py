@@ -56,7 +56,7 @@ def launch(
     crow = torch.linspace(0, nnz, R + 1).int()
     plan = build_plan(crow, col, C)
     values = torch.zeros(nnz, asked.r, asked.c, dtype=dtype)
-    y, x = (torch.zeros(M, n, dtype=dtype) for n in (asked.R * asked.r, asked.C * asked.c))
+    y, x = (torch.zeros(M, n, dtype=dtype) for n in (asked.N, asked.K))
     parts = split_plan(plan, R, C, nnz)
     if asked.kind != "forward":
         out = torch.zeros(M, R * asked.r, dtype=dtype)
@@ -64,11 +64,9 @@ def launch(
     if asked.kind == "grad_values":
         gradient.prepare(asked, choice, kernel_type)(y, x, crow, col, parts)
         return
-    bias = torch.zeros(asked.R * asked.r, dtype=dtype) if asked.has_bias else None
+    bias = torch.zeros(asked.N, dtype=dtype) if asked.has_bias else None
     plan = parts if transposed else plan if asked.plan_entries else None
-    matmul.prepare(asked, choice, kernel_type)(
-        x, crow, col, values, bias, plan, (M, asked.R * asked.r)
-    )
+    matmul.prepare(asked, choice, kernel_type)(x, crow, col, values, bias, plan, (M, asked.N))
 
 
 @pytest.mark.parametrize("device", [T4, A100, OLD_TRITON], ids=lambda device: device.name)
@@ -100,6 +98,13 @@ def test_triton_understands_every_kernel_without_a_gpu(
                 launch(recorded, asked, choose.plain(asked), dtype, M)
                 asked = make(M, *shape, kind="grad_values")
                 launch(recorded, asked, choose.by_rule(asked), dtype, M)
+            shape = (37, 53, block, 0.5, dtype)  # the last blocks are padded
+            asked = make(300, *shape, has_bias=True, activation="gelu", plan_entries=1)
+            launch(recorded, asked, choose.plain(asked), dtype, 300)
+            asked = make(300, *shape, kind="grad_x")
+            launch(recorded, asked, choose.plain(asked), dtype, 300)
+            asked = make(300, *shape, kind="grad_values")
+            launch(recorded, asked, choose.by_rule(asked), dtype, 300)
     pack = prepare_pack(
         problem(64, 64, 64, 16, 1, dtype, kind="grad_x"), parts=False, kernel_type=recorded
     )
@@ -158,6 +163,50 @@ def test_kernels_whose_launch_overlaps_wait_before_they_touch_memory(
         assert ptx.count("griddepcontrol.wait") == overlaps
         touches = re.search(r"\b(ld\.global|st\.global|cp\.async)", ptx)
         assert touches and ptx.find("griddepcontrol.wait") < touches.start()
+
+
+# Bytes of the widest accesses of x, and of y, that rows of so many features allow.
+@pytest.mark.parametrize(
+    ("N", "K", "of_x", "of_y"),
+    [(1024, 256, 16, 16), (1000, 200, 16, 16), (2730, 1024, 16, 4), (1024, 2730, 4, 16)],
+)
+@pytest.mark.parametrize("kind", ["forward", "grad_x", "grad_values"])
+def test_padding_leaves_loads_and_stores_as_wide_as_rows_allow(
+    kind: str, N: int, K: int, of_x: int, of_y: int, recorded: type[Recorded]
+) -> None:
+    """Else a layer whose last blocks are padded would take several times as long as one of whole blocks."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    recorded.overlaps = False
+    asked = problem(300, N, K, 64, 0.2, kind=kind)
+    launch(recorded, asked, choose.by_rule(asked), torch.bfloat16, 300)
+    product = ("bsr_matmul_kernel", "grad_values_kernel")
+    (launched,) = (one for one in recorded.launches if one[0].function.__name__ in product)
+    kernel, tensors, numbers = launched
+    names = kernel.function.arg_names
+    types = {name: TRITON_TYPES[t.dtype] for name, t in zip(names, tensors, strict=False)}
+    constants, divisible = dict(kernel.constants_by_name), []
+    wide = {"x_ptr", "values_ptr", "grad_ptr", "y_ptr", "out_ptr"}
+    strides = {"x_stride_m", "grad_stride_m", "N"}
+    for name, number in zip(names[len(tensors) :], numbers, strict=False):
+        if number == 1:
+            constants[name] = 1
+        types[name] = "constexpr" if number == 1 else "i32"
+        wide |= {name} & strides if number % 16 == 0 else set()
+    types |= dict.fromkeys(kernel.constants_by_name, "constexpr")
+    divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in wide}
+    source = ASTSource(kernel.function, types, constants, divisible)
+    ptx = triton.compile(source, GPUTarget("cuda", 90, 32), options=dict(kernel.options)).asm["ptx"]
+    copies = re.findall(
+        r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], 0x([0-9a-f]+)", ptx
+    )
+    stores = re.findall(r"st\.global\.(?:v(\d)\.)?b(\d+)", ptx)
+    stored = {int(vector or 1) * int(bits) // 8 for vector, bits in stores}
+    if kind == "grad_values":  # both operands are read, and blocks are whole
+        of_x, of_y = min(of_x, of_y), 16
+    assert min(int(size, 16) for size in copies) == of_x and stored == {of_y}
+    assert not re.search(r"ld\.global(\.L1::\w+)?\.b16", ptx)
 
 
 def test_a_compiler_launches_traced_kernels_its_own_way(recorded: type[Recorded]) -> None:

@@ -7,12 +7,14 @@ switched on before a kernel is defined: `test_interpreted.py` runs this file in 
 Legend: M tokens, R x C the block grid, r x c the block size.
 """
 
+import ctypes
 import math
+import mmap
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import triton
@@ -20,7 +22,7 @@ import triton.language as tl
 
 from tests.reference import EXTREMES, TOLERANCE, random_bsr, relative_error
 from torchao_superblock.ops.activations import ACTIVATIONS
-from torchao_superblock.ops.cuda import backend, choose, matmul
+from torchao_superblock.ops.cuda import backend, choose, gradient, matmul
 from torchao_superblock.ops.cuda.choose import Choice
 from torchao_superblock.ops.cuda.device import INTERPRET
 from torchao_superblock.ops.cuda.launch import Kernel
@@ -96,15 +98,15 @@ def plain_forward(
     """The plain Triton forward, also where the Gluon kernel would be chosen."""
     problem = problem_change(backend.forward_problem(x, crow, values, bias, activation, plan))
     choice = change(choose.plain(problem))
-    shape = (x.shape[0], problem.R * problem.r)
+    shape = (x.shape[0], problem.N)
     return backend.run(problem, choice, x, crow, col, values, bias, plan, shape)
 
 
-def plain_grad_x(grad, crow, col, values, plan, C, *, problem_change=same, change=same):
+def plain_grad_x(grad, crow, col, values, plan, K, *, problem_change=same, change=same):
     """The plain Triton gradient of x, also where the Gluon kernel would be chosen."""
-    problem = problem_change(backend.grad_x_problem(grad, crow, values, C))
-    parts = split_plan(plan, crow.numel() - 1, C, col.numel())
-    shape = (grad.shape[0], problem.R * problem.r)
+    problem = problem_change(backend.grad_x_problem(grad, crow, values, K))
+    parts = split_plan(plan, crow.numel() - 1, problem.R, col.numel())
+    shape = (grad.shape[0], problem.N)
     choice = change(choose.plain(problem))
     return backend.run(problem, choice, grad, crow, col, values, None, parts, shape)
 
@@ -173,7 +175,7 @@ def check(
     compare("forward", y, act(x.double() @ dense.double().T + bias.double()))
     y = plain_forward(x, crow, col, values, **changes)
     compare("forward without bias and plan", y, x.double() @ dense.double().T)
-    y = plain_grad_x(grad, crow, col, values, plan, C, **changes)
+    y = plain_grad_x(grad, crow, col, values, plan, K, **changes)
     compare("grad_x", y, grad.double() @ dense.double())
     if col.numel() > 0:
         changes["change"] = gradient
@@ -232,7 +234,7 @@ def check_indices() -> None:
         # No block lies between two equal ends.
         y = plain_forward(x, torch.full_like(crow, sign * 2**30), bad, values)
         torch.testing.assert_close(y, torch.zeros_like(y))
-        assert backend.grad_x(grad, crow, bad, values, plan, 4).shape == x.shape
+        assert backend.grad_x(grad, crow, bad, values, plan, 64).shape == x.shape
         assert backend.grad_values(grad, x, crow, bad, plan, 16, 16).shape == values.shape
     # A bad column spoils its own block row only.
     plan = build_plan(crow, col, 4)
@@ -294,10 +296,10 @@ def check_stale_plans() -> None:
             assert torch.equal(gradient(None, choice), gradient(own, choice))
             for name, plan in plans.items():
                 assert gradient(plan, choice).isnan().all(), (dtype, choice, name)
-        right = backend.grad_x(grad, crow, col, values, own, 4)
-        assert torch.equal(right, backend.grad_x(grad, crow, col, values, None, 4))
+        right = backend.grad_x(grad, crow, col, values, own, 64)
+        assert torch.equal(right, backend.grad_x(grad, crow, col, values, None, 64))
         for name, plan in of_columns.items():
-            wrong = backend.grad_x(grad, crow, col, values, plan, 4)
+            wrong = backend.grad_x(grad, crow, col, values, plan, 64)
             assert wrong.isnan().all(), (dtype, name)
         y = plain_forward(x, crow, col, values, None, "none", own)
         for name in ("other columns", "other rows"):
@@ -428,6 +430,177 @@ def check_gradients_of_small_blocks() -> None:
     assert relative_error(first, blocks) < TOLERANCE[torch.float16]
 
 
+def among_nans(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Random numbers; the memory around each row of them holds NaN."""
+    wide = torch.full((*(n + 2 for n in shape[:-1]), shape[-1] + 7), math.nan, device=DEVICE)
+    view = wide.to(dtype)[(*(slice(1, -1) for _ in shape[:-1]), slice(3, -4))]
+    return view.copy_(torch.randn(shape))
+
+
+def before_a_hole(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Random numbers at the end of the process's memory there: whoever reads or writes behind them ends the program.
+
+    On a GPU they have NaN around them.
+    """
+    numel = math.prod(shape)
+    if DEVICE == "cuda" or sys.platform != "linux":
+        around = torch.full((numel + 64,), math.nan, dtype=dtype, device=DEVICE)
+        return around[32:-32].view(shape).copy_(torch.randn(shape))
+    end = -(-numel * dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
+    pages = mmap.mmap(-1, end + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + end), mmap.PAGESIZE, 0) == 0
+    offset = end - numel * dtype.itemsize
+    tensor = torch.frombuffer(pages, dtype=dtype, count=numel, offset=offset)
+    return tensor.view(shape).copy_(torch.randn(shape))
+
+
+class Guarded(Kernel):
+    """A kernel whose outputs have memory around them, in which it must not write."""
+
+    buffers: ClassVar[list[tuple[torch.Tensor, int, int]]] = []
+
+    @staticmethod
+    def empty(shape: tuple, strides: tuple, dtype: torch.dtype) -> torch.Tensor:
+        numel, guard = math.prod(shape), 512
+        buffer = torch.full((numel + 2 * guard,), -77.0, dtype=dtype, device=DEVICE)
+        Guarded.buffers.append((buffer, guard, guard + numel))
+        return buffer[guard : guard + numel].as_strided(shape, strides)
+
+    @classmethod
+    def check(cls) -> None:
+        for buffer, start, end in cls.buffers:
+            assert (buffer[:start] == -77.0).all() and (buffer[end:] == -77.0).all()
+        cls.buffers.clear()
+
+
+def check_padded(
+    shape: tuple[int, int],
+    blocksize: tuple[int, int],
+    dtype: torch.dtype,
+    M: int,
+    *,
+    make_x: Callable[..., torch.Tensor] = among_nans,
+    product: Change = same,
+    gradients: tuple[Change, ...] = (same,),
+    problem_change: Change = same,
+    tolerance: float | None = None,
+) -> None:
+    """All kernels for a weight whose last blocks are padded, with numbers that must not count."""
+    (N, K), (r, c) = shape, blocksize
+    R, C = -(-N // r), -(-K // c)
+    mask = torch.rand(R, C, generator=torch.Generator().manual_seed(M)) < 0.5
+    mask[-1, -1] = mask[0, -1] = mask[-1, 0] = True
+    dense, crow, col, values = random_bsr(
+        R * r, C * c, blocksize, dtype=dtype, device=DEVICE, mask=mask
+    )
+    dense, plan = dense[:N, :K].double(), build_plan(crow, col, C)
+    x, grad = make_x(M, K, dtype=dtype), make_x(M, N, dtype=dtype)
+    bias = make_x(1, N, dtype=dtype)[0]
+    tolerance, where = tolerance or TOLERANCE[dtype], (shape, blocksize, dtype, M)
+    z = x.double() @ dense.T
+    for b, p, activation in ((bias, plan, "silu"), (None, None, "none")):
+        asked = backend.forward_problem(x, crow, values, b, activation, p, N)
+        asked = problem_change(asked)
+        run = matmul.prepare(asked, product(choose.plain(asked)), Guarded)
+        y = run(x, crow, col, values, b, p, (M, N))
+        expected = ACTIVATIONS[activation](z if b is None else z + b.double())
+        assert relative_error(y, expected) <= tolerance, ("forward", *where)
+    asked = problem_change(backend.grad_x_problem(grad, crow, values, K))
+    run = matmul.prepare(asked, product(choose.plain(asked)), Guarded)
+    y = run(grad, crow, col, values, None, split_plan(plan, R, C, col.numel()), (M, K))
+    assert relative_error(y, grad.double() @ dense) <= tolerance, ("grad_x", *where)
+    full = torch.zeros(R * r, C * c, dtype=torch.float64, device=DEVICE)
+    full[:N, :K] = grad.double().T @ x.double()
+    inside = torch.zeros(R * r, C * c, device=DEVICE)
+    inside[:N, :K] = 1
+    padding = stored_blocks(inside, crow, col, blocksize) == 0
+    for change in gradients:
+        asked = problem_change(backend.grad_values_problem(grad, x, crow, col, r, c))
+        run = gradient.prepare(asked, change(choose.by_rule(asked)), Guarded)
+        out = run(grad, x, crow, col, split_plan(plan, R, C, col.numel()))
+        blocks = stored_blocks(full, crow, col, blocksize)
+        assert relative_error(out, blocks) <= tolerance, ("grad_values", *where)
+        assert not out[padding].any(), ("grad_values of padding", *where)
+    Guarded.check()
+
+
+def check_padding() -> None:
+    """Nothing beyond x, grad, bias and the outputs is read or written, and no number there counts."""
+
+    shapes = {
+        (37, 53): ((16, 16), (64, 64), (3, 5)),
+        (104, 72): ((32, 32), (64, 16)),  # 8 of 32, 40 of 64
+    }
+    if not INTERPRET:
+        shapes |= {(37, 53): BLOCK_SIZES, (1000, 64): ((32, 32), (64, 64))}
+        shapes |= {(2730, 1024): ((64, 64),), (1024, 2730): ((64, 64),), (50257, 64): ((64, 64),)}
+    of_blocks = lambda _: Choice("blocks", BlocksTile(16, 16, 16, 4, 2))
+    by_rows = lambda _: Choice("lines", LinesTile(16, 64, 4, 2, False))
+    by_columns = lambda _: Choice("lines", LinesTile(16, 64, 4, 2, True))
+    of_lines = [by_rows, by_columns]
+    dense = lambda _: Choice("dense", None)
+    for shape, blocksizes in shapes.items():
+        for blocksize in blocksizes:
+            for dtype in DTYPES:
+                small = dtype.itemsize == 2 and max(blocksize) <= 64
+                gradients = (same, *of_lines * small, dense)
+                for M in (19,) if INTERPRET else (1, 19, 3000):
+                    check_padded(shape, blocksize, dtype, M, gradients=gradients)
+    whole_rows = partial(check_padded, (64, 53), (32, 32), torch.float32)
+    whole_columns = partial(check_padded, (37, 64), (32, 32), torch.float32)
+    for check_one in (whole_rows, whole_columns):
+        check_one(200, make_x=before_a_hole, gradients=(of_blocks,))
+    for blocksize in ((16, 16), (64, 64), (3, 5)):
+        small_blocks = partial(check_padded, (37, 53), blocksize, make_x=before_a_hole)
+        small_blocks(torch.float16, 20, gradients=(of_blocks, *of_lines))
+    for tile in (
+        MatmulTile(16, 16, 16, 1, 4, 2),
+        MatmulTile(32, 16, 64, 1, 4, 2),
+        MatmulTile(16, 32, 16, 1, 4, 2, splits=3),
+        MatmulTile(32, 64, 64, 2, 4, 2, splits=2),
+    ):
+        for blocksize in ((32, 32), (16, 64)):
+            product = partial(_tile, tile)
+            check_padded((37, 90), blocksize, torch.float32, 50, product=product)
+    check_padded((37, 53), (16, 16), torch.float32, 20, product=_int64, gradients=(_int64,))
+    with tf32_allowed():
+        check_padded((37, 53), (32, 32), torch.float32, 20, tolerance=4e-3)
+    without_tensor_cores = lambda problem: problem._replace(precision=FMA)
+    check_padded((37, 53), (32, 32), torch.float32, 20, problem_change=without_tensor_cores)
+    # Splits of tokens, and a plan that is of another index.
+    check_padded((20, 30), (16, 16), torch.float16, 600, gradients=(same, *of_lines))
+    _, crow, col, values = random_bsr(48, 64, 16, 0.5, torch.float32, DEVICE)
+    _, other_crow, other_col, _ = random_bsr(48, 64, 16, 0.5, torch.float32, DEVICE, seed=1)
+    x, grad = among_nans(20, 53), among_nans(20, 37)
+    plan = build_plan(other_crow, other_col, 4)
+    assert backend.grad_x(grad, crow, col, values, plan, 53).isnan().all()
+    assert backend.grad_values(grad, x, crow, col, plan, 16, 16).isnan().all()
+    # A third call of a kind skips checks and choices.
+    general_calls = []
+
+    def general(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        general_calls.append(1)
+        return backend.forward(x, *rest[:4], *rest[5:], rest[4])
+
+    backend.forget()
+    for was_known in (False, False, True, True):
+        general_calls.clear()
+        with torch._C._AutoDispatchBelowAutograd():
+            y = backend.call(general, among_nans(20, 53), crow, col, values, None, 37, "none", None)
+        assert y.shape == (20, 37) and y.isfinite().all() and len(general_calls) != was_known
+    # Bad indices stay within bounds, that of the last column too.
+    for column in (3, 2**31 - 1):
+        bad = torch.full_like(col, column)
+        weight = torch.zeros(48, 16, dtype=torch.float64, device=DEVICE)
+        for row in range(3):
+            blocks = values[crow[row] : crow[row + 1]].double()
+            weight[16 * row : 16 * row + 16] = blocks.sum(0)
+        y = backend.forward(x, crow, bad, values, None, "none", None, 37)
+        expected = x[:, 48:].double() @ weight[:37, :5].T
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def check_token_counts() -> None:
     """What was prepared for one number of tokens serves every other in its bucket."""
     dense, crow, col, values = random_bsr(64, 96, 32, 0.5, torch.float32, DEVICE)
@@ -437,7 +610,7 @@ def check_token_counts() -> None:
             x, grad = torch.randn(M, 96, device=DEVICE), torch.randn(M, 64, device=DEVICE)
             y = plain_forward(x, crow, col, values, None, "none", plan)
             assert relative_error(y, x.double() @ dense.double().T) < 1e-6, M
-            grad_x = backend.grad_x(grad, crow, col, values, plan, 3)
+            grad_x = backend.grad_x(grad, crow, col, values, plan, 96)
             assert relative_error(grad_x, grad.double() @ dense.double()) < 1e-6, M
             reference = stored_blocks(grad.double().T @ x.double(), crow, col, (32, 32))
             out = backend.grad_values(grad, x, crow, col, plan, 32, 32)
@@ -452,7 +625,7 @@ def check_determinism() -> None:
     change = partial(_tile, MatmulTile(64, 32, 32, 1, 4, 2, splits=2))
     for function in (
         lambda: plain_forward(x, crow, col, values, None, "none", plan, change=change),
-        lambda: plain_grad_x(grad, crow, col, values, plan, 4, change=change),
+        lambda: plain_grad_x(grad, crow, col, values, plan, 128, change=change),
         lambda: backend.grad_values(grad, x, crow, col, plan, 32, 32),
     ):
         first = function()
@@ -468,8 +641,9 @@ def check_repeated_calls() -> None:
     def general(*arguments: Any) -> torch.Tensor:
         general_calls.append(1)
         x = arguments[0]
-        y = backend.forward(x.reshape(-1, x.shape[-1]), *arguments[1:5], arguments[6], arguments[7])
-        return y.view(*x.shape[:-1], 64)
+        rest = (*arguments[1:5], arguments[6], arguments[7], arguments[5])
+        y = backend.forward(x.reshape(-1, x.shape[-1]), *rest)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def call(x: torch.Tensor, was_known: bool, tolerance: float = 1e-6) -> torch.Tensor:
         general_calls.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from torchao_superblock.bsr import BSRLinear, swap_to_bsr
+from torchao_superblock.common.blocks import block_grid
 from torchao_superblock.common.swappable import TWINS
 from torchao_superblock.integrations.transformers.conv1d import BSRConv1D
 
@@ -105,14 +107,14 @@ def _check_layer(fqn: str, layer: Any) -> None:
         (N, K), (r, c) = layer["shape"], layer["blocksize"]
         numbers = (N, K, r, c, layer["stored_blocks"])
         sound = all(type(number) is int for number in numbers) and type(layer["bias"]) is bool
-        sound = sound and min(N, K, r, c) > 0 and N % r == K % c == 0 and len(layer) == 4
-        sound = sound and 0 <= layer["stored_blocks"] <= (N // r) * (K // c)
+        sound = sound and min(N, K, r, c) > 0 and len(layer) == 4
+        sound = sound and 0 <= layer["stored_blocks"] <= math.prod(block_grid((N, K), (r, c)))
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
         raise ValueError(
-            f"BlockSparseConfig: the layer {fqn!r} is described by {layer!r}; it needs shape, blocksize that divides "
-            "it, stored_blocks and bias"
+            f"BlockSparseConfig: the layer {fqn!r} is described by {layer!r}; it needs shape, blocksize, "
+            "stored_blocks and bias"
         )
 
 

@@ -49,7 +49,10 @@ def empty_layer(linear: nn.Module, layer: dict[str, Any]) -> UnfinishedLinear:
     dtype = linear.weight.dtype
     with torch.device("cpu"):  # from_pretrained has made meta the default one
         bias = torch.zeros(N, dtype=dtype) if layer["bias"] else None
-        index, col = torch.zeros(N // r + 1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
+        index, col = (
+            torch.zeros(-(-N // r) + 1, dtype=torch.int32),
+            torch.zeros(0, dtype=torch.int32),
+        )
         layer = cls(K, N, (r, c), index, col, torch.zeros(0, r, c, dtype=dtype), bias)
     layer = layer.to("meta")
     layer.values = nn.Parameter(torch.empty(nnz, r, c, dtype=dtype, device="meta"))

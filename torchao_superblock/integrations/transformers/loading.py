@@ -273,7 +273,7 @@ def _check_files(files: Iterable[str], layers: dict[str, dict[str, Any]], folder
                 shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
     for fqn, layer in layers.items():
         (N, _), (r, c), nnz = layer["shape"], layer["blocksize"], layer["stored_blocks"]
-        expected = {"weight": (nnz, r, c), "crow_indices": (N // r + 1,), "col_indices": (nnz,)}
+        expected = {"weight": (nnz, r, c), "crow_indices": (-(-N // r) + 1,), "col_indices": (nnz,)}
         for name, shape in expected.items():
             held = shapes.get(f"{fqn}.{name}", shape)
             if held != shape:

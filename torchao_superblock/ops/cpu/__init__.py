@@ -43,18 +43,19 @@ def forward(
     bias: Tensor | None,
     activation: str,
     plan: Tensor | None,
+    out_features: int | None = None,
 ) -> Tensor:
     """`activation(x @ W.T + bias)`."""
     kernel = compiled.kernel
     if kernel is None:
-        return pytorch.forward(x, crow, col, values, bias, activation, plan)
+        return pytorch.forward(x, crow, col, values, bias, activation, plan, out_features)
     M, K = x.shape
     nnz, r, c = values.shape
-    R = crow.shape[0] - 1
-    y = _empty((M, R * r), (R * r, 1), x.dtype)
+    N = (crow.shape[0] - 1) * r if out_features is None else out_features
+    y = _empty((M, N), (N, 1), x.dtype)
     weight = (crow.data_ptr(), col.data_ptr(), 0, values.data_ptr())
     results = (0 if bias is None else bias.data_ptr(), y.data_ptr())
-    sizes = (M, R, K // c, r, c, nnz)
+    sizes = (M, N, K, r, c, nnz)
     codes = (_DTYPES[x.dtype], CODES[activation])
     kernel.product(x.data_ptr(), *x.stride(), *weight, *results, *sizes, *codes, get_num_threads())
     return y
@@ -74,24 +75,23 @@ def call(
     """The op on CPU tensors: the plain case at once, all others (and all errors) by `general`.
 
     At M = 1 the kernel takes about as long as the general way of checking its arguments, so the
-    case that needs no padding, no copy and no message is recognised here with as few questions as
-    will do.
+    case that needs no copy and no message is recognised here with as few questions as will do.
     """
     kernel = compiled.kernel
     shape, block, rows = x.shape, values.shape, crow.shape
     if kernel is not None and len(block) == 3 and len(rows) == 1 and len(shape) >= 2:
         nnz, r, c = block
         R, K = rows[0] - 1, shape[-1]
-        N = R * r
+        N = R * r if out_features is None else out_features
         code = _DTYPES.get(x.dtype)
         act = CODES.get(activation)
         if (
-            N > 0
-            and c > 0
-            and K % c == 0
+            c > 0
+            and r > 0
+            and (R - 1) * r < N <= R * r
+            and N > 0
             and code is not None
             and act is not None
-            and (out_features is None or out_features == N)
             and values.dtype is x.dtype
             and crow.dtype is torch.int32
             and col.dtype is torch.int32
@@ -112,7 +112,7 @@ def call(
                     and bias.is_contiguous()
                 )
             )
-            and (plan is None or _fits(plan, R, K // c, nnz))
+            and (plan is None or _fits(plan, R, -(-K // c), nnz))
         ):
             if len(shape) == 2:
                 M, strides = shape[0], x.stride()
@@ -131,8 +131,8 @@ def call(
                     0 if bias is None else bias.data_ptr(),
                     y.data_ptr(),
                     M,
-                    R,
-                    K // c,
+                    N,
+                    K,
                     r,
                     c,
                     nnz,
@@ -162,14 +162,14 @@ def repeat(
     """
     kernel = compiled.kernel
     nnz, r, c = values.shape
-    R, shape = crow.shape[0] - 1, x.shape
-    N, K = R * r, shape[-1] if shape else 0
+    shape = x.shape
+    N, K = (crow.shape[0] - 1) * r, shape[-1] if shape else 0
+    if out_features is not None:
+        N = out_features
     if (
         kernel is None
         or len(shape) < 2
         or x.numel() * N == 0
-        or K % c
-        or out_features not in (None, N)
         or not (len(shape) == 2 or x.is_contiguous())
         or not (crow.is_contiguous() and col.is_contiguous() and values.is_contiguous())
         or not (bias is None or bias.is_contiguous())
@@ -180,7 +180,7 @@ def repeat(
     strides = x.stride() if len(shape) == 2 and M > 1 else (K, x.stride(-1))
     out = torch.empty((*shape[:-1], N), device="meta")
     y_shape, y_strides, dtype = tuple(out.shape), out.stride(), x.dtype
-    sizes = (M, R, K // c, r, c, nnz, _DTYPES[dtype], CODES[activation])
+    sizes = (M, N, K, r, c, nnz, _DTYPES[dtype], CODES[activation])
 
     def run(
         x: Tensor,
@@ -217,18 +217,17 @@ def _fits(plan: Tensor, R: int, C: int, nnz: int) -> bool:
 
 
 def grad_x(
-    grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, plan: Tensor | None, n_block_cols: int
+    grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, plan: Tensor | None, in_features: int
 ) -> Tensor:
     """`grad @ W`; the kernel transposes the index itself, in no time beside the product."""
     kernel = compiled.kernel
     if kernel is None:
-        return pytorch.grad_x(grad, crow, col, values, plan, n_block_cols)
-    M = grad.shape[0]
+        return pytorch.grad_x(grad, crow, col, values, plan, in_features)
+    M, N = grad.shape
     nnz, r, c = values.shape
-    R = crow.shape[0] - 1
-    out = grad.new_empty((M, n_block_cols * c))
+    out = grad.new_empty((M, in_features))
     weight = (crow.data_ptr(), col.data_ptr(), 1, values.data_ptr())
-    sizes = (M, n_block_cols, R, c, r, nnz)
+    sizes = (M, in_features, N, c, r, nnz)
     codes = (_DTYPES[grad.dtype], CODES["none"])
     threads = get_num_threads()
     kernel.product(
@@ -254,7 +253,7 @@ def grad_values(
     out = x.new_empty((nnz, block_rows, block_cols))
     operands = (grad.data_ptr(), *grad.stride(), x.data_ptr(), *x.stride())
     index = (crow.data_ptr(), col.data_ptr(), out.data_ptr())
-    sizes = (M, crow.shape[0] - 1, K // block_cols, block_rows, block_cols, nnz)
+    sizes = (M, grad.shape[1], K, block_rows, block_cols, nnz)
     kernel.grad_values(*operands, *index, *sizes, _DTYPES[x.dtype], get_num_threads())
     return out
 
@@ -277,10 +276,9 @@ def repeat_backward(
         grad: as :func:`torchao_superblock.ops.gradients.linear_backward` had it, as have the others.
     """
     kernel = compiled.kernel
-    (nnz, r, c), R, K = values.shape, crow.shape[0] - 1, x.shape[-1]
-    N = R * r
+    (nnz, r, c), N, K = values.shape, grad.shape[-1], x.shape[-1]
     plain = [t for t in (crow, col, values, bias, z) if t is not None]
-    if kernel is None or x.numel() * N == 0 or K % c or grad.shape[-1] != N or nnz == 0:
+    if kernel is None or x.numel() * N == 0 or nnz == 0:
         return None
     if not all(tensor.is_contiguous() for tensor in plain):
         return None
@@ -297,7 +295,7 @@ def repeat_backward(
     z_like = torch.empty(grad.shape, device="meta")
     x_out, z_out = (tuple(t.shape) for t in (x_like, z_like))
     x_out_strides, z_out_strides = x_like.stride(), z_like.stride()
-    sizes, sizes_t = (M, R, K // c, r, c, nnz), (M, K // c, R, c, r, nnz)
+    sizes, sizes_t = (M, N, K, r, c, nnz), (M, K, N, c, r, nnz)
     lead = tuple(range(grad.dim() - 1))
     needs_x, needs_values, needs_bias = needs
     computes_z = activation != "none" and z is None

@@ -107,7 +107,6 @@ SB_INLINE int64_t TYPED(sorted)(int64_t k) { return k / (2 * W) * (2 * W) + k % 
 SB_INLINE void TYPED(small_as)(const sb_small_job *job, const T *x, int64_t x_row, int64_t g, T *out,
                                const int dtype) {
     const sb_product *p = job->p;
-    const int64_t N = p->R * p->r;
     const int storage = dtype == SB_PAIRS ? SB_BFLOAT16 : dtype;
     for (int64_t i = job->group[g]; i < job->group[g + 1]; i++) {
         int64_t n = 0;
@@ -124,16 +123,16 @@ SB_INLINE void TYPED(small_as)(const sb_small_job *job, const T *x, int64_t x_ro
                 out[m * p->r + n] = s;
             }
         for (int64_t m = 0; m < p->M; m++)
-            for (n = 0; n < p->r; n += W) {
-                const int width = (int)sb_min(W, p->r - n);
+            for (n = 0; n < sb_min(p->r, p->N - i * p->r); n += W) {
+                const int width = (int)sb_min(W, sb_min(p->r, p->N - i * p->r) - n);
                 const int64_t at = i * p->r + n;
                 V y = LOAD(out, m * p->r + n, -1);
                 if (p->bias) y += width == W ? LOAD(p->bias, at, storage) : LOAD_PART(p->bias, at, width, storage);
                 y = ACTIVATE(y, p->activation);
                 if (width == W)
-                    STORE(p->y, m * N + at, y, storage);
+                    STORE(p->y, m * p->N + at, y, storage);
                 else
-                    STORE_PART(p->y, m * N + at, width, y, storage);
+                    STORE_PART(p->y, m * p->N + at, width, y, storage);
             }
     }
 }
@@ -141,7 +140,7 @@ SB_INLINE void TYPED(small_as)(const sb_small_job *job, const T *x, int64_t x_ro
 static void TYPED(small)(void *pointer) {
     sb_small_job *job = pointer;
     const sb_product *p = job->p;
-    const int64_t K = p->C * p->c;
+    const int64_t K = p->K, copy_row = p->C * p->c; /* a copy of x goes on with zeros, to whole blocks */
     const T *x = NULL;
     int64_t x_row = p->x_row;
     T *out = NULL;
@@ -152,8 +151,8 @@ static void TYPED(small)(void *pointer) {
         if (!out) {
             out = sb_scratch(SB_SCRATCH_W, sizeof(T) * (size_t)(p->M * p->r + W));
             T *copy = NULL;
-            const int as_it_is = sizeof(T) == sb_dtype_size(p->dtype) && p->x_col == 1;
-            if (!as_it_is) copy = sb_scratch(SB_SCRATCH_X, sizeof(T) * (size_t)(p->M * K) + 64);
+            const int as_it_is = sizeof(T) == sb_dtype_size(p->dtype) && p->x_col == 1 && K == copy_row;
+            if (!as_it_is) copy = sb_scratch(SB_SCRATCH_X, sizeof(T) * (size_t)(p->M * copy_row) + 64);
             if (!out || (!as_it_is && !copy)) {
                 atomic_store(&job->failed, 1);
                 return;
@@ -167,17 +166,19 @@ static void TYPED(small)(void *pointer) {
                     if (pairs && p->x_col == 1)
                         for (; k + 2 * W <= K; k += 2 * W) {
                             const vu pair = (vu)load_float((const uint16_t *)p->x + m * x_row + k, 0, SB_FLOAT32);
-                            STORE(copy, m * K + k, (V)(pair << 16), -1);
-                            STORE(copy, m * K + k + W, (V)(pair & 0xffff0000u), -1);
+                            STORE(copy, m * copy_row + k, (V)(pair << 16), -1);
+                            STORE(copy, m * copy_row + k + W, (V)(pair & 0xffff0000u), -1);
                         }
 #endif
                     if (!pairs && p->x_col == 1)
-                        for (; k + W <= K; k += W) STORE(copy, m * K + k, LOAD(p->x, m * x_row + k, p->dtype), -1);
-                    for (; k < K; k++)
-                        copy[m * K + (pairs ? TYPED(sorted)(k) : k)] = ONE(p->x, m * x_row + k * p->x_col, p->dtype);
+                        for (; k + W <= K; k += W)
+                            STORE(copy, m * copy_row + k, LOAD(p->x, m * x_row + k, p->dtype), -1);
+                    for (; k < copy_row; k++)
+                        copy[m * copy_row + (pairs ? TYPED(sorted)(k) : k)] =
+                            k < K ? ONE(p->x, m * x_row + k * p->x_col, p->dtype) : 0;
                 }
                 x = copy;
-                x_row = K;
+                x_row = copy_row;
             }
         }
 #define SB_CASE(dtype)                                         \

@@ -122,12 +122,23 @@ SB_INLINE void store_double(void *p, int64_t i, vd v, int dtype) {
     *(vd_u *)((double *)p + i) = v;
 }
 
+/* Up to a vector of bytes, an even number, in a few moves: a call of memcpy takes longer than the rest of a short row. */
+SB_INLINE void move_bytes(char *to, const char *from, size_t n) {
+#define SB_MOVE(size)              \
+    if (n & (size)) {              \
+        memcpy(to, from, (size));  \
+        to += (size), from += (size); \
+    }
+    SB_MOVE(64) SB_MOVE(32) SB_MOVE(16) SB_MOVE(8) SB_MOVE(4) SB_MOVE(2)
+#undef SB_MOVE
+}
+
 /* The same for n < W elements: through a buffer, so that nothing beyond them is touched. (That n is
  * small is asked again so that the compiler knows as well.) */
 SB_INLINE vf load_float_part(const void *p, int64_t i, int n, int dtype) {
     const size_t size = dtype == SB_FLOAT32 ? 4 : 2;
     char buffer[SB_VECTOR_BYTES] = {0};
-    if ((size_t)n <= SB_VECTOR_BYTES / 4) memcpy(buffer, (const char *)p + (size_t)i * size, (size_t)n * size);
+    if ((size_t)n <= SB_VECTOR_BYTES / 4) move_bytes(buffer, (const char *)p + (size_t)i * size, (size_t)n * size);
     return load_float(buffer, 0, dtype);
 }
 
@@ -135,23 +146,39 @@ SB_INLINE void store_float_part(void *p, int64_t i, int n, vf v, int dtype) {
     const size_t size = dtype == SB_FLOAT32 ? 4 : 2;
     char buffer[SB_VECTOR_BYTES];
     store_float(buffer, 0, v, dtype);
-    if ((size_t)n <= SB_VECTOR_BYTES / 4) memcpy((char *)p + (size_t)i * size, buffer, (size_t)n * size);
+    if ((size_t)n <= SB_VECTOR_BYTES / 4) move_bytes((char *)p + (size_t)i * size, buffer, (size_t)n * size);
 }
 
 SB_INLINE vd load_double_part(const void *p, int64_t i, int n, int dtype) {
     (void)dtype;
     char buffer[SB_VECTOR_BYTES] = {0};
-    if ((size_t)n <= SB_VECTOR_BYTES / 8) memcpy(buffer, (const double *)p + i, (size_t)n * sizeof(double));
+    if ((size_t)n <= SB_VECTOR_BYTES / 8)
+        move_bytes(buffer, (const char *)((const double *)p + i), (size_t)n * sizeof(double));
     return load_double(buffer, 0, dtype);
 }
 
 SB_INLINE void store_double_part(void *p, int64_t i, int n, vd v, int dtype) {
     (void)dtype;
-    if ((size_t)n <= SB_VECTOR_BYTES / 8) memcpy((double *)p + i, &v, (size_t)n * sizeof(double));
+    if ((size_t)n <= SB_VECTOR_BYTES / 8)
+        move_bytes((char *)((double *)p + i), (const char *)&v, (size_t)n * sizeof(double));
 }
 
 SB_INLINE float one_float(const void *p, int64_t i, int dtype) {
-    return load_float_part(p, i, 1, dtype)[0];
+    uint16_t half;
+    uint32_t bits;
+    float one;
+    switch (dtype) {
+    case SB_BFLOAT16:
+        memcpy(&half, (const char *)p + i * 2, sizeof half);
+        bits = (uint32_t)half << 16;
+        memcpy(&one, &bits, sizeof one);
+        return one;
+    case SB_FLOAT16:
+        return load_float_part(p, i, 1, dtype)[0];
+    default:
+        memcpy(&one, (const char *)p + i * 4, sizeof one);
+        return one;
+    }
 }
 
 SB_INLINE double one_double(const void *p, int64_t i, int dtype) {

@@ -113,16 +113,16 @@ static void TYPED(grad)(void *pointer) {
             const int64_t rows = sb_min(tile, p->M - m0);
             for (int64_t i = 0; i < p->C; i++)
                 if (needed[i])
-                    TYPED(pack_columns)(p->x, p->x_row, p->x_col, m0, rows, i * c, c, x + i * tile * stride, stride,
-                                      p->dtype);
+                    TYPED(pack_columns)(p->x, p->x_row, p->x_col, m0, rows, i * c, sb_min(c, p->K - i * c),
+                                        x + i * tile * stride, stride, p->dtype);
             int64_t i = first_row - 1, row_end = begin;
             for (int64_t j = begin; j < end; j++) {
                 if (j == row_end) {
                     do i++;
                     while (p->crow[i + 1] <= j);
                     row_end = p->crow[i + 1];
-                    TYPED(pack_columns)(p->grad, p->grad_row, p->grad_col, m0, rows, i * r, r, grad + i * tile * r, r,
-                                      p->dtype);
+                    TYPED(pack_columns)(p->grad, p->grad_row, p->grad_col, m0, rows, i * r, sb_min(r, p->N - i * r),
+                                        grad + i * tile * r, r, p->dtype);
                 }
                 TYPED(outer)(grad + i * tile * r, r, x + p->col[j] * tile * stride, stride, rows,
                              sums + (j - begin) * r * c, c, m0 == 0);

@@ -10,9 +10,9 @@
  * walk a panel in two halves. */
 #define SB_PANEL 12
 
-/* One narrow column strip of the output: lanes [n0, n0 + width) of block row `row`. */
+/* One narrow column strip of the output: lanes [n0, n0 + width) of block row `row`, of which `stored` are there. */
 typedef struct {
-    int64_t row, n0, width;
+    int64_t row, n0, width, stored;
 } sb_strip;
 
 /* Whether a group of strips is packed. */

@@ -23,6 +23,8 @@ static int parse(PyObject *const *args, Py_ssize_t n, Py_ssize_t expected, int64
 
 static void *pointer(int64_t address) { return (void *)(uintptr_t)address; }
 
+static int64_t n_blocks(int64_t features, int64_t size) { return size < 1 ? 0 : (features + size - 1) / size; }
+
 static PyObject *result(int status, int64_t n_block_cols, int64_t nnz) {
     switch (status) {
     case SB_OK:
@@ -49,8 +51,8 @@ static PyObject *product(PyObject *self, PyObject *const *args, Py_ssize_t n) {
     const sb_product p = {
         .x = pointer(a[0]), .x_row = a[1], .x_col = a[2], .crow = pointer(a[3]), .col = pointer(a[4]),
         .transposed = a[5] != 0, .values = pointer(a[6]), .bias = pointer(a[7]), .y = pointer(a[8]), .M = a[9],
-        .R = a[10], .C = a[11], .r = a[12], .c = a[13], .nnz = a[14], .dtype = (int)a[15],
-        .activation = (int)a[16], .threads = (int)a[17],
+        .N = a[10], .K = a[11], .R = n_blocks(a[10], a[12]), .C = n_blocks(a[11], a[13]), .r = a[12], .c = a[13],
+        .nnz = a[14], .dtype = (int)a[15], .activation = (int)a[16], .threads = (int)a[17],
     };
     int status;
     Py_BEGIN_ALLOW_THREADS
@@ -65,8 +67,9 @@ static PyObject *grad_values(PyObject *self, PyObject *const *args, Py_ssize_t n
     if (parse(args, n, 17, a)) return NULL;
     const sb_grad_values p = {
         .grad = pointer(a[0]), .grad_row = a[1], .grad_col = a[2], .x = pointer(a[3]), .x_row = a[4],
-        .x_col = a[5], .crow = pointer(a[6]), .col = pointer(a[7]), .out = pointer(a[8]), .M = a[9], .R = a[10],
-        .C = a[11], .r = a[12], .c = a[13], .nnz = a[14], .dtype = (int)a[15], .threads = (int)a[16],
+        .x_col = a[5], .crow = pointer(a[6]), .col = pointer(a[7]), .out = pointer(a[8]), .M = a[9], .N = a[10],
+        .K = a[11], .R = n_blocks(a[10], a[12]), .C = n_blocks(a[11], a[13]), .r = a[12], .c = a[13], .nnz = a[14],
+        .dtype = (int)a[15], .threads = (int)a[16],
     };
     int status;
     Py_BEGIN_ALLOW_THREADS
@@ -114,9 +117,9 @@ static PyObject *run_on_one_thread(PyObject *self, PyObject *unused) {
 
 static PyMethodDef methods[] = {
     {"product", (PyCFunction)(void (*)(void))product, METH_FASTCALL,
-     "product(x, x_row, x_col, crow, col, transposed, values, bias, y, M, R, C, r, c, nnz, dtype, activation, threads)"},
+     "product(x, x_row, x_col, crow, col, transposed, values, bias, y, M, N, K, r, c, nnz, dtype, activation, threads)"},
     {"grad_values", (PyCFunction)(void (*)(void))grad_values, METH_FASTCALL,
-     "grad_values(grad, grad_row, grad_col, x, x_row, x_col, crow, col, out, M, R, C, r, c, nnz, dtype, threads)"},
+     "grad_values(grad, grad_row, grad_col, x, x_row, x_col, crow, col, out, M, N, K, r, c, nnz, dtype, threads)"},
     {"isa", isa, METH_NOARGS, "The instruction set in use."},
     {"supported_isas", supported_isas, METH_NOARGS, "Instruction sets this processor has, weakest first."},
     {"select_isa", select_isa, METH_O, "Use an instruction set by name."},

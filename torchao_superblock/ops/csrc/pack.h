@@ -5,10 +5,10 @@
 #define SB_PACK_LINES 4
 #endif
 
-/* Rows [m0, m0 + rows) of x (m, k) -> panels; only the lines of KC columns that `needed` marks. */
-SB_INLINE void TYPED(pack_x_as)(const void *x, int64_t x_row, int64_t x_col, int64_t m0, int64_t rows,
-                                int64_t K, const unsigned char *needed, T *out, const int dtype) {
-    const int64_t n_lines = sb_ceil_div(K, KC);
+/* Rows [m0, m0 + rows) of x (m, k), with zeros from column K on -> panels; only the lines of KC columns that `needed`
+ * marks. */
+SB_INLINE void TYPED(pack_x_as)(const void *x, int64_t x_row, int64_t x_col, int64_t m0, int64_t rows, int64_t K,
+                                int64_t n_lines, const unsigned char *needed, T *out, const int dtype) {
     for (int64_t top = 0; top < rows; top += SB_PANEL, out += n_lines * SB_PANEL * KC)
         /* A few lines of each row in turn: reads stay long enough for the prefetcher, and the part of
          * the panel being written stays in L1. */
@@ -27,8 +27,10 @@ SB_INLINE void TYPED(pack_x_as)(const void *x, int64_t x_row, int64_t x_col, int
                         for (int e = 0; e < KC; e += W) *(V *)(to + e) = LOAD(x, from + k + e, dtype);
                     } else {
                         const int64_t n = top + i < rows ? sb_min(KC, K - k) : 0;
-                        for (int64_t e = 0; e < KC; e++)
-                            to[e] = e < n ? ONE(x, from + (k + e) * x_col, dtype) : 0;
+                        int64_t e = 0;
+                        if (x_col == 1)
+                            for (; e + W <= n; e += W) *(V *)(to + e) = LOAD(x, from + k + e, dtype);
+                        for (; e < KC; e++) to[e] = e < n ? ONE(x, from + (k + e) * x_col, dtype) : 0;
                     }
                 }
             }
@@ -73,8 +75,8 @@ SB_INLINE void TYPED(pack_block_as)(const sb_product_job *job, int64_t j, int64_
 }
 
 static void TYPED(pack_x)(const sb_product *p, int64_t m0, int64_t rows, const unsigned char *needed, T *out) {
-    const int64_t K = p->C * p->c;
-#define SB_CASE(dtype) TYPED(pack_x_as)(p->x, p->x_row, p->x_col, m0, rows, K, needed, out, dtype);
+    const int64_t n_lines = sb_ceil_div(p->C * p->c, KC);
+#define SB_CASE(dtype) TYPED(pack_x_as)(p->x, p->x_row, p->x_col, m0, rows, p->K, n_lines, needed, out, dtype);
     SB_WITH_DTYPE(p->dtype, SB_CASE)
 #undef SB_CASE
 }

@@ -4,11 +4,10 @@
  * would be repeated in every tile. */
 static __attribute__((noinline)) void TYPED(finish)(const sb_product *p, const T *sums, int vectors, int64_t m,
                                                     int64_t rows, int64_t n, int64_t width) {
-    const int64_t N = p->R * p->r;
     for (int64_t i = 0; i < rows; i++)
-        for (int v = 0; v < vectors; v++) {
+        for (int v = 0; v < vectors && v * W < width; v++) {
             const V y = ACTIVATE(*(const V *)(sums + (i * 2 + v) * W), p->activation);
-            const int64_t at = (m + i) * N + n + v * W;
+            const int64_t at = (m + i) * p->N + n + v * W;
             if (width >= (v + 1) * W)
                 STORE(p->y, at, y, p->dtype);
             else
@@ -18,13 +17,13 @@ static __attribute__((noinline)) void TYPED(finish)(const sb_product *p, const T
 
 SB_INLINE void TYPED(store_tile)(const sb_product *p, V acc[SB_PANEL][2], const int tile_rows, const int vectors,
                                  int64_t m, int64_t rows, int64_t n0, const int dtype) {
-    int64_t at = m * p->R * p->r + n0;
+    int64_t at = m * p->N + n0;
 #pragma GCC unroll 12
     for (int i = 0; i < tile_rows; i++) {
         if (i >= rows) break;
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; v++) STORE(p->y, at + v * W, acc[i][v], dtype);
-        at += p->R * p->r;
+        at += p->N;
     }
 }
 
@@ -49,9 +48,9 @@ SB_INLINE void TYPED(tile_as)(const sb_product *p, const sb_strip *strip, const 
     if (p->bias)
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; v++)
-            bias[v] = strip->width >= (v + 1) * W
+            bias[v] = strip->stored >= (v + 1) * W
                           ? LOAD(p->bias, n0 + v * W, p->dtype)
-                          : LOAD_PART(p->bias, n0 + v * W, (int)(strip->width - v * W), p->dtype);
+                          : LOAD_PART(p->bias, n0 + v * W, (int)sb_max(0, strip->stored - v * W), p->dtype);
     V acc[SB_PANEL][2];
 #pragma GCC unroll 12
     for (int i = 0; i < tile_rows; i++)
@@ -89,7 +88,7 @@ SB_INLINE void TYPED(tile_as)(const sb_product *p, const sb_strip *strip, const 
         }
     }
 
-    int plain = p->activation == SB_NONE && strip->width == vectors * W;
+    int plain = p->activation == SB_NONE && strip->stored == vectors * W;
 #ifndef SB_DOUBLE
     if (plain && p->dtype == SB_BFLOAT16) plain = !TYPED(may_hold_nan)(acc, tile_rows, vectors);
 #endif
@@ -106,7 +105,7 @@ SB_INLINE void TYPED(tile_as)(const sb_product *p, const sb_strip *strip, const 
     for (int i = 0; i < tile_rows; i++)
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; v++) *(V *)(sums + (i * 2 + v) * W) = acc[i][v];
-    TYPED(finish)(p, sums, vectors, m, rows, n0, strip->width);
+    TYPED(finish)(p, sums, vectors, m, rows, n0, strip->stored);
 }
 
 /* One function for each register tile. */
@@ -129,7 +128,8 @@ SB_TILE_AS(direct, 6, 2, 1)
 static int TYPED(reads_directly)(const sb_product *p) {
     const int64_t row_bytes = p->x_row * (int64_t)sizeof(T);
     return sizeof(T) == sb_dtype_size(p->dtype) && p->x_col == 1 && (uintptr_t)p->x % sizeof(T) == 0 &&
-           p->c % KC == 0 && p->r % (2 * W) == 0 && p->nnz * p->r < SB_DIRECT_USES * p->C &&
+           p->c % KC == 0 && p->K == p->C * p->c && p->r % (2 * W) == 0 &&
+           p->nnz * p->r < SB_DIRECT_USES * p->C &&
            /* the rows of a tile must not fight for one set of the cache */
            (row_bytes % 4096 != 0 || sb_l1_ways() >= (SB_TALL ? 12 : 6));
 }
@@ -168,7 +168,8 @@ static void TYPED(panel_rows)(const sb_product *p, const sb_strip *strip, const 
 
 SB_INLINE sb_strip TYPED(strip)(const sb_product *p, int64_t index) {
     const int64_t per_row = sb_ceil_div(p->r, 2 * W), n0 = index % per_row * 2 * W;
-    return (sb_strip){.row = index / per_row, .n0 = n0, .width = sb_min(2 * W, p->r - n0)};
+    const int64_t row = index / per_row, width = sb_min(2 * W, p->r - n0);
+    return (sb_strip){.row = row, .n0 = n0, .width = width, .stored = sb_min(width, p->N - row * p->r - n0)};
 }
 
 /* Elements of a packed strip. */
@@ -187,7 +188,7 @@ static void TYPED(pack_strip)(const sb_product_job *job, const sb_strip *strip, 
  * the processor to foresee, and a line that is not in the cache is read before it is written. (Always
  * inlined: compilers drop calls of a function that does nothing but prefetch.) */
 SB_INLINE void TYPED(prefetch_y)(const sb_product *p, const sb_strip *strip, int64_t m, int64_t rows) {
-    const int64_t size = (int64_t)sb_dtype_size(p->dtype), row = p->R * p->r * size;
+    const int64_t size = (int64_t)sb_dtype_size(p->dtype), row = p->N * size;
     const char *line = (const char *)p->y + m * row + (strip->row * p->r + strip->n0) * size;
     for (int64_t i = 0; i < rows; i++, line += row) __builtin_prefetch(line, 1);
 }
@@ -218,6 +219,7 @@ static void TYPED(product_piece)(const sb_product_job *job, const T *x, int dire
             const T *strip = w;
             for (int64_t i = 0; i < n; strip += size[i++]) {
                 if (i + 1 < n) TYPED(prefetch_y)(p, &strips[i + 1], m0 + m, height);
+                if (strips[i].stored <= 0) continue; /* all of it is padding */
                 if (direct)
                     TYPED(direct_rows)(p, &strips[i], x + m * x_row, strip, m0 + m);
                 else

@@ -15,7 +15,8 @@ enum sb_activation { SB_NONE, SB_RELU, SB_GELU, SB_GELU_TANH, SB_SILU, SB_QUICK_
 enum sb_isa { SB_BASELINE, SB_AVX2, SB_AVX512, SB_N_ISA };
 enum sb_status { SB_OK, SB_BAD_CROW, SB_BAD_COL, SB_NO_MEMORY };
 
-/* y (M, R*r) = act(x (M, C*c) @ W.T + bias), W a BSR matrix of R x C blocks of r x c.
+/* y (M, N) = act(x (M, K) @ W.T + bias), W a BSR matrix of R x C blocks of r x c; R = ceil(N / r), C = ceil(K / c).
+ * What a block holds beyond row N or column K is there, does not count, and must be finite.
  * If transposed, W is the transpose of what is stored: crow (C + 1) and col are the index of a matrix of
  * C x R blocks of c x r, as the backward needs it.
  * Another thread may write to crow and col meanwhile: they are read once. */
@@ -25,17 +26,17 @@ typedef struct {
     const int32_t *crow, *col;
     const void *values, *bias;
     void *y;
-    int64_t M, R, C, r, c, nnz;
+    int64_t M, N, K, R, C, r, c, nnz;
     int dtype, activation, threads, transposed;
 } sb_product;
 
-/* out (nnz, r, c): the stored blocks of grad.T @ x. */
+/* out (nnz, r, c): the stored blocks of grad (M, N).T @ x (M, K), with zeros beyond row N and column K. */
 typedef struct {
     const void *grad, *x;
     int64_t grad_row, grad_col, x_row, x_col;
     const int32_t *crow, *col;
     void *out;
-    int64_t M, R, C, r, c, nnz;
+    int64_t M, N, K, R, C, r, c, nnz;
     int dtype, threads;
 } sb_grad_values;
 

@@ -52,7 +52,16 @@ def _float32_precision(device: Device) -> int:
     return TF32 if allows_tf32() else TF32X3
 
 
-def _problem(kind: str, x: Tensor, other: Tensor, grid: tuple[int, ...], *rest: Any) -> Problem:
+def _problem(
+    kind: str,
+    x: Tensor,
+    other: Tensor,
+    grid: tuple[int, ...],
+    padding: tuple[int, int],
+    activation: str = "none",
+    has_bias: bool = False,
+    entries: int = 0,
+) -> Problem:
     """A problem of x `(M, ...)`, the other operand that Triton reads wide, `(R, C, r, c, nnz)` and what only some have.
 
     One function for all, without helpers: a call at small M waits for it.
@@ -69,6 +78,7 @@ def _problem(kind: str, x: Tensor, other: Tensor, grid: tuple[int, ...], *rest: 
     if kind == "grad_values" or M < GLUON_TOKENS or not device.gluon:
         M = bucket(M)
     aligned = (x.data_ptr() % 16 == 0, other.data_ptr() % 16 == 0)
+    rest = (activation, has_bias, entries, *padding)
     return Problem(kind, M, *grid, dtype, precision, strides, aligned, device, *rest)
 
 
@@ -79,26 +89,34 @@ def forward_problem(
     bias: Tensor | None,
     activation: str,
     plan: Tensor | None,
+    out_features: int | None = None,
 ) -> Problem:
     """What :func:`forward` is asked for, by the arguments that matter."""
     nnz, r, c = values.shape
-    grid = (crow.shape[0] - 1, x.shape[1] // c, r, c, nnz)
+    R, K = crow.shape[0] - 1, x.shape[1]
+    C = -(-K // c)
+    padding = (0 if out_features is None else R * r - out_features, C * c - K)
     entries = 0 if plan is None else plan.shape[0]
-    return _problem("forward", x, values, grid, activation, bias is not None, entries)
+    grid = (R, C, r, c, nnz)
+    return _problem("forward", x, values, grid, padding, activation, bias is not None, entries)
 
 
-def grad_x_problem(grad: Tensor, crow: Tensor, values: Tensor, n_block_cols: int) -> Problem:
+def grad_x_problem(grad: Tensor, crow: Tensor, values: Tensor, in_features: int) -> Problem:
     """What :func:`grad_x` is asked for: the roles of rows and columns change places."""
     nnz, r, c = values.shape
-    return _problem("grad_x", grad, values, (n_block_cols, crow.shape[0] - 1, c, r, nnz))
+    R, C = crow.shape[0] - 1, -(-in_features // c)
+    padding = (C * c - in_features, R * r - grad.shape[1])
+    return _problem("grad_x", grad, values, (C, R, c, r, nnz), padding)
 
 
 def grad_values_problem(
     grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, block_rows: int, block_cols: int
 ) -> Problem:
     """What :func:`grad_values` is asked for."""
-    grid = (crow.shape[0] - 1, x.shape[1] // block_cols, block_rows, block_cols, col.shape[0])
-    return _problem("grad_values", grad, x, grid)
+    R, C = crow.shape[0] - 1, -(-x.shape[1] // block_cols)
+    padding = (R * block_rows - grad.shape[1], C * block_cols - x.shape[1])
+    grid = (R, C, block_rows, block_cols, col.shape[0])
+    return _problem("grad_values", grad, x, grid, padding)
 
 
 _KERNELS = {"matmul": matmul, "blocks": gradient, "lines": gradient, "dense": gradient}
@@ -194,17 +212,19 @@ def forward(
     bias: Tensor | None,
     activation: str,
     plan: Tensor | None,
+    out_features: int | None = None,
     *,
     choice: Choice | None = None,
 ) -> Tensor:
     """`activation(x @ W.T + bias)` for a BSR weight W."""
     if x.get_device() != _current_device():
+        arguments = (x, crow, col, values, bias, activation, plan, out_features)
         with torch.cuda.device(x.get_device()):
-            return forward(x, crow, col, values, bias, activation, plan, choice=choice)
+            return forward(*arguments, choice=choice)
     if _observer is not None:
-        _observer(x, crow, col, values, bias, activation, plan)
-    problem = forward_problem(x, crow, values, bias, activation, plan)
-    shape = (x.shape[0], problem.R * problem.r)
+        _observer(x, crow, col, values, bias, activation, plan, out_features)
+    problem = forward_problem(x, crow, values, bias, activation, plan, out_features)
+    shape = (x.shape[0], problem.N)
     return run(problem, choice, x, crow, col, values, bias, plan, shape)
 
 
@@ -250,11 +270,10 @@ def _repeat(
     plan: Tensor | None,
 ) -> fast_path.Run | None:
     """A call that was served, with nothing left to decide; None if its kernel reads or writes other tensors."""
-    (_, r, c), R, K = values.shape, crow.shape[0] - 1, x.shape[-1]
+    N = (crow.shape[0] - 1) * values.shape[1] if out_features is None else out_features
+    K = x.shape[-1]
     if (
-        K % c != 0
-        or out_features not in (None, R * r)
-        or x.numel() * R == 0
+        x.numel() * N == 0
         or not (crow.is_contiguous() and col.is_contiguous() and values.is_contiguous())
         or (bias is not None and not bias.is_contiguous())
         or (plan is not None and not plan.is_contiguous())
@@ -262,13 +281,13 @@ def _repeat(
     ):
         return None
     try:
-        problem = forward_problem(x.view(-1, K), crow, values, bias, activation, plan)
+        problem = forward_problem(x.view(-1, K), crow, values, bias, activation, plan, N)
     except RuntimeError:  # x was copied
         return None
     known = _runs.get((problem, None))
     if known is None:
         return None
-    run, shape = known[1], (*x.shape[:-1], R * r)
+    run, shape = known[1], (*x.shape[:-1], N)
     x_aligned, values_aligned = problem.aligned
     device_index = problem.device.index
     is_float32 = x.dtype == torch.float32
@@ -313,6 +332,7 @@ class aot_twin:
         bias: Tensor | None,
         activation: str,
         plan: Tensor | None,
+        out_features: int,
         kernel_type: type[TracedKernel] = TracedKernel,
     ) -> Tensor:
         """As :func:`forward`, for tensors without data. A dynamic M takes the tile that suits its example value."""
@@ -322,15 +342,16 @@ class aot_twin:
         device = device_at(x.device.index or 0)._replace(gluon=False)
         precision = NATIVE if x.dtype != torch.float32 else _float32_precision(device)
         nnz, r, c = values.shape
+        R, C = crow.shape[0] - 1, -(-x.shape[1] // c)
         problem = Problem(
-            *("forward", bucket(example), crow.shape[0] - 1, x.shape[1] // c, r, c, nnz, x.dtype),
+            *("forward", bucket(example), R, C, r, c, nnz, x.dtype),
             *(precision, x.stride(), (True, True), device, activation, bias is not None),
-            0 if plan is None else plan.shape[0],
+            *(0 if plan is None else plan.shape[0], R * r - out_features, C * c - x.shape[1]),
         )
         # Not remembered: sizes without a value have no hash.
         chosen = choose.tuned(problem) or choose.by_rule(problem)
         product = matmul.prepare(problem, chosen, kernel_type.on(x.device))
-        return product(x, crow, col, values, bias, plan, (M, problem.R * r))
+        return product(x, crow, col, values, bias, plan, (M, out_features))
 
 
 class few_tokens_twin:
@@ -348,17 +369,17 @@ def grad_x(
     col: Tensor,
     values: Tensor,
     plan: Tensor | None,
-    n_block_cols: int,
+    in_features: int,
     *,
     choice: Choice | None = None,
 ) -> Tensor:
     """`grad @ W`: the same product as the forward, over the transposed index; NaN if the plan is of another one."""
     if grad.get_device() != _current_device():
         with torch.cuda.device(grad.get_device()):
-            return grad_x(grad, crow, col, values, plan, n_block_cols, choice=choice)
-    problem = grad_x_problem(grad, crow, values, n_block_cols)
-    parts = _parts(plan, crow, col, n_block_cols)
-    shape = (grad.shape[0], problem.R * problem.r)
+            return grad_x(grad, crow, col, values, plan, in_features, choice=choice)
+    problem = grad_x_problem(grad, crow, values, in_features)
+    parts = _parts(plan, crow, col, problem.R)
+    shape = (grad.shape[0], in_features)
     return run(problem, choice, grad, crow, col, values, None, parts, shape)
 
 

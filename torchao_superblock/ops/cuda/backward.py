@@ -72,12 +72,11 @@ def repeat_backward(
         None if its kernels read or write other tensors, or if it was given no plan.
     """
     (nnz, r, c), R, K = values.shape, crow.shape[0] - 1, x.shape[-1]
-    N, C = R * r, K // c
-    whole = K % c == 0 and grad.shape[-1] == N and x.numel() * N * nnz > 0
+    N, C = grad.shape[-1], -(-K // c)
     contiguous = [t for t in (crow, col, values, bias, z, plan) if t is not None]
     if (
-        not whole
-        or plan is None
+        plan is None
+        or x.numel() * N * nnz == 0
         or backend._observer is not None
         or grad.get_device() != backend._current_device()
         or not all(tensor.is_contiguous() for tensor in contiguous)
@@ -91,14 +90,14 @@ def repeat_backward(
     activates = activation != "none"
     problems, one_pass = [], None
     if activates and z is None:
-        problems.append(backend.forward_problem(flat_x, crow, values, bias, "none", plan))
+        problems.append(backend.forward_problem(flat_x, crow, values, bias, "none", plan, N))
     computes_z = bool(problems)
     if activates or needs_bias:
         z_like = flat.new_empty(flat.shape) if activates else None
         one_pass = _prepare_pass(flat, z_like if z is None else z, activation, needs_bias)
         flat = flat if z_like is None else z_like
     if needs_x:
-        problems.append(backend.grad_x_problem(flat, crow, values, C))
+        problems.append(backend.grad_x_problem(flat, crow, values, K))
     if needs_values:
         problems.append(backend.grad_values_problem(flat, flat_x, crow, col, r, c))
     prepared = [backend.prepared(problem) for problem in problems]

@@ -428,20 +428,21 @@ _GLUON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def gluon_serves(problem: Problem) -> bool:
     """Whether the Gluon kernel can serve a problem on its device and is worth its launch."""
-    R, C, r, c, M, itemsize = (*problem[2:6], problem.M, problem.dtype.itemsize)
-    K = C * c
+    R, r, c, M, itemsize = problem.R, problem.r, problem.c, problem.M, problem.dtype.itemsize
+    N, K = problem.N, problem.K
     least = _LEAST_MICROSECONDS / 2 if r == c == 16 else _LEAST_MICROSECONDS
     return (
         problem.device.gluon
         and M >= GLUON_TOKENS
         and problem.kind != "grad_values"
-        and M * (K + R * r) * itemsize >= least * 1e3 * problem.device.memory_rate
+        and M * (K + N) * itemsize >= least * 1e3 * problem.device.memory_rate
         and K >= 64
         and problem.nnz > 0
-        # What TMA can read. The blocks of a gradient are a copy.
+        # What TMA can read and write, padding of the last blocks left alone. The blocks of a gradient are a copy.
         and problem.strides[1] == 1
         and problem.strides[0] >= K
         and problem.strides[0] * itemsize % 16 == 0
+        and N * itemsize % 16 == 0
         and problem.aligned[0]
         and (problem.aligned[1] or problem.kind == "grad_x")
         and R * r % STRIP == 0

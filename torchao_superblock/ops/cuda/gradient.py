@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from torchao_superblock.ops.cuda.choose import Choice
-from torchao_superblock.ops.cuda.launch import Kernel
-from torchao_superblock.ops.cuda.matmul import sum_of_splits
+from torchao_superblock.ops.cuda.launch import Kernel, known_divisor
+from torchao_superblock.ops.cuda.matmul import extent, multiple, sum_of_splits
 from torchao_superblock.ops.cuda.problem import Problem
 from torchao_superblock.ops.cuda.tf32 import add_low, three_products
 from torchao_superblock.ops.plan import Plan
@@ -35,8 +35,8 @@ _INDICES = (
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_INDICES)
 def grad_values_kernel(
-    grad_ptr,  # (M, R * r), any strides
-    x_ptr,  # (M, C * c), any strides
+    grad_ptr,  # (M, R * r - R_PADDING), any strides
+    x_ptr,  # (M, C * c - C_PADDING), any strides
     row_ptr,  # (nnz,) block row of each stored block
     col_ptr,  # (nnz,) block column
     out_ptr,  # (nnz, r, c), or with SPLIT_M a float workspace (splits, nnz, r, c)
@@ -51,6 +51,10 @@ def grad_values_kernel(
     tokens_per_split,  # a multiple of BM
     r: tl.constexpr,
     c: tl.constexpr,
+    R_PADDING: tl.constexpr,
+    C_PADDING: tl.constexpr,
+    GRAD_DIVISOR: tl.constexpr,  # known_divisor of grad_stride_m, and of x_stride_m
+    X_DIVISOR: tl.constexpr,
     SPLIT_M: tl.constexpr,
     PRECISION: tl.constexpr,
     FLOAT64: tl.constexpr,
@@ -69,6 +73,8 @@ def grad_values_kernel(
     TILES: tl.constexpr = R_TILES * C_TILES
     acc_dtype: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
     index_dtype: tl.constexpr = tl.int64 if INT64 else tl.int32
+    grad_stride_m = multiple(grad_stride_m, GRAD_DIVISOR)
+    x_stride_m = multiple(x_stride_m, X_DIVISOR)
 
     pid = tl.program_id(0)
     n_tiles = nnz * TILES
@@ -109,8 +115,14 @@ def grad_values_kernel(
     left = (m_end - m0).to(tl.int32)
     for done in range(0, left, BM):
         inside = (m < left - done)[:, None]
-        grad = tl.load(grad_tile, mask=inside, other=0.0)
-        x = tl.load(x_tile, mask=inside, other=0.0)
+        grad_inside = inside
+        if R_PADDING > 0:
+            grad_inside &= (i < extent(row, n_block_rows - 1, r, R_PADDING))[None, :]
+        x_inside = inside
+        if C_PADDING > 0:
+            x_inside &= (k < extent(column, n_block_cols - 1, c, C_PADDING))[None, :]
+        grad = tl.load(grad_tile, mask=grad_inside, other=0.0)
+        x = tl.load(x_tile, mask=x_inside, other=0.0)
         grad_tile += tl.cast(BM, tl.int64) * grad_stride_m
         x_tile += tl.cast(BM, tl.int64) * x_stride_m
         grad_t = tl.trans(grad)
@@ -131,8 +143,8 @@ def grad_values_kernel(
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_INDICES)
 def grad_values_lines_kernel(
-    fixed_ptr,  # (M, n_lines * f), any strides: grad, or x with the transposed index
-    gathered_ptr,  # (M, n_others * g), any strides: x, or grad with the transposed index
+    fixed_ptr,  # (M, n_lines * f - F_PADDING), any strides: grad, or x with the transposed index
+    gathered_ptr,  # (M, n_others * g - G_PADDING), any strides: x, or grad with the transposed index
     start_ptr,  # (n_lines + 1,) where the blocks of each line start in block_ptr
     block_ptr,  # (nnz,) where each block lies along its line
     perm_ptr,  # (nnz,) where in the output that block is stored, if HAS_PERM
@@ -149,6 +161,10 @@ def grad_values_lines_kernel(
     tokens_per_split,  # a multiple of BM
     f: tl.constexpr,  # columns of fixed that a block spans: r, or c with the transposed index
     g: tl.constexpr,  # columns of gathered that it spans: the other one
+    F_PADDING: tl.constexpr,
+    G_PADDING: tl.constexpr,
+    FIXED_DIVISOR: tl.constexpr,  # known_divisor of fixed_stride_m, and of gathered_stride_m
+    GATHERED_DIVISOR: tl.constexpr,
     STRIDE_F: tl.constexpr,  # strides inside a stored block: (c, 1), or (1, c) with the transposed index
     STRIDE_G: tl.constexpr,
     HAS_PERM: tl.constexpr,
@@ -168,6 +184,8 @@ def grad_values_lines_kernel(
     BLOCKS: tl.constexpr = BG // g
     RUN: tl.constexpr = g & -g  # gathered columns come in aligned runs of this many, at least
     index_dtype: tl.constexpr = tl.int64 if INT64 else tl.int32
+    fixed_stride_m = multiple(fixed_stride_m, FIXED_DIVISOR)
+    gathered_stride_m = multiple(gathered_stride_m, GATHERED_DIVISOR)
 
     pid = tl.program_id(0)
     split = pid // n_lines
@@ -205,11 +223,17 @@ def grad_values_lines_kernel(
         columns = tl.max_contiguous(tl.multiple_of(columns, RUN), RUN)
         fixed_tile = fixed_base
         gathered_tile = gathered_base + (columns * gathered_stride_n)[None, :]
+        there = present
+        if G_PADDING > 0:
+            there &= columns < n_others * g - G_PADDING
         acc = tl.zeros((BG, BF), tl.float32)
         for done in range(0, left, BM):
             inside = (m < left - done)[:, None]
-            fixed = tl.load(fixed_tile, mask=inside, other=0.0)
-            gathered = tl.load(gathered_tile, mask=inside & present[None, :], other=0.0)
+            fixed_inside = inside
+            if F_PADDING > 0:
+                fixed_inside &= (i < extent(line, n_lines - 1, f, F_PADDING))[None, :]
+            fixed = tl.load(fixed_tile, mask=fixed_inside, other=0.0)
+            gathered = tl.load(gathered_tile, mask=inside & there[None, :], other=0.0)
             fixed_tile += tl.cast(BM, tl.int64) * fixed_stride_m
             gathered_tile += tl.cast(BM, tl.int64) * gathered_stride_m
             # The wide side first: that is the side tensor cores want long.
@@ -295,10 +319,13 @@ def check_plan_kernel(
 
 def _dense(problem: Problem) -> Callable[..., Tensor]:
     R, C, r, c = problem.R, problem.C, problem.r, problem.c
+    padding = (0, problem.col_padding, 0, problem.row_padding)
 
     def run(grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, parts: Plan) -> Tensor:
-        grad, x = grad.view(-1, R * r), x.view(-1, C * c)
-        blocks = (grad.t() @ x).view(R, r, C, c).transpose(1, 2)
+        product = grad.view(-1, problem.N).t() @ x.view(-1, problem.K)
+        if any(padding):
+            product = torch.nn.functional.pad(product, padding)
+        blocks = product.view(R, r, C, c).transpose(1, 2)
         # Clamped, as the kernels do: a bad index gives wrong numbers, and no assertion on the device.
         rows, columns = parts.row_indices.clamp(0, R - 1), col.clamp(0, C - 1)
         return blocks[rows.long(), columns.long()].contiguous()
@@ -325,16 +352,21 @@ def prepare(
     tile: Any = choice.tile
     R, C, r, c, nnz, device = *problem[2:7], problem.device
     by_lines, strides, sizes = choice.kernel == "lines", problem.strides, (R, C, nnz)
+    padding = problem.row_padding, problem.col_padding
     transposed = by_lines and tile.transposed
     constants: dict[str, Any] = {"BM": tile.BM, "INT64": choice.int64}
     if by_lines:
         f, g = (c, r) if transposed else (r, c)
         if transposed:
-            strides, sizes = (*strides[2:], *strides[:2]), (C, R, nnz)
+            strides, sizes, padding = (*strides[2:], *strides[:2]), (C, R, nnz), padding[::-1]
         function, n_tiles = grad_values_lines_kernel, sizes[0]
         constants |= {
             "f": f,
             "g": g,
+            "F_PADDING": padding[0],
+            "G_PADDING": padding[1],
+            "FIXED_DIVISOR": known_divisor(strides[0]),
+            "GATHERED_DIVISOR": known_divisor(strides[2]),
             "STRIDE_F": 1 if transposed else c,
             "STRIDE_G": c if transposed else 1,
             "HAS_PERM": transposed,
@@ -346,6 +378,10 @@ def prepare(
         constants |= {
             "r": r,
             "c": c,
+            "R_PADDING": padding[0],
+            "C_PADDING": padding[1],
+            "GRAD_DIVISOR": known_divisor(strides[0]),
+            "X_DIVISOR": known_divisor(strides[2]),
             "PRECISION": problem.precision,
             "FLOAT64": problem.dtype == torch.float64,
             "BR": tile.BR,

@@ -130,6 +130,7 @@ def constants(problem: Problem, tile: HopperTile, has_order: bool) -> dict[str, 
         "Y_STAGES": tile.y_stages,
         "HAS_ORDER": has_order,
         "HAS_BIAS": problem.has_bias,
+        "PADDING": problem.row_padding,
         "ACTIVATION": problem.activation,
         "DYNAMIC": tile.schedule == "dynamic",
         "HALVES": tile.halves,
@@ -145,7 +146,13 @@ def launch(problem: Problem, tile: HopperTile) -> Launch:
         tile: one of :func:`~torchao_superblock.ops.cuda.choose.hopper_candidates`.
     """
     M, R, C, r, c, nnz = problem[1:7]
-    N, K, bytes_, processors = R * r, C * c, problem.dtype.itemsize, problem.device.processors
+    N, K, bytes_, processors = (
+        problem.N,
+        problem.K,
+        problem.dtype.itemsize,
+        problem.device.processors,
+    )
+    outputs = R * r  # of the tiles, which are made of whole blocks
     dynamic, entries = tile.schedule == "dynamic", problem.plan_entries
     order = None
     # With a dynamic schedule, the longest rows of tall blocks come first; a static one would bring sorted ones to the
@@ -159,8 +166,8 @@ def launch(problem: Problem, tile: HopperTile) -> Launch:
         for box, halved in ((x_box, True), (w_box, False), (y_box, True))
     )
     w_width = w_box[1] if tile.load == "flat_tma" else c
-    tiles, halves = tile.cut_last(tile.count(M, N), processors)
-    groups = -(-N // (STRIP * tile.strips))
+    tiles, halves = tile.cut_last(tile.count(M, outputs), processors)
+    groups = -(-outputs // (STRIP * tile.strips))
     programs = min(tiles, max(1, tile.programs * processors // tile.partners))
     counters = int(dynamic)
     if dynamic and tile.cluster:

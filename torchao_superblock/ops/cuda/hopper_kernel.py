@@ -17,6 +17,8 @@ One persistent, warp-specialised kernel. What limits it is, in this order, memor
 * Blocks with fewer than 64 rows are stacked: a strip then holds several block rows, and its column set is their union.
   An absent block is an out-of-bounds TMA box, which the hardware fills with zeros without touching memory (or, where
   blocks travel flat, zeros in registers).
+* Where the last blocks are padded, so are the boxes of x and y that belong to them: TMA reads zeros and writes nothing
+  there. Only the bias is masked, by the PADDING of the last block row, which is a constant.
 * TMA copies rows of up to 128 bytes at a rate that hardly depends on their width, so slices of x are always 128 bytes
   wide, whatever the block. Narrow blocks would be many short rows: they travel as contiguous memory (LOAD "flat_tma",
   through registers), or the strip's warp copies them itself, 16 bytes a thread ("cp_async").
@@ -228,6 +230,7 @@ class _Program:
     LOAD: gl.constexpr
     HAS_ORDER: gl.constexpr
     HAS_BIAS: gl.constexpr
+    PADDING: gl.constexpr
     ACTIVATION: gl.constexpr
     DYNAMIC: gl.constexpr
     HALVES: gl.constexpr
@@ -828,7 +831,8 @@ def _features(p, strip, lanes: gl.constexpr):
         feature = first + i
         if PIECES == 2:
             feature = gl.where(i < 32, feature, second - 32 + i)
-        bias = gl.load(p.bias_ptr + feature, mask=feature < p.rows * HEIGHT, other=0)
+        there = feature < p.rows * HEIGHT - p.PADDING
+        bias = gl.load(p.bias_ptr + feature, mask=there, other=0)
         bias = bias.to(gl.float32)
     return (first, second), bias
 
@@ -1030,6 +1034,7 @@ def bsr_linear_strips(
     Y_STAGES: gl.constexpr,
     HAS_ORDER: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    PADDING: gl.constexpr,
     ACTIVATION: gl.constexpr,
     DYNAMIC: gl.constexpr,
     HALVES: gl.constexpr,
@@ -1100,6 +1105,7 @@ def bsr_linear_strips(
         LOAD=LOAD,
         HAS_ORDER=HAS_ORDER,
         HAS_BIAS=HAS_BIAS,
+        PADDING=PADDING,
         ACTIVATION=ACTIVATION,
         DYNAMIC=DYNAMIC,
         HALVES=HALVES,

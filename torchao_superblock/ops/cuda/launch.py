@@ -40,6 +40,13 @@ def _empty_at_once() -> Empty:
     return found or partial(_empty_through_dispatcher, device)
 
 
+def known_divisor(stride: int) -> int:
+    """A power of two that divides a stride, for kernels to be told; 1 where Triton sees for itself that 16 does."""
+    if not isinstance(stride, int) or stride % 16 == 0:  # a number of a graph is not known yet
+        return 1
+    return stride & -stride
+
+
 class Kernel:
     """A kernel with its compile-time constants; after the first launch, a launch is one call into the driver.
 

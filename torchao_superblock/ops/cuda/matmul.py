@@ -25,7 +25,7 @@ from torch import Tensor
 
 from torchao_superblock.ops.activations import ACTIVATIONS, CODES
 from torchao_superblock.ops.cuda.choose import Choice
-from torchao_superblock.ops.cuda.launch import OVERLAP, Kernel
+from torchao_superblock.ops.cuda.launch import OVERLAP, Kernel, known_divisor
 from torchao_superblock.ops.cuda.problem import TF32X3, Problem
 from torchao_superblock.ops.cuda.tf32 import add_low, prepare_pack, three_products
 
@@ -66,9 +66,26 @@ def alternated(number, total, ROUND: tl.constexpr):
     return tl.where(number // ROUND % 2 == 1, first + last - number, number)
 
 
+@triton.jit
+def extent(number, last, size: tl.constexpr, PADDING: tl.constexpr):
+    """How much of a block is there: all, or of the last one what is not padding.
+
+    Of two constants, the compiler still knows what divides them, and so how wide its masked accesses may be.
+    """
+    return tl.where(number == last, size - PADDING, size)
+
+
+@triton.jit
+def multiple(stride, DIVISOR: tl.constexpr):
+    """A stride, as the multiple that it is."""
+    if DIVISOR > 1:
+        stride = stride // DIVISOR * DIVISOR
+    return stride
+
+
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_INDICES)
 def bsr_matmul_kernel(
-    x_ptr,  # (M, C * c), any strides
+    x_ptr,  # (M, K), any strides; K = C * c - C_PADDING
     start_ptr,  # (R + 1,) where each block row starts in block_ptr
     block_ptr,  # (nnz,) block column of each nonzero of a row
     perm_ptr,  # (nnz,) where in values that block is stored, if HAS_PERM
@@ -76,7 +93,7 @@ def bsr_matmul_kernel(
     values_ptr,  # (nnz, ...) stored blocks
     low_ptr,  # their low parts, if HAS_LOW
     bias_ptr,  # (N,), if HAS_BIAS
-    y_ptr,  # (M, N), or with SPLIT_K a float workspace (splits, M, N)
+    y_ptr,  # (M, N), or with SPLIT_K a float workspace (splits, M, N); N = R * r - R_PADDING
     M,
     x_stride_m,
     x_stride_k,
@@ -88,6 +105,10 @@ def bsr_matmul_kernel(
     c: tl.constexpr,
     STRIDE_N: tl.constexpr,  # strides inside a stored block: (c, 1) as stored, (1, c) for its transpose
     STRIDE_K: tl.constexpr,
+    R_PADDING: tl.constexpr,  # rows of the last block row, and columns of the last block column, that x and y lack
+    C_PADDING: tl.constexpr,
+    X_DIVISOR: tl.constexpr,  # known_divisor of x_stride_m, and of N
+    Y_DIVISOR: tl.constexpr,
     HAS_PERM: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -113,6 +134,8 @@ def bsr_matmul_kernel(
     N_TILES: tl.constexpr = (r + BN - 1) // BN  # tall blocks are cut into several output tiles
     acc_dtype: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
     index_dtype: tl.constexpr = tl.int64 if INT64 else tl.int32
+    x_stride_m = multiple(x_stride_m, X_DIVISOR)
+    N = multiple(N, Y_DIVISOR)
 
     if OVERLAPS:
         tl.extra.cuda.gdc_wait()
@@ -182,7 +205,12 @@ def bsr_matmul_kernel(
             column = tl.minimum(tl.maximum(column, 0), n_block_cols - 1)
             if HAS_PERM:
                 block = tl.minimum(tl.maximum(block, 0), nnz - 1)
-            x = tl.load(x_tile + (column.to(tl.int64) * c + offset) * x_stride_k)
+            x_step = x_tile + (column.to(tl.int64) * c + offset) * x_stride_k
+            if C_PADDING > 0:
+                there = offset + k < extent(column, n_block_cols - 1, c, C_PADDING)
+                x = tl.load(x_step, mask=there[None, :], other=0.0)
+            else:
+                x = tl.load(x_step)
             w_base = block.to(tl.int64) * (r * c) + offset * STRIDE_K
             w = tl.load(values_ptr + w_base + w_tile)
             following = tl.minimum(begin + (step + 1) // STEPS, nnz - 1)
@@ -217,7 +245,10 @@ def bsr_matmul_kernel(
                 block = tl.minimum(tl.maximum(block, 0), nnz - 1)
             x_columns = column.to(index_dtype) * c + offset
             x_columns = tl.max_contiguous(tl.multiple_of(x_columns, RUN), RUN)
-            x = tl.load(x_rows + (x_columns * x_stride_k)[None, :], mask=inside[None, :], other=0.0)
+            there = inside
+            if C_PADDING > 0:
+                there &= x_columns < n_block_cols * c - C_PADDING
+            x = tl.load(x_rows + (x_columns * x_stride_k)[None, :], mask=there[None, :], other=0.0)
             # The block's own offset may need 64 bits even where the tile's does not: it is at most nnz * r * c.
             w_columns = block.to(index_dtype) * (r * c) + offset * STRIDE_K
             if STRIDE_K == 1:
@@ -237,13 +268,19 @@ def bsr_matmul_kernel(
     if PRECISION == 2:
         acc = add_low(acc, acc_low)
     y_n = row.to(tl.int64) * r + n
-    stored = (m[:, None] < M - m0) & (n[None, :] < r)
+    height = r
+    if R_PADDING > 0:
+        height = extent(row, n_block_rows - 1, r, R_PADDING)
+    stored = (m[:, None] < M - m0) & (n[None, :] < height)
     y_base = y_ptr + m0.to(tl.int64) * N
     if SPLIT_K:
         y_base += split.to(tl.int64) * M * N
     else:
         if HAS_BIAS:
-            bias = tl.load(bias_ptr + row.to(tl.int64) * r + n_in)
+            if R_PADDING > 0:
+                bias = tl.load(bias_ptr + row.to(tl.int64) * r + n_in, mask=n < height, other=0.0)
+            else:
+                bias = tl.load(bias_ptr + row.to(tl.int64) * r + n_in)
             acc += bias.to(acc_dtype)[None, :]
         acc = activate(acc, ACTIVATION)
     y_tile = y_base + (m.to(index_dtype) * N)[:, None] + y_n[None, :]
@@ -312,7 +349,7 @@ def prepare(
     """
     tile: Any = choice.tile
     forward, packed = problem.kind == "forward", choice.packed
-    r, c, N, dtype = problem.r, problem.c, problem.R * problem.r, problem.dtype
+    r, c, N, dtype = problem.r, problem.c, problem.N, problem.dtype
     splits, BM, device = tile.splits, tile.BM, problem.device
     activation = CODES[problem.activation]
     in_place = not forward and not packed  # the blocks are read as they are stored
@@ -322,6 +359,10 @@ def prepare(
         "c": c,
         "STRIDE_N": 1 if in_place else c,
         "STRIDE_K": r if in_place else 1,
+        "R_PADDING": problem.row_padding,
+        "C_PADDING": problem.col_padding,
+        "X_DIVISOR": known_divisor(problem.strides[0]),
+        "Y_DIVISOR": known_divisor(N),
         "HAS_PERM": in_place,
         "HAS_ORDER": tile.ordered and (not forward or problem.plan_entries > 0),
         "HAS_BIAS": problem.has_bias and splits == 1,

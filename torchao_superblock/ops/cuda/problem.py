@@ -56,6 +56,8 @@ class Problem(NamedTuple):
         activation: name of the fused activation.
         has_bias: whether there is a bias.
         plan_entries: length of the plan, 0 where there is none.
+        row_padding: rows of the last block row that only the stored blocks have.
+        col_padding: the same of the last block column.
     """
 
     kind: str
@@ -73,6 +75,18 @@ class Problem(NamedTuple):
     activation: str = "none"
     has_bias: bool = False
     plan_entries: int = 0
+    row_padding: int = 0
+    col_padding: int = 0
+
+    @property
+    def N(self) -> int:
+        """Out features: columns of y, or of the gradient."""
+        return self.R * self.r - self.row_padding
+
+    @property
+    def K(self) -> int:
+        """In features: columns of x."""
+        return self.C * self.c - self.col_padding
 
     def bucketed(self) -> "Problem":
         """The same for all numbers of tokens in a bucket."""

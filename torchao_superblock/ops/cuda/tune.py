@@ -197,8 +197,8 @@ def tune(model: nn.Module, example_input: Any) -> TuneReport:
     calls: dict[tuple[int, str], tuple[Problem, tuple[Any, ...]]] = {}
 
     def record(*call: Any) -> None:
-        x, crow, _, values, bias, activation, plan = call
-        problem = backend.forward_problem(x, crow, values, bias, activation, plan)
+        x, crow, _, values, *rest = call
+        problem = backend.forward_problem(x, crow, values, *rest)
         key = json.dumps(choose.tuning_key(problem))
         calls.setdefault((problem.device.index, key), (problem, call))
 
