@@ -101,7 +101,7 @@ def repeated() -> None:
         for bias_or_none in (bias, None):
             backend.forward(flat_x, crow, col, values, bias_or_none, "none", plan)
         for one in (flat, flat.clone(memory_format=torch.contiguous_format)):
-            backend.grad_x(one, crow, col, values, plan, 6)
+            backend.grad_x(one, crow, col, values, plan, 96)
             backend.grad_values(one, flat_x, crow, col, plan, 16, 16)
 
     everything = (True, True, True)

@@ -75,8 +75,8 @@ def test_a_repeated_step_gives_what_the_first_gave_and_asks_the_device_nothing(d
     from torchao_superblock.ops import fast_path
 
     dense, crow, col, values = random_bsr(256, 192, 64, 0.5, dtype, "cuda")
-    layer = BSRLinear(192, 256, 64, crow, col, values, torch.randn(256), activation=activation)
-    layer = layer.to("cuda", dtype)
+    bias = torch.randn(256, device="cuda").to(dtype)
+    layer = BSRLinear(192, 256, 64, crow, col, values, bias, activation=activation)
     x = torch.randn(4, 600, 192, device="cuda").to(dtype).requires_grad_()
     grad = torch.randn(4, 600, 256, device="cuda").to(dtype)
     tensors = (x, layer.values, layer.bias)

@@ -350,7 +350,7 @@ def prepare(
     if choice.kernel == "dense":
         return _dense(problem)
     tile: Any = choice.tile
-    R, C, r, c, nnz, device = *problem[2:7], problem.device
+    R, C, r, c, nnz, K, device = *problem[2:7], problem.K, problem.device
     by_lines, strides, sizes = choice.kernel == "lines", problem.strides, (R, C, nnz)
     padding = problem.row_padding, problem.col_padding
     transposed = by_lines and tile.transposed
@@ -403,7 +403,7 @@ def prepare(
             tensors = (grad, x, crow, col, col, parts.row_order)
         else:
             tensors = (grad, x, parts.row_indices, col)
-        M = x.numel() // (C * c)
+        M = x.numel() // K
         # As many ranges of tokens as keep the processors busy, but at least 8 steps a program: below that, adding up
         # the parts costs more than the parallelism brings.
         splits = -(-tile.waves * device.processors // n_tiles)
