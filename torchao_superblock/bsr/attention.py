@@ -203,12 +203,10 @@ class BSRMultiheadAttention(nn.MultiheadAttention):
                 "one with nn.Transformer.generate_square_subsequent_mask"
             )
         batch_first = self.batch_first or not is_batched
-        q, k, v = self._project(query, key, value)
-        if not is_batched:
-            q, k, v = (projected.unsqueeze(0) for projected in (q, k, v))
-        sequence = 1 if batch_first else 0
-        B, L, S = q.shape[1 - sequence], q.shape[sequence], k.shape[sequence]
-        if k.shape[:2] != v.shape[:2] or k.shape[1 - sequence] != B:
+        q, k, v = self._project(query, key, value, batch_first)
+        B, _, L, _ = q.shape
+        S = k.shape[2]
+        if k.shape != v.shape or k.shape[0] != B:
             raise ValueError(
                 "BSRMultiheadAttention: key and value must have one length, and the batch of query, got shapes "
                 f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
@@ -219,10 +217,9 @@ class BSRMultiheadAttention(nn.MultiheadAttention):
             key_padding_mask = key_padding_mask.unsqueeze(0)
         is_causal = is_causal is True and key_padding_mask is None and not need_weights
         mask = None if is_causal else self._mask(attn_mask, key_padding_mask, query.dtype, B, L, S)
-        k, v, n_more = self._with_more_keys(k, v, sequence)
+        k, v, n_more = self._with_more_keys(k, v)
         if n_more and mask is not None:
             mask = F.pad(mask, (0, n_more))
-        q, k, v = (self._heads(projected, batch_first) for projected in (q, k, v))
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
@@ -244,15 +241,23 @@ class BSRMultiheadAttention(nn.MultiheadAttention):
         y = self.out_proj.forward(y if is_batched else y.squeeze(0))
         return y, weights
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        """The three projections, each `(..., E)`: one product for neighbours that are one tensor."""
+    def _project(
+        self, query: Tensor, key: Tensor, value: Tensor, batch_first: bool
+    ) -> list[Tensor]:
+        """The three projections, each `(B, H, S, D)`: one product for neighbours that are one tensor."""
         inputs, projected = (query, key, value), []
         first = 0
         while first < 3:
             last = first + 1
             while self._qkv_same_embed_dim and last < 3 and inputs[last] is inputs[first]:
                 last += 1
-            projected += self._product(inputs[first], first, last).chunk(last - first, dim=-1)
+            x = self._product(inputs[first], first, last)
+            if x.dim() == 2:
+                x = x.unsqueeze(0)
+            # Views of all at once: one of each takes the host as long as the product does.
+            x = x.view(*x.shape[:2], last - first, self.num_heads, self.head_dim)
+            order = (2, 0, 3, 1, 4) if batch_first else (2, 1, 3, 0, 4)
+            projected += x.permute(order).unbind()
             first = last
         return projected
 
@@ -281,23 +286,18 @@ class BSRMultiheadAttention(nn.MultiheadAttention):
             x, crow_indices, col_indices, values, bias, N, "none", plan, in_features=K
         )
 
-    def _heads(self, x: Tensor, batch_first: bool) -> Tensor:
-        """`(B, S, E)` or `(S, B, E)` -> `(B, H, S, D)`, a view."""
-        x = x.unflatten(-1, (self.num_heads, self.head_dim))
-        return x.transpose(1, 2) if batch_first else x.permute(1, 2, 0, 3)
-
-    def _with_more_keys(self, k: Tensor, v: Tensor, sequence: int) -> tuple[Tensor, Tensor, int]:
+    def _with_more_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
         """Keys and values with those of `add_bias_kv` and `add_zero_attn` behind them, and how many these are."""
         more: list[tuple[Tensor, Tensor]] = []
-        shape = list(k.shape)
-        shape[sequence] = 1
+        B, H, _, D = k.shape
         if self.bias_k is not None:
-            more.append((self.bias_k.expand(shape), self.bias_v.expand(shape)))
+            rows = (row.view(1, H, 1, D).expand(B, H, 1, D) for row in (self.bias_k, self.bias_v))
+            more.append(tuple(rows))
         if self.add_zero_attn:
-            more.append((k.new_zeros(shape), v.new_zeros(shape)))
+            more.append((k.new_zeros(B, H, 1, D), v.new_zeros(B, H, 1, D)))
         if more:
-            k = torch.cat([k, *(pair[0] for pair in more)], dim=sequence)
-            v = torch.cat([v, *(pair[1] for pair in more)], dim=sequence)
+            k = torch.cat([k, *(pair[0] for pair in more)], dim=2)
+            v = torch.cat([v, *(pair[1] for pair in more)], dim=2)
         return k, v, len(more)
 
     def _mask(

@@ -164,7 +164,7 @@ class FoldedActivation(nn.Identity):
             RuntimeError: the layer applies the activation, and is wrapped in something that may do more.
         """
         outer = module = self.in_front()
-        while module is not None and _applied(module) is None:
+        while module is not None and not hasattr(type(module), "applied_activation"):
             inside = [module._modules[name] for name in _INSIDE if name in module._modules]
             if not inside:
                 break

@@ -25,7 +25,13 @@ HOOKS = (
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether anything watches what goes into or comes out of a module."""
-    return any(getattr(module, name) for name in HOOKS if name != "_is_full_backward_hook")
+    # The other dicts say more of hooks that these hold. One by one: some modules ask at each call.
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def hand_over_hooks(old: nn.Module, new: nn.Module) -> None:
