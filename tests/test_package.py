@@ -1,5 +1,7 @@
 """What holds for the package as a whole: its public names, and how little it needs."""
 
+import importlib
+import pkgutil
 import subprocess
 import sys
 
@@ -120,3 +122,14 @@ import torchao_superblock.{half}
 assert "torchao_superblock.{other}" not in sys.modules
 """
         )
+
+
+def test_no_module_takes_the_place_of_a_name_that_is_looked_up_late():
+    """Importing a submodule sets an attribute of its package, before or after `__getattr__` did."""
+    for package in pkgutil.walk_packages(torchao_superblock.__path__, "torchao_superblock."):
+        if not package.ispkg:
+            continue
+        module = importlib.import_module(package.name)
+        if hasattr(module, "__getattr__"):
+            submodules = {found.name for found in pkgutil.iter_modules(module.__path__)}
+            assert not submodules & set(module.__all__), package.name

@@ -187,6 +187,27 @@ def test_a_repeated_backward_skips_the_dispatcher(activation, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_a_repeated_call_of_the_op_itself_skips_the_checks(activation, device):
+    """As code that was compiled calls it."""
+    case = Case(device=device, activation=activation)
+    x, grad = case.tensor(6, 64), case.tensor(6, 48)
+    weight = (case.crow, case.col, case.values.detach(), case.bias.detach())
+    z = None if activation == "none" else bsr_linear(x, *weight, None, "none", case.plan)
+    found = []
+
+    def call(x: torch.Tensor = x) -> None:
+        found.append(op(grad, x, *weight, activation, z, case.plan, [True, True, True]))
+
+    assert asks(call) and asks(call) and not asks(call)
+    assert asks(lambda: call(case.tensor(64, 6).T)) and not asks(call)
+    references = case.reference(x, grad)
+    for grads in (*found[:3], found[-1]):
+        for one, reference in zip(grads, references, strict=True):
+            assert relative_error(one, reference) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("activation", ["none", "gelu", "relu"])
 def test_autocast_computes_what_casts_by_hand_do(activation, device):
     case = Case(device=device, activation=activation)

@@ -260,7 +260,7 @@ def infer_blocksize(weight: Tensor, *, pad: bool = False) -> tuple[int, int] | N
     # What is counted is small, and not every device counts in float64.
     smallest = nonzero_blocks(weight, (row_sizes[0], col_sizes[0])).cpu().double()
     heights, widths = (
-        _sums(torch.ones(n, dtype=torch.float64), sizes[0])
+        _sums(torch.ones(n, dtype=torch.float64, device="cpu"), sizes[0])
         for n, sizes in zip(weight.shape, (row_sizes, col_sizes), strict=True)
     )
     limit = STORED_TOLERANCE * float(heights @ smallest @ widths)

@@ -75,13 +75,15 @@ def linear_backward(
         return _traced(grad, x, crow_indices, col_indices, values, bias, activation, z, plan, needs)
     # As in `op.py`: somebody may want to see the op go by.
     if not (_profiler._is_profiler_enabled or _function_mode_is_active()):
-        grads = _again(grad, x, crow_indices, col_indices, values, bias, activation, z, plan, needs)
+        grads = _again(
+            _entries, grad, x, crow_indices, col_indices, values, bias, activation, z, plan, needs
+        )
         if grads is not None:
             return grads
     args = (grad, x, crow_indices, col_indices, values, bias, activation, z, plan, needs)
     with torch._C._AutoDispatchBelowAutograd():
         grads = OP(*args)
-    _remember(*args)
+    _remember(_entries, *args)
     return grads
 
 
@@ -115,13 +117,14 @@ def sum_over_tokens(grad: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # Calls that repeat an earlier one.
 
-# By the two shapes that differ most between layers: (check, activation, needs, run), the newest first.
-_entries = fast_path.Entries()
+# By the two shapes that differ most between layers: (check, activation, needs, run), the newest first. Of calls that
+# come from autograd, and of those that reach a backend through the dispatcher, as compiled code has it.
+_entries, _entries_of_op = fast_path.Entries(), fast_path.Entries()
 _NO_BIAS, _NO_PLAN, _NO_Z = fast_path.STAND_INS
 
 
-def _again(grad, x, crow_indices, col_indices, values, bias, activation, z, plan, needs):
-    entries = _entries.get((grad.shape, values.shape))
+def _again(table, grad, x, crow_indices, col_indices, values, bias, activation, z, plan, needs):
+    entries = table.get((grad.shape, values.shape))
     if not entries or fast_path.modes_are_active():
         return None
     b = _NO_BIAS if bias is None else bias
@@ -139,12 +142,12 @@ def _again(grad, x, crow_indices, col_indices, values, bias, activation, z, plan
     return None
 
 
-def _remember(*args: Any) -> None:
-    """Serve calls like this one, which was served by the op, by what the backend makes of it."""
+def _remember(table: fast_path.Entries, *args: Any) -> None:
+    """Serve calls like this one, which went the long way, by what the backend makes of it."""
     grad, x, crow_indices, col_indices, values, bias, activation, z, plan, needs = args
     key = (grad.shape, values.shape)
     # Shapes that are seen for the first time are only noted: they may never come back.
-    if not fast_path.USABLE or not _entries.noted(key):
+    if not fast_path.USABLE or not table.noted(key):
         return
     repeat = getattr(backend_of(grad.device.type).module, "repeat_backward", None)
     run = None if repeat is None else repeat(*args)
@@ -155,11 +158,20 @@ def _remember(*args: Any) -> None:
     before = _NO_Z if z is None else z
     same = fast_path.recognise(grad, x, crow_indices, col_indices, values, b, p, before)
     if same is not None:
-        _entries.keep(key, (same, activation, needs, run))
+        table.keep(key, (same, activation, needs, run))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The op.
+
+
+def _call(backend: Backend, *args: Any) -> Gradients:
+    """The op on a device."""
+    grads = _again(_entries_of_op, *args) if type(args[0]) is Tensor else None
+    if grads is None:
+        grads = _backward(backend, *args)
+        _remember(_entries_of_op, *args)
+    return grads
 
 
 def _backward(
@@ -215,7 +227,7 @@ def _backward_fake(
 
 
 def _register(backend: Backend) -> None:
-    _library.impl("bsr_linear_backward", partial(_backward, backend), backend.dispatch_key)
+    _library.impl("bsr_linear_backward", partial(_call, backend), backend.dispatch_key)
 
 
 on_each_backend(_register)

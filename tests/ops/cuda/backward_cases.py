@@ -6,14 +6,16 @@ Without a GPU in Triton's interpreter: `TRITON_INTERPRET=1 python -m tests.ops.c
 import gc
 import itertools
 import weakref
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from tests.ops.cuda import triton_cases  # makes older interpreters loop
 from tests.reference import EXTREMES, TOLERANCE, random_bsr, relative_error
 from torchao_superblock.ops.activations import ACTIVATIONS
 from torchao_superblock.ops.cuda import backend, backward
-from torchao_superblock.ops.plan import build_plan
+from torchao_superblock.ops.plan import build_plan, parts_of
 
 DEVICE = triton_cases.DEVICE
 DTYPES = triton_cases.DTYPES
@@ -93,28 +95,34 @@ def determinism() -> None:
 
 def repeated() -> None:
     """The third backward of a kind asks nothing, and gives what the first one gave."""
+    for N, K in ((64, 96), (60, 90)):
+        check_repeated(N, K)
+
+
+def check_repeated(N: int, K: int) -> None:
+    """For a weight of 4 x 6 blocks of 16, whose last ones are padded if N and K are smaller; and what a run needs."""
     dense, crow, col, values = random_bsr(64, 96, 16, 0.5, torch.float32, DEVICE)
-    bias, plan = torch.randn(64, device=DEVICE), build_plan(crow, col, 6)
+    dense = dense[:N, :K].double()
+    bias, plan = torch.randn(N, device=DEVICE), build_plan(crow, col, 6)
+    stored = partial(triton_cases.stored_blocks, crow=crow, col=col, blocksize=(16, 16))
 
     def prime(x, grad) -> None:
-        flat_x, flat = x.reshape(-1, 96), grad.reshape(-1, 64)
+        flat_x, flat = x.reshape(-1, K), grad.reshape(-1, N)
         for bias_or_none in (bias, None):
-            backend.forward(flat_x, crow, col, values, bias_or_none, "none", plan)
+            backend.forward(flat_x, crow, col, values, bias_or_none, "none", plan, N)
         for one in (flat, flat.clone(memory_format=torch.contiguous_format)):
-            backend.grad_x(one, crow, col, values, plan, 96)
+            backend.grad_x(one, crow, col, values, plan, K)
             backend.grad_values(one, flat_x, crow, col, plan, 16, 16)
 
     everything = (True, True, True)
     for shape, activation in itertools.product(((5,), (2, 3), ()), ("none", "gelu")):
-        x, grad = torch.randn(*shape, 96, device=DEVICE), torch.randn(*shape, 64, device=DEVICE)
+        x, grad = torch.randn(*shape, K, device=DEVICE), torch.randn(*shape, N, device=DEVICE)
         prime(x, grad)
-        z = x.double() @ dense.double().T + bias.double()
+        z = x.double() @ dense.T + bias.double()
         dz = grad.double() * (1 if activation == "none" else derivative(activation, z))
-        flat = dz.reshape(-1, 64)
-        of_values = triton_cases.stored_blocks(
-            flat.T @ x.double().reshape(-1, 96), crow, col, (16, 16)
-        )
-        references = (dz @ dense.double(), of_values, flat.sum(0))
+        flat = dz.reshape(-1, N)
+        product = F.pad(flat.T @ x.double().reshape(-1, K), (0, 96 - K, 0, 64 - N))
+        references = (dz @ dense, stored(product), flat.sum(0))
         kept = [None] if activation == "none" else [None, z.float()]
         needs = [everything]
         if len(shape) == 1:
@@ -129,11 +137,11 @@ def repeated() -> None:
                 if wanted:
                     assert one.shape == reference.shape and relative_error(one, reference) <= 1e-6
     # What a launch rests on: addresses, and the index.
-    x, grad = torch.randn(5, 96, device=DEVICE), torch.randn(5, 64, device=DEVICE)
+    x, grad = torch.randn(5, K, device=DEVICE), torch.randn(5, N, device=DEVICE)
     prime(x, grad)
     rest = (crow, col, values, bias)
     run = backward.repeat_backward(grad, x, *rest, "none", None, plan, everything)
-    shifted = torch.empty(1 + 5 * 96, device=DEVICE)[1:].view(5, 96).copy_(x)
+    shifted = torch.empty(1 + 5 * K, device=DEVICE)[1:].view(5, K).copy_(x)
     assert run(grad, shifted, *rest, None, plan) is None
     with triton_cases.tf32_allowed():
         assert run(grad, x, *rest, None, plan) is None
@@ -148,12 +156,12 @@ def plans() -> None:
     """Parts are kept with their plan, follow what is written to it, and go with it."""
     _, crow, col, _ = random_bsr(64, 96, 16, 0.5, torch.float32, DEVICE)
     plan, nnz = build_plan(crow, col, 6), col.shape[0]
-    parts = backend.parts_of(plan, 4, 6, nnz)
-    assert backend.parts_of(plan, 4, 6, nnz) is parts
+    parts = parts_of(plan, 4, 6, nnz)
+    assert parts_of(plan, 4, 6, nnz) is parts
     plan[0] = 3
     assert parts.row_order[0] == 3
     plan.data = plan.clone()
-    assert backend.parts_of(plan, 4, 6, nnz) is not parts
+    assert parts_of(plan, 4, 6, nnz) is not parts
     gone = weakref.ref(plan)
     del plan, parts
     gc.collect()

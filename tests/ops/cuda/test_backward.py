@@ -44,7 +44,7 @@ def test_the_pass_compiles_without_a_gpu(capability, activation):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from torchao_superblock.ops.cuda.activation_gradient import activation_gradient_kernel as kernel
+    from torchao_superblock.ops.cuda.activation_pass import activation_gradient_kernel as kernel
 
     constants = {"ACTIVATION": activation, "SUMS": True, "FLOAT64": False, "SHORT": True}
     constants |= {"BM": 32, "BN": 128, "grad_stride_n": 1}

@@ -37,11 +37,13 @@ def test_only_dynamic_schedules_have_a_counter_and_overlap_what_is_before_them(o
 def test_a_launcher_serves_tensors_with_leading_dimensions():
     launches = []
 
-    def kernel(grid, index, tensors, *numbers, descriptors):
+    def kernel(grid, index, tensors, *numbers, described, of):
+        descriptors = described.describe(*of)
         shapes = [(d.shape, d.strides, d.block_shape) for d in descriptors]
         bases = [d.base.data_ptr() for d in descriptors[:2]]
         launches.append((grid, [t.data_ptr() for t in tensors[:-1]], numbers, shapes, bases))
 
+    kernel.empty = lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype)
     _dense, crow, col, values = random_bsr(768, 704, 64, dtype=torch.bfloat16)
     bias = torch.zeros(768, dtype=torch.bfloat16)
     plan = build_plan(crow, col, 11, (64, 64))

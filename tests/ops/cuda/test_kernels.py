@@ -36,7 +36,7 @@ class Recorded(Kernel):
     )
     launches: list[tuple["Recorded", tuple, tuple]]
 
-    def __call__(self, grid, device_index, tensors, *numbers, descriptors=()) -> None:
+    def __call__(self, grid, device_index, tensors, *numbers) -> None:
         self.launches.append((self, tensors, (*numbers, *self.numbers)))
 
 

@@ -8,7 +8,6 @@ earlier one does not even look there: :func:`call` leaves a closure with `fast_p
 Legend: M tokens, N out features, K in features, R x C the block grid, r x c the block size, nnz stored blocks.
 """
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -33,7 +32,7 @@ from torchao_superblock.ops.cuda.problem import (
     Problem,
     bucket,
 )
-from torchao_superblock.ops.plan import Plan, build_plan, split_plan
+from torchao_superblock.ops.plan import Plan, build_plan, parts_of, split_plan
 from torchao_superblock.ops.precision import allows_tf32
 
 # What torch.cuda.current_device() asks. CPU tensors, which only Triton's interpreter serves, are on device -1.
@@ -416,32 +415,6 @@ def _parts(plan: Tensor | None, crow: Tensor, col: Tensor, n_block_cols: int) ->
     if plan is None:
         return split_plan(build_plan(crow, col, n_block_cols), R, n_block_cols, nnz)
     return parts_of(plan, R, n_block_cols, nnz)
-
-
-# By the plan's identity: who it is, where it lies, what it was taken for, and its parts.
-_plans: dict[int, tuple[weakref.ref, int, tuple[int, int, int], Plan]] = {}
-
-
-def parts_of(plan: Tensor, n_block_rows: int, n_block_cols: int, nnz: int) -> Plan:
-    """As :func:`~torchao_superblock.ops.plan.split_plan`, kept as long as the plan lives: views take 10 us to make.
-
-    Args:
-        plan: as there, as are the others. What is written into it is seen in its parts.
-    """
-    key, sizes = id(plan), (n_block_rows, n_block_cols, nnz)
-    known = _plans.get(key)
-    if (
-        known is not None
-        and known[0]() is plan
-        and known[1] == plan.data_ptr()
-        and known[2] == sizes
-    ):
-        return known[3]
-    # Detached: a view would keep the very tensor alive whose end is waited for.
-    parts = split_plan(plan.detach(), *sizes)
-    gone = weakref.ref(plan, lambda _: _plans.pop(key, None))
-    _plans[key] = (gone, plan.data_ptr(), sizes, parts)
-    return parts
 
 
 def backend_info() -> dict[str, object]:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchao_superblock.ops.cuda import activation_gradient as passes
+from torchao_superblock.ops.cuda import activation_pass as passes
 from torchao_superblock.ops.cuda import backend
+from torchao_superblock.ops.plan import parts_of
 from torchao_superblock.ops.precision import allows_tf32
 
 
@@ -136,7 +137,7 @@ def repeat_backward(
             z = of_z(x, crow, col, values, bias, plan, grad_shape)
         if one_pass is not None:
             grad, grad_bias = one_pass(grad, z)
-        parts = backend.parts_of(plan, R, C, nnz)
+        parts = parts_of(plan, R, C, nnz)
         if of_x is not None:
             grad_x = of_x(grad, crow, col, values, None, parts, x_shape)
         if of_values is not None:

@@ -16,11 +16,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from torchao_superblock.ops.cuda import hopper_kernel as kernels
 from torchao_superblock.ops.cuda.choose import Choice
-from torchao_superblock.ops.cuda.launch import OVERLAP, Kernel
+from torchao_superblock.ops.cuda.launch import OVERLAP, Described, Kernel, row_major
 from torchao_superblock.ops.cuda.problem import TF32X3, Problem
 from torchao_superblock.ops.cuda.tf32 import prepare_pack
 from torchao_superblock.ops.cuda.tiles import HopperTile, table_entries
-from torchao_superblock.ops.plan import STRIP, plan_length, split_plan
+from torchao_superblock.ops.plan import STRIP, parts_of, plan_length
 
 # What a dynamic schedule takes last, and together: so many tokens, and of them no more (but for one tile) than about
 # half of the L2 cache.
@@ -192,20 +192,29 @@ def launch(problem: Problem, tile: HopperTile) -> Launch:
     )
 
 
-def runner(problem: Problem, launch: Launch, kernel: Callable[..., None]) -> Callable[..., Tensor]:
+def runner(problem: Problem, launch: Launch, kernel: Kernel) -> Callable[..., Tensor]:
     """A function that launches `kernel`, as :func:`prepare` returns it for a forward.
 
     Args:
         problem: what is asked for.
         launch: how it is launched.
-        kernel: called with the grid, the index of the device, tensors, numbers and TMA descriptors.
+        kernel: what is launched.
 
     Returns:
         A function of x, crow, col, values, bias, plan and the shape of y, which returns y.
     """
     programs, counters, order, (of_x, of_values, of_y), numbers, *_ = launch
     dtype, grid, device_index = problem.dtype, (programs, 1, 1), problem.device.index
-    rows, columns, nnz = problem.R, problem.C, problem.nnz
+    rows, columns, nnz, empty = problem.R, problem.C, problem.nnz, kernel.empty
+
+    def describe(x: Tensor, values: Tensor, y: Tensor) -> tuple[TensorDescriptor, ...]:
+        return (
+            TensorDescriptor(x, *of_x),
+            TensorDescriptor(values, *of_values),
+            TensorDescriptor(y, *of_y),
+        )
+
+    described = Described(describe)
 
     def run(
         x: Tensor,
@@ -216,10 +225,10 @@ def runner(problem: Problem, launch: Launch, kernel: Callable[..., None]) -> Cal
         plan: Tensor | None,
         shape: tuple[int, ...],
     ) -> Tensor:
-        y = torch.empty(shape, dtype=dtype, device=x.device)
+        y = empty(shape, row_major(shape), dtype)
         place = counter = crow
         if order is not None:
-            place = getattr(split_plan(plan, rows, columns, nnz), order)
+            place = getattr(parts_of(plan, rows, columns, nnz), order)
         if counters:
             # An ordinary launch, which all earlier work precedes: the kernel has nothing else to wait for.
             counter = torch.zeros(counters, dtype=torch.int32, device=x.device)
@@ -228,11 +237,8 @@ def runner(problem: Problem, launch: Launch, kernel: Callable[..., None]) -> Cal
             device_index,
             (values, y if bias is None else bias, crow, col, place, counter),
             *numbers,
-            descriptors=(
-                TensorDescriptor(x, *of_x),
-                TensorDescriptor(values, *of_values),
-                TensorDescriptor(y, *of_y),
-            ),
+            described=described,
+            of=(x, values, y),
         )
         return y
 
