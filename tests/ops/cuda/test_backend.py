@@ -293,7 +293,7 @@ def test_profilers_see_repeated_launches(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 40), (torch.float32, 62)])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 48), (torch.float32, 72)])
 def test_a_call_goes_through_few_frames(dtype: torch.dtype, most: int) -> None:
     """Frames of this package, of the first call of a kind and of the third.
 
@@ -350,7 +350,7 @@ def test_offsets_past_two_to_the_31() -> None:
     last = slice(M - 100, M)
     assert relative_error(y[last], x[last].double() @ dense.double().T) < 2e-3
     grad = torch.randn(M, N, dtype=torch.float16, device="cuda")
-    grad_x = cuda.grad_x(grad, crow, col, values, plan, K // 64)
+    grad_x = cuda.grad_x(grad, crow, col, values, plan, K)
     assert relative_error(grad_x[last], grad[last].double() @ dense.double()) < 2e-3
     del grad_x
     grad_values = cuda.grad_values(grad, x, crow, col, plan, 64, 64)
@@ -373,9 +373,9 @@ def test_backward_with_many_tokens(blocksize: int | tuple[int, int], dtype: torc
         x = torch.randn(M, K, dtype=dtype, device="cuda")
         grad = torch.randn(M, N, dtype=dtype, device="cuda")
         reference = grad.double() @ dense.double()
-        grad_x = cuda.grad_x(grad, crow, col, values, plan, K // c)
+        grad_x = cuda.grad_x(grad, crow, col, values, plan, K)
         assert relative_error(grad_x, reference) < tolerance
-        grad_x = triton_cases.plain_grad_x(grad, crow, col, values, plan, K // c)
+        grad_x = triton_cases.plain_grad_x(grad, crow, col, values, plan, K)
         assert relative_error(grad_x, reference) < tolerance
         grad_values = cuda.grad_values(grad, x, crow, col, plan, r, c)
         again = cuda.grad_values(grad, x, crow, col, plan, r, c)
