@@ -61,7 +61,9 @@ def test_gradients_of_activations_at_extremes_are_torchs(activation, dtype, devi
     (expected,) = torch.autograd.grad(ACTIVATIONS[activation](bias).sum(), bias)
     for create_graph in (False, True):
         (grad,) = torch.autograd.grad(y.sum(), bias, retain_graph=True, create_graph=create_graph)
-        torch.testing.assert_close(grad, expected, equal_nan=True)
+        # Where torch's own formula ends in NaN, the limit may be given: 0 on the left, 1 on the right.
+        better = expected.isnan() & (grad == (bias > 0).to(dtype))
+        torch.testing.assert_close(grad.where(~better, expected), expected, equal_nan=True)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
