@@ -1,5 +1,6 @@
 """All gradients of the op at once: the op, a repeated backward, layers that keep what comes before an activation."""
 
+import dataclasses
 import itertools
 import sys
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from tests.ops.common import DEVICES
 from tests.reference import TOLERANCE, block_mask, random_bsr, relative_error
 from torchao_superblock.bsr import BSRLinear
 from torchao_superblock.bsr.format import bsr_to_dense
-from torchao_superblock.ops import ACTIVATIONS, bsr_linear, build_plan, fast_path
+from torchao_superblock.ops import ACTIVATIONS, autograd, bsr_linear, build_plan, fast_path
+from torchao_superblock.ops.backends import backend_of
 
 op = torch.ops.torchao_superblock.bsr_linear_backward
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -296,6 +298,24 @@ def test_a_layer_keeps_no_more_than_its_activation_would(activation):
     wide = [tensor for tensor in kept if tensor.shape == y.shape]
     assert len(wide) == 1
     assert (wide[0].data_ptr() == y.data_ptr()) is (activation == "relu")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_few_stored_numbers_are_multiplied_again_rather_than_kept(monkeypatch, activation, dtype):
+    cpu = dataclasses.replace(backend_of("cpu"), recomputed_row=64)
+    monkeypatch.setattr(autograd, "backend_of", lambda device_type: cpu)
+    case = Case(dtype, activation=activation)
+    x, grad, kept = case.tensor(6, 64).requires_grad_(), case.tensor(6, 48), []
+    case.check(case.layer, x, grad)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = case.layer(x)
+    wide = [tensor for tensor in kept if tensor.shape == y.shape]
+    again = activation == "gelu" and dtype == torch.bfloat16
+    assert len(wide) == (0 if again else 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        fast = case.layer(x)
+    assert fast.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

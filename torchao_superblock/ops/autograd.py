@@ -190,16 +190,16 @@ class _KeepingFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, crow_indices, col_indices, values, bias, out_features, activation, plan, _):
         index = (crow_indices, col_indices)
-        args = (x, *index, values, bias, out_features, "none", plan)
-        z = fast_path.again(*args)
-        if z is None:
-            z = _below(_ops.bsr_linear.default, *args)
-            remember(*args)
-        y = ACTIVATIONS[activation](z)
-        ctx.activation, ctx.has_bias = activation, bias is not None
         # relu's gradient is told by what comes after it as well, which the next layer keeps anyway.
-        ctx.save_for_backward(x, *index, values, bias, plan, y if activation == "relu" else z)
-        return y
+        applied = activation if activation == "relu" else "none"
+        args = (x, *index, values, bias, out_features, applied, plan)
+        kept = fast_path.again(*args)
+        if kept is None:
+            kept = _below(_ops.bsr_linear.default, *args)
+            remember(*args)
+        ctx.activation, ctx.has_bias = activation, bias is not None
+        ctx.save_for_backward(x, *index, values, bias, plan, kept)
+        return kept if applied == activation else ACTIVATIONS[activation](kept)
 
     @staticmethod
     def backward(ctx, grad):
@@ -218,7 +218,7 @@ def keeping(
 ) -> Tensor | None:
     """The op with an activation, for training: what comes before the activation is kept for the backward.
 
-    That is faster than computing it again, and costs `(M, N)` numbers, as an activation of its own does.
+    That costs `(M, N)` numbers, as an activation of its own does. Where computing it again is faster, it is not kept.
 
     Args:
         x: as :func:`torchao_superblock.ops.bsr_linear` has it, as have the others; not in an autocast region.
@@ -236,7 +236,18 @@ def keeping(
         or not _differentiates(x, values, bias)
     ):
         return None
+    if activation != "relu" and _recomputes(x.device.type, crow_indices, values):
+        y = fast_path.again(*args)
+        return _ops.bsr_linear.default(*args) if y is None else y
     return _KeepingFunction.apply(*args, _nothing)
+
+
+def _recomputes(device_type: str, crow_indices: Tensor, values: Tensor) -> bool:
+    """Whether a product takes less time than an activation that is applied to its output in a pass of its own."""
+    if values.dtype.itemsize != 2:
+        return False
+    backend, (nnz, _, c) = backend_of(device_type), values.shape
+    return backend is not None and nnz * c <= backend.recomputed_row * (len(crow_indices) - 1)
 
 
 class _GradXFunction(torch.autograd.Function):

@@ -84,6 +84,9 @@ class Backend:
         source: the path of a module, which is imported at the first call, or an object; see :class:`BackendModule`.
         requires: a module without which plain PyTorch (`ops/pytorch.py`) takes its place.
         gradients_use_plan: both gradients want a plan, so a backward that was given none builds one for the two.
+        recomputed_row: stored numbers in a row of the weight, on average, up to which a layer in 16 bits that applies
+            an activation computes what comes before it again in a backward. Above that it keeps it, and the forward
+            writes two outputs in two passes. 0: always kept.
         leaves_closures: its `call` leaves a closure with :func:`torchao_superblock.ops.fast_path.remember` for what
             can be repeated. Otherwise a repeated call goes past the dispatcher to `call`.
         break_even_points: a function, or its path as `"module:function"`, of a dtype and a compute capability (None:
@@ -99,6 +102,7 @@ class Backend:
     source: str | BackendModule
     requires: str | None = None
     gradients_use_plan: bool = False
+    recomputed_row: int = 0
     leaves_closures: bool = False
     break_even_points: str | Callable | None = None
     mask_source: str | None = None
@@ -244,6 +248,7 @@ register_backend(
         "torchao_superblock.ops.cuda",
         requires="triton",
         gradients_use_plan=True,
+        recomputed_row=256,
         leaves_closures=True,
         break_even_points="torchao_superblock.ops.break_even:cuda_points",
         mask_source="torchao_superblock.ops.block_mask.kernels",
