@@ -155,18 +155,19 @@ def test_activations_at_extremes_are_torch_s(
     kernel: str, activation: str, dtype: torch.dtype
 ) -> None:
     """Signs of zeros included. The reference is torch in float64: its float32 GELU on CPUs overflows at 3e38 itself,
-    and so does what is made of it."""
+    and makes zeros of the other sign where there is no AVX-512, and so does what is made of it."""
     z = torch.tensor(EXTREMES).to(dtype)
     index = torch.arange(len(z) + 1).int(), torch.arange(len(z)).int()
     one = torch.ones(len(z), 1, 1, dtype=dtype)  # blocks on a diagonal: no sum, no infinity times 0
     for M in (1, 40):
         y = cpu.forward(z.expand(M, -1), *index, one, None, activation, None)
         expected = ACTIVATIONS[activation](z.double()).to(dtype)
-        known = (z.abs() < 1e38) | (torch.tensor(kernel != "pytorch" or activation != "gelu"))
+        by_torch = kernel == "pytorch" and activation == "gelu"
+        known = (z.abs() < 1e38) | torch.tensor(not by_torch)
         y, expected = y[:, known], expected[known].expand(M, -1)
         torch.testing.assert_close(y, expected, equal_nan=True)
         zeros = (expected == 0) & (z[known] != 0)  # of +-0 itself, a sum with 0 makes 0
-        assert torch.equal(y.signbit()[zeros], expected.signbit()[zeros])
+        assert by_torch or torch.equal(y.signbit()[zeros], expected.signbit()[zeros])
 
 
 def test_nan_and_infinity_go_through(kernel: str) -> None:
