@@ -248,7 +248,7 @@ register_backend(
         "torchao_superblock.ops.cuda",
         requires="triton",
         gradients_use_plan=True,
-        recomputed_row=256,
+        recomputed_row=128,
         leaves_closures=True,
         break_even_points="torchao_superblock.ops.break_even:cuda_points",
         mask_source="torchao_superblock.ops.block_mask.kernels",

@@ -124,7 +124,7 @@ def bsr_linear(
     )
     args = (x, crow_indices, col_indices, values, bias, out_features, activation, plan)
     if unwatched:
-        casts = _casts_of(x)
+        casts = _casts_of(x) if _autocasts() else None
         if casts is not None:
             return casts(_known_or_op, *args)
         y = fast_path.again(
@@ -161,7 +161,7 @@ def trainable_linear(
     y = None
     if not torch.compiler.is_compiling():
         args = (x, crow_indices, col_indices, values, bias, out_features, activation, plan)
-        casts = _casts_of(x)
+        casts = _casts_of(x) if _autocasts() else None
         y = autograd.keeping(*args) if casts is None else casts(autograd.keeping, *args)
     if y is None:
         z = bsr_linear(x, crow_indices, col_indices, values, bias, out_features, "none", plan)
@@ -174,8 +174,8 @@ _autocast: dict[str, Callable[..., Any]] = {}
 
 
 def _casts_of(x: Tensor) -> Callable[..., Any] | None:
-    """What casts the operands of a call first; None outside of autocast, and where transforms are to see the casts."""
-    if not _autocasts() or autograd.transformed():
+    """What casts the operands of a call in autocast first; None where transforms are to see the casts."""
+    if autograd.transformed():
         return None
     device_type = x.device.type
     casts = _autocast.get(device_type)
