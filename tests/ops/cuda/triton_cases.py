@@ -474,7 +474,7 @@ class Guarded(Kernel):
         cls.buffers.clear()
 
 
-def check_padded(
+def compare_padded(
     shape: tuple[int, int],
     blocksize: tuple[int, int],
     dtype: torch.dtype,
@@ -546,13 +546,13 @@ def check_padding() -> None:
                 small = dtype.itemsize == 2 and max(blocksize) <= 64
                 gradients = (same, *of_lines * small, dense)
                 for M in (19,) if INTERPRET else (1, 19, 3000):
-                    check_padded(shape, blocksize, dtype, M, gradients=gradients)
-    whole_rows = partial(check_padded, (64, 53), (32, 32), torch.float32)
-    whole_columns = partial(check_padded, (37, 64), (32, 32), torch.float32)
+                    compare_padded(shape, blocksize, dtype, M, gradients=gradients)
+    whole_rows = partial(compare_padded, (64, 53), (32, 32), torch.float32)
+    whole_columns = partial(compare_padded, (37, 64), (32, 32), torch.float32)
     for check_one in (whole_rows, whole_columns):
         check_one(200, make_x=before_a_hole, gradients=(of_blocks,))
     for blocksize in ((16, 16), (64, 64), (3, 5)):
-        small_blocks = partial(check_padded, (37, 53), blocksize, make_x=before_a_hole)
+        small_blocks = partial(compare_padded, (37, 53), blocksize, make_x=before_a_hole)
         small_blocks(torch.float16, 20, gradients=(of_blocks, *of_lines))
     for tile in (
         MatmulTile(16, 16, 16, 1, 4, 2),
@@ -562,14 +562,14 @@ def check_padding() -> None:
     ):
         for blocksize in ((32, 32), (16, 64)):
             product = partial(_tile, tile)
-            check_padded((37, 90), blocksize, torch.float32, 50, product=product)
-    check_padded((37, 53), (16, 16), torch.float32, 20, product=_int64, gradients=(_int64,))
+            compare_padded((37, 90), blocksize, torch.float32, 50, product=product)
+    compare_padded((37, 53), (16, 16), torch.float32, 20, product=_int64, gradients=(_int64,))
     with tf32_allowed():
-        check_padded((37, 53), (32, 32), torch.float32, 20, tolerance=4e-3)
+        compare_padded((37, 53), (32, 32), torch.float32, 20, tolerance=4e-3)
     without_tensor_cores = lambda problem: problem._replace(precision=FMA)
-    check_padded((37, 53), (32, 32), torch.float32, 20, problem_change=without_tensor_cores)
+    compare_padded((37, 53), (32, 32), torch.float32, 20, problem_change=without_tensor_cores)
     # Splits of tokens, and a plan that is of another index.
-    check_padded((20, 30), (16, 16), torch.float16, 600, gradients=(same, *of_lines))
+    compare_padded((20, 30), (16, 16), torch.float16, 600, gradients=(same, *of_lines))
     _, crow, col, values = random_bsr(48, 64, 16, 0.5, torch.float32, DEVICE)
     _, other_crow, other_col, _ = random_bsr(48, 64, 16, 0.5, torch.float32, DEVICE, seed=1)
     x, grad = among_nans(20, 53), among_nans(20, 37)
