@@ -44,6 +44,7 @@ from benchmarks.model.forms import counts, swapped
 from benchmarks.model.masks import zero_blocks_of
 from benchmarks.report.files import Report
 from benchmarks.report.options import add_common_arguments, pick_device
+from benchmarks.report.picture import BLOCK_COLORS, pyplot
 
 COLUMNS = [
     "row", "model", "block", "sparsity", "dense ms", "dense is", "ours ms", "ours is", "ours x", "eager x",
@@ -216,13 +217,38 @@ def _training_step(
     optimizers[side].zero_grad()
 
 
-def write(report: Report, results: Results, left: list[Row]) -> Path:
-    """The tables of every finished cell."""
+def draw(rows: Sequence[Row], title: str) -> Any:
+    """A bar for each row: how many times as fast as dense it is, from 1 on."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.32 * len(rows)))
+    for place, row in enumerate(rows):
+        color = BLOCK_COLORS.get(row["block"], "#888888")
+        axes.barh(place, row["ours x"] - 1, left=1, color=color)
+        text = f" {row['ours x']:.2f}x, block {row['block']}"
+        axes.text(max(row["ours x"], 1), place, text, va="center", fontsize=9)
+    axes.set_yticks(range(len(rows)), [row["model"] for row in rows], fontsize=9)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x")
+    axes.axvline(1, color="black", linewidth=1)
+    axes.margins(x=0.2)
+    figure.suptitle(title, fontsize=11, fontweight="bold")
+    return figure
+
+
+def write(report: Report, results: Results, left: list[Row], pictures: bool) -> Path:
+    """The tables of every finished cell, and a picture."""
     rows = [
         {"row": cell.setting, "block": cell.block, "sparsity": cell.sparsity, **row}
         for cell, row in results.rows.items()
     ]
     used = [column for column in COLUMNS if any(column in row for row in rows)]
+    if pictures and rows:
+        sparsities = ", ".join(
+            f"{sparsity:g}" for sparsity in sorted({r["sparsity"] for r in rows})
+        )
+        title = f"Times as fast as dense at sparsity {sparsities}, the faster way of each side"
+        report.figure(draw(rows, title), "speedup", title)
     report.table(
         "Dense against swapped",
         rows,
@@ -308,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         threads=torch.get_num_threads(),
         budget=None if options.budget is None else max(0.0, options.budget - CLOSING_SECONDS),
     )
-    path = write(report, results, left)
+    path = write(report, results, left, not options.no_pictures)
     print(f"\n{len(results.rows)} cells finished, {len(left)} left; written to {path}")
     return path
 

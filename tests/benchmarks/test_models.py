@@ -65,6 +65,11 @@ def test_a_run_goes_on_where_another_stopped(tmp_path, capsys):
     text = report.read_text()
     assert "an MLP" in text and "ours, compiled: no" in text and "tiny attention, block 16" in text
     assert "1 cells finished, 1 left" in capsys.readouterr().out
+    picture = report.with_name(f"{report.stem}_speedup.png")
+    assert picture.name in text and picture.stat().st_size > 10_000
+    picture.unlink()
+    models.main([*command, "mlp-backward-64", "--no-pictures"])
+    assert not picture.exists() and picture.name not in report.read_text()
     models.main([*command, "mlp-backward-64", "--redo", "mlp-backward-64"])
     assert "0 cells finished, 1 left" in capsys.readouterr().out
 
