@@ -98,6 +98,7 @@ setup(
         "quality": QUALITY,
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "expecttest>=0.2",
             "hypothesis>=6.100",
             "ruff>=0.6",
