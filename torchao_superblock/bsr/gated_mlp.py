@@ -92,11 +92,19 @@ def _is_plain(layer: nn.Module | None) -> bool:
     )
 
 
+def _has_part_of_a_block(layer: BSRLinear, gate: Gate) -> bool:
+    """Whether a factor of the product, a layer or half of one, ends within a block."""
+    parts = 2 if gate.gate == gate.up else 1
+    return layer.out_features % (parts * layer.blocksize[0]) != 0
+
+
 def _operands(
     gate_layer: nn.Module | None, up_layer: nn.Module | None, gate: Gate
 ) -> tuple[Operands, Operands] | None:
-    """What the op is given; None if one of the layers is not just a block-sparse layer any more."""
+    """What the op is given; None if one of the layers is not just a block-sparse layer of whole block rows any more."""
     if not _is_plain(gate_layer) or not _is_plain(up_layer):
+        return None
+    if _has_part_of_a_block(gate_layer, gate) or _has_part_of_a_block(up_layer, gate):
         return None
     if gate_layer is not up_layer:
         return Operands(*gate_layer.operands()), Operands(*up_layer.operands())
@@ -127,9 +135,8 @@ def obstacle(flow: Dataflow, gate: Gate) -> str | None:
         return "the two layers differ in their shapes or block sizes"
     if not all(map(_is_plain, layers)):
         return "the two layers are not plain BSRLinear layers"
-    parts = 2 if gate.gate == gate.up else 1
-    if layers[0].out_features % (parts * layers[0].blocksize[0]):
-        if parts == 1:
+    if _has_part_of_a_block(layers[0], gate):
+        if gate.gate != gate.up:
             return "their last blocks are padded"
         return "a block would lie in both halves of the layer"
     dtypes = {
