@@ -545,6 +545,14 @@ class BSRLinear(nn.Module):
             f"blocksize={self.blocksize}, sparsity={self.sparsity:.4f}{options}"
         )
 
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Beside the version, where torch.save keeps it: blocks do not say where the weight ends in the last ones.
+        metadata = getattr(destination, "_metadata", {}).get(prefix.removesuffix("."), {})
+        metadata["shape"] = (self.out_features, self.in_features)
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -567,6 +575,7 @@ class BSRLinear(nn.Module):
         try:
             with torch.inference_mode(False), torch.no_grad(), all_or_nothing(self, own):
                 try:
+                    self._check_shape(local_metadata, prefix)
                     self._make_room_for(state_dict, prefix, assign)
                 except (TypeError, ValueError) as error:
                     error_msgs.append(str(error))
@@ -582,6 +591,16 @@ class BSRLinear(nn.Module):
                     self._set_indices(self.crow_indices, self.col_indices)
         except _Refused:  # torch raises once it has been through the whole model
             pass
+
+    def _check_shape(self, local_metadata: dict[str, Any], prefix: str) -> None:
+        shape, own = local_metadata.get("shape"), (self.out_features, self.in_features)
+        if shape is not None and tuple(shape) != own:
+            name = prefix.removesuffix(".") or type(self).__name__
+            raise ValueError(
+                f"{name}: the state dict is of a layer of shape {tuple(shape)}, this one has {own}; load it into a "
+                "model of the same architecture. Dropped features make a difference too: save_bsr and load_bsr know "
+                "them"
+            )
 
     def _make_room_for(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> None:
         """Check what is about to be loaded as a whole; resize what holds another number of blocks.
