@@ -533,7 +533,9 @@ def _judge(
     if unfit is not None or blocksize is None:
         zeros = (weight.detach() == 0).double().mean().item()
         remark = f"; {zeros:.1%} of its elements are zero" if zeros else ""
-        if zeros and pad is not None:
+        if zeros and pad is None:
+            remark += ", and projections of attention are never padded"
+        elif zeros:
             remark += ", and pad=True pads its last blocks"
         return entry("shape_not_multiple", f"{unfit}{remark}")
     stored = stored_blocks(weight, blocksize, keep)
