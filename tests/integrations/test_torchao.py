@@ -43,6 +43,18 @@ def test_sparsify_filters_and_says_what_stays_dense():
     assert type(dense[0]) is nn.Linear and isinstance(dense[2], BSRLinear)
 
 
+def test_layers_that_blocks_do_not_fit_are_padded_if_the_config_says_so():
+    linear = nn.Linear(50, 100)
+    with torch.no_grad():
+        linear.weight[16:].zero_()
+    config = block_sparse_weight(16, 0.5, pad=True)
+    around = nn.Sequential(linear), nn.Sequential(copy.deepcopy(linear))
+    sparsify_(around[0], config)
+    quantize_(around[1], config)
+    for layer in (around[0][0], around[1][0], sparsify_(linear, config)):
+        assert isinstance(layer, BSRLinear) and layer.out_features == 100
+
+
 def test_sparsify_takes_a_lone_layer_and_other_configs():
     layer = sparsify_(prune(nn.Linear(64, 64), 16, 0.75), block_sparse_weight(16))
     assert isinstance(layer, BSRLinear)

@@ -486,6 +486,21 @@ def test_padded_layers_come_back(tmp_path):
     layer = loaded.get_submodule(UP)
     assert isinstance(layer, BSRLinear) and layer.out_features == 50
     assert torch.equal(logits("llama", loaded), logits("llama", model))
+    assert "pad" not in _config_of(tmp_path)  # earlier releases know no such setting
+
+
+def test_layers_are_padded_while_a_dense_model_is_loaded(tmp_path):
+    model = build("llama", intermediate_size=50)
+    train_and_squash("llama", model, steps=1)
+    model.save_pretrained(tmp_path)
+    config = BlockSparseConfig(8, 0.5, pad=True)
+    loaded = type(model).from_pretrained(tmp_path, quantization_config=config)
+    assert loaded.get_submodule(UP).out_features == 50
+    assert (56, 64) in [entry.padded for entry in loaded.hf_quantizer.report.swapped]
+    torch.testing.assert_close(logits("llama", loaded), logits("llama", model))
+    loaded.save_pretrained(tmp_path / "swapped")
+    again = type(model).from_pretrained(tmp_path / "swapped")
+    assert torch.equal(logits("llama", again), logits("llama", loaded))
 
 
 def test_the_folder_of_another_model_is_refused(llama):

@@ -39,17 +39,22 @@ class BlockSparseWeightConfig(AOBaseConfig):
         blocksize: int or `(rows, cols)`, as in torchao 64 if not given; None reads each layer's off its zeros.
         min_sparsity: a layer with a smaller fraction of zero blocks stays dense; None asks the table of measured
             break-even points, as :func:`torchao_superblock.swap_to_bsr` does.
+        pad: take layers whose shape is not a multiple of the block size, too, as it does.
     """
 
     blocksize: int | tuple[int, int] | None = 64
     min_sparsity: float | None = None
+    pad: bool = False
 
 
 def block_sparse_weight(
-    blocksize: int | tuple[int, int] | None = 64, min_sparsity: float | None = None
+    blocksize: int | tuple[int, int] | None = 64,
+    min_sparsity: float | None = None,
+    *,
+    pad: bool = False,
 ) -> BlockSparseWeightConfig:
     """The config under the name that torchao had for it; see :class:`BlockSparseWeightConfig`."""
-    return BlockSparseWeightConfig(blocksize, min_sparsity)
+    return BlockSparseWeightConfig(blocksize, min_sparsity, pad)
 
 
 def sparsify_(
@@ -80,9 +85,13 @@ def sparsify_(
 
         return torchao_sparsify_(model, config, filter_fn)
     if isinstance(model, nn.Linear):
-        return to_bsr_linear(model, config.blocksize)
+        return to_bsr_linear(model, config.blocksize, pad=config.pad)
     report = swap_to_bsr(
-        model, config.blocksize, min_sparsity=config.min_sparsity, filter_fn=filter_fn
+        model,
+        config.blocksize,
+        min_sparsity=config.min_sparsity,
+        filter_fn=filter_fn,
+        pad=config.pad,
     )
     _tell_skipped(report)
     return model
@@ -129,7 +138,7 @@ def _quantize_module(module: nn.Module, config: BlockSparseWeightConfig) -> nn.M
             "sparsify_(model, block_sparse_weight(...)), which leaves tied weights alone"
         )
     around = nn.Sequential(module)
-    report = swap_to_bsr(around, config.blocksize, min_sparsity=config.min_sparsity)
+    report = swap_to_bsr(around, config.blocksize, min_sparsity=config.min_sparsity, pad=config.pad)
     if report.swapped:
         if weight is not None:
             _converted[WeakIdRef(weight, _forget)] = report.swapped[0].fqn

@@ -31,6 +31,7 @@ class BlockSparseConfig(QuantizationConfigMixin):
         blocksize: int or `(rows, cols)` for all layers; None reads each layer's off its zeros.
         min_sparsity: a layer with a smaller fraction of zero blocks stays dense; None means where it would be slower.
         modules_to_not_convert: names, or last parts of names, of modules to leave dense with all that is in them.
+        pad: take layers whose shape is not a multiple of the block size, too, as :func:`swap_to_bsr` does.
         layers: written by `save_pretrained`: FQN -> `shape` `(out_features, in_features)`, `blocksize`,
             `stored_blocks` and `bias`.
         base: written by `save_pretrained`: what the saved model calls its part without a head.
@@ -59,6 +60,7 @@ class BlockSparseConfig(QuantizationConfigMixin):
         unsquashed: Iterable[str] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
+        pad: bool = False,
         **unknown: Any,
     ) -> None:
         if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
@@ -76,7 +78,8 @@ class BlockSparseConfig(QuantizationConfigMixin):
         if isinstance(blocksize, list):  # as JSON has it
             blocksize = tuple(blocksize)
         try:
-            swap_to_bsr(nn.Module(), blocksize, min_sparsity=min_sparsity)  # its own checks
+            # Its own checks.
+            swap_to_bsr(nn.Module(), blocksize, min_sparsity=min_sparsity, pad=pad)
         except (TypeError, ValueError) as error:
             raise type(error)(f"BlockSparseConfig: {error}") from error
         for fqn, layer in (layers or {}).items():
@@ -89,11 +92,14 @@ class BlockSparseConfig(QuantizationConfigMixin):
         self.layers = dict(layers or {})
         self.base = base
         self.unsquashed = list(unsquashed or ())
+        self.pad = pad
 
     def to_dict(self) -> dict[str, Any]:
         """What `config.json` holds: everything that is set."""
         return {
-            key: value for key, value in super().to_dict().items() if value not in (None, [], "")
+            key: value
+            for key, value in super().to_dict().items()
+            if value not in (None, [], "") and value is not False
         }
 
     def keeps_dense(self, fqn: str) -> bool:

@@ -76,7 +76,8 @@ class Swapping(ConversionOps):
         alone.bias = None  # perhaps not loaded yet
         alone.weight = nn.Parameter(weight, requires_grad=weight.is_floating_point())
         parent = nn.Sequential(alone)
-        report = swap_to_bsr(parent, self.config.blocksize, min_sparsity=self.config.min_sparsity)
+        options = {"min_sparsity": self.config.min_sparsity, "pad": self.config.pad}
+        report = swap_to_bsr(parent, self.config.blocksize, **options)
         (entry,) = (*report.swapped, *report.skipped)
         self.entries[fqn] = dataclasses.replace(entry, fqn=fqn)
         if not report.swapped:
@@ -97,6 +98,7 @@ class Swapping(ConversionOps):
             model,
             self.config.blocksize,
             min_sparsity=self.config.min_sparsity,
+            pad=self.config.pad,
             filter_fn=lambda module, fqn: (
                 bsr_type(module) is not None
                 and fqn not in self.entries
