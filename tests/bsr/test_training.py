@@ -119,22 +119,28 @@ def check_ddp(rank: int, hidden: int = 64) -> None:
         torch.testing.assert_close(ours, reference)
 
 
-def check_fsdp2(rank: int) -> None:
+def check_fsdp2(rank: int, hidden: int = 64) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    model = make_model()
+    model = make_model(hidden)
     for layer in (model[0], model[2]):
         fully_shard(layer)
     fully_shard(model)
     data = batches()
     train(model, [x.chunk(2)[rank] for x in data])
-    alone = make_model()
+    alone = make_model(hidden)
     train(alone, data)
+    model.load_state_dict(model.state_dict())
     for ours, reference in zip(model.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(ours.full_tensor(), reference)
 
 
-CHECKS = {"ddp": check_ddp, "ddp_padded": partial(check_ddp, hidden=40), "fsdp2": check_fsdp2}
+CHECKS = {
+    "ddp": check_ddp,
+    "ddp_padded": partial(check_ddp, hidden=40),
+    "fsdp2": check_fsdp2,
+    "fsdp2_padded": partial(check_fsdp2, hidden=40),
+}
 
 
 def _on_rank(rank: int, folder: str) -> None:

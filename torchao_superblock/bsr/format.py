@@ -19,6 +19,7 @@ from torch import Tensor
 
 from torchao_superblock.common.blocks import block_grid, padded_shape
 from torchao_superblock.common.kept_blocks import KeptBlocks
+from torchao_superblock.common.sharding import is_dtensor
 from torchao_superblock.common.swappable import CANDIDATE_SIZES
 
 # A larger block may store this much more than the smallest one and still be taken for the real one: single blocks that
@@ -225,7 +226,7 @@ def check_bsr(
             f"{col[at + 1].item()} in block row {row[at].item()}"
         )
     padded = padded_shape(shape, blocksize)
-    if padded is not None:
+    if padded is not None and not is_dtensor(values):  # of which each rank has other blocks
         rows, cols = (whole - n for whole, n in zip(padded, shape, strict=True))
         below, beside = (
             values[crow[-2] :, blocksize[0] - rows :],
