@@ -141,8 +141,11 @@ class TestDroppedFeatures:
     def test_a_state_dict_of_another_width_is_refused_with_advice(self, narrow):
         swapped = self.build()
         swap_to_bsr(swapped, 16, min_sparsity=0.0)
+        state = narrow.state_dict()
+        with pytest.raises(RuntimeError, match=r"0: .*of shape \(64, 32\), this one.*load_bsr"):
+            swapped.load_state_dict(state)
         with pytest.raises(RuntimeError, match="0: crow_indices must have 7 entries.*load_bsr"):
-            swapped.load_state_dict(narrow.state_dict())
+            swapped.load_state_dict(dict(state))  # without its metadata
 
     def test_a_model_with_all_features_replaces_a_narrowed_one(self, narrow, tmp_path):
         path = tmp_path / "m.safetensors"
