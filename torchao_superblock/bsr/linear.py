@@ -409,7 +409,7 @@ class BSRLinear(nn.Module):
             if blocksize is None:
                 raise ValueError(
                     f"cannot convert this {what} to {cls.__name__}: its shape {shape} is not a multiple of "
-                    "8; pass a blocksize that divides it, or pad=True to pad its last blocks"
+                    "8; pass a blocksize that divides it, or pad=True to pad its last blocks (swap_to_bsr takes both)"
                 )
             if nonzero_blocks(weight, blocksize).all():
                 raise ValueError(
@@ -420,7 +420,8 @@ class BSRLinear(nn.Module):
         unfit = None if pad else shape_obstacle(shape, blocksize)
         if unfit is not None:
             raise ValueError(
-                f"cannot convert this {what} to {cls.__name__}: {unfit}; pass pad=True to pad its last blocks"
+                f"cannot convert this {what} to {cls.__name__}: {unfit}; pass pad=True to pad its last blocks "
+                "(swap_to_bsr and to_bsr_linear take it)"
             )
         with torch.inference_mode(False):  # tensors made in inference mode could never be trained
             if stored is None:
