@@ -269,7 +269,10 @@ class BlockSparsifier(BaseSparsifier):
         self._steps += 1
         for entry in self._loaded.values():
             entry.pop("mask", None)
-        self._update(found)
+        if getattr(self.update_mask, "__func__", None) is BlockSparsifier.update_mask:
+            self._update(found)
+        else:  # somebody has a say in each mask
+            super().step(use_path)
         if self._steps == self.ramp.freeze_step:
             self.freeze()
 
@@ -281,7 +284,10 @@ class BlockSparsifier(BaseSparsifier):
         sparsity_level: float,
         **kwargs: Any,
     ) -> None:
-        """Renews one mask and applies a level to it; :meth:`step` does so for all groups at once."""
+        """Renews one mask and applies a level to it.
+
+        :meth:`step` does so for all groups at once, or calls this for each where a subclass has its own.
+        """
         mask = find_mask(module, tensor_name)
         if mask is None:  # squash(part) has folded this one; the others go on
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -159,6 +160,30 @@ def test_update_mask_is_a_step_of_one_group() -> None:
     other[1].step()
     assert_equal_states(one[0], other[0])
     assert any(not torch.equal(value, before[key]) for key, value in one[0].state_dict().items())
+
+
+@pytest.mark.parametrize("on_instance", [False, True])
+def test_a_step_calls_update_mask_where_somebody_has_his_own(monkeypatch, on_instance) -> None:
+    """As torch's own sparsifiers do: it is where a subclass has its say."""
+    one, other = make("magnitude"), make("magnitude")
+    sparsifier = one[1]
+    own, seen = type(sparsifier).update_mask, []
+
+    def update_mask(self, module, tensor_name, tensor_fqn, sparsity_level, **kwargs) -> None:
+        seen.append(tensor_fqn)
+        own(self, module, tensor_name, tensor_fqn, 0.5 * sparsity_level, **kwargs)
+
+    if on_instance:
+        monkeypatch.setattr(sparsifier, "update_mask", partial(update_mask, sparsifier))
+    else:
+        named = {"update_mask": update_mask}
+        sparsifier.__class__ = type("Halved", (type(sparsifier),), named)
+    for _, each, _ in (one, other):
+        for group in each.groups:
+            group["sparsity_level"] = 0.5 if each is sparsifier else 0.25
+        each.step()
+    assert seen == [group["tensor_fqn"] for group in sparsifier.groups]
+    assert_equal_states(one[0], other[0])
 
 
 @pytest.mark.parametrize("kind", ["magnitude", "spartan"])
