@@ -415,9 +415,9 @@ def gradient(problem: Problem, tile: BlocksTile | LinesTile) -> Choice:
 
 # Fewer tokens than this leave multiprocessors without a tile; the plain kernel splits finer.
 GLUON_TOKENS = 2048
-# Launching this kernel takes the host about twice as long as the plain one (three TMA descriptors are made anew). That
-# hides behind the GPU's work only where reading x and writing y takes its memory so many microseconds; or half of them
-# for 16 x 16 blocks, for which the plain kernel takes about twice as long.
+# Launching this kernel takes the host about twice as long as the plain one, where three TMA descriptors are made anew
+# (with Triton 3.6 `launch.py` keeps them). That hides behind the GPU's work only where reading x and writing y takes
+# its memory so many microseconds; or half of them for 16 x 16 blocks, for which the plain kernel takes twice as long.
 _LEAST_MICROSECONDS = 18.5
 # Gigabytes a second below which memory counts as slow: an H100 has 3350, an H200 4800.
 _SLOW_MEMORY = 4100
