@@ -211,6 +211,9 @@ ENTRIES: dict[str, Entry] = {
     "llama-token": Entry(
         "Llama-2-7B shapes, 4 layers, one token, all linears, compiled", ways=(COMPILED,), **_TOKEN
     ),
+    "llama-token-eager": Entry(
+        "Llama-2-7B shapes, 4 layers, one token, all linears, eager", ways=(EAGER,), **_TOKEN
+    ),
     "llama-token-graphs": Entry(
         "Llama-2-7B shapes, 4 layers, one token, all linears, CUDA graphs",
         ways=(GRAPH, COMPILED_GRAPH), **_TOKEN,
