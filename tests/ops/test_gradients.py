@@ -1,5 +1,6 @@
 """All gradients of the op at once: the op, a repeated backward, layers that keep what comes before an activation."""
 
+import contextlib
 import dataclasses
 import itertools
 import sys
@@ -334,6 +335,21 @@ def test_checkpointing(activation, reentrant):
         x.grad = case.values.grad = case.bias.grad = None
         call(x).backward(grad)
         found = (x.grad, case.values.grad, case.bias.grad)
+        for one, expected in zip(found, case.reference(x, grad), strict=True):
+            assert relative_error(one, expected) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("watched", ["forward", "backward"])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_a_checkpoint_of_which_a_mode_sees_only_one_half(activation, watched):
+    case = Case(activation=activation)
+    x, grad = case.tensor(6, 64).requires_grad_(), case.tensor(6, 48)
+    modes = {"forward": contextlib.nullcontext, "backward": contextlib.nullcontext, watched: Calls}
+    for _ in range(3):
+        with modes["forward"]():
+            y = checkpoint(case.layer, x, use_reentrant=False)
+        with modes["backward"]():
+            found = torch.autograd.grad(y, (x, case.values, case.bias), grad)
         for one, expected in zip(found, case.reference(x, grad), strict=True):
             assert relative_error(one, expected) <= TOLERANCE[torch.float32]
 

@@ -224,14 +224,15 @@ def keeping(
         x: as :func:`torchao_superblock.ops.bsr_linear` has it, as have the others; not in an autocast region.
 
     Returns:
-        `(..., N)`; None where tracers, transforms or modes are to see a product and an activation.
+        `(..., N)`; None where tracers or transforms are to see a product and an activation.
     """
+    # Modes of dispatch change nothing: a checkpoint may run its forward in one and not what it computes again, and
+    # compares what the two keep.
     args = (x, crow_indices, col_indices, values, bias, out_features, activation, plan)
     if (
         type(x) is not Tensor
         or type(values) not in (Tensor, torch.nn.Parameter)
         or transformed()
-        or fast_path.modes_are_active()
         or torch._C._get_tracing_state() is not None
         or not _differentiates(x, values, bias)
     ):
