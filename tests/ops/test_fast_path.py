@@ -321,6 +321,15 @@ def test_threads_do_not_share_their_modes() -> None:
     assert dtypes == {"plain": {torch.float32}, "autocast": {torch.bfloat16}}
 
 
+def test_an_entry_is_kept_although_another_thread_has_dropped_all() -> None:
+    key = (torch.Size([1, 2]), torch.Size([3, 4, 5]))
+    fast_path._entries.noted(key)
+    fast_path.forget()
+    fast_path._entries.keep(key, ("entry",))
+    assert fast_path._entries[key] == (("entry",),)
+    fast_path.forget()
+
+
 def test_no_tensor_is_kept_alive() -> None:
     case = Case().warm_up()
     tensors = [weakref.ref(t) for t in (case.x, case.crow, case.values, case.plan)]

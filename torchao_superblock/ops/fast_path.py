@@ -116,10 +116,10 @@ class Entries(dict[tuple[torch.Size, torch.Size], tuple[tuple, ...]]):
         """Add an entry.
 
         Args:
-            key: one that was noted.
+            key: one that was noted; another thread may have dropped it since.
             entry: tried before the others.
         """
-        self[key] = (entry, *self[key][: _MOST_ENTRIES - 1])
+        self[key] = (entry, *self.get(key, ())[: _MOST_ENTRIES - 1])
 
 
 _entries = Entries()
