@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -170,6 +171,18 @@ COMPILED = """
 
 def test_triton_kernels_compile_for_sm_90_without_a_gpu() -> None:
     run(COMPILED, "0")
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_it_may_be_imported_in_inference_mode_and_where_the_default_device_is_another(frozen):
+    spec = importlib.util.find_spec("torchao_superblock.ops.block_mask")
+    fresh = importlib.util.module_from_spec(spec)
+    with torch.inference_mode(), torch.device("meta"):
+        spec.loader.exec_module(fresh)
+    scores, held = torch.tensor([[1.0, 2.0]]), torch.tensor([[1, 0]])
+    mask, live = fresh.block_mask(scores, torch.tensor(1), held, torch.tensor(frozen))
+    assert mask.tolist() == [[bool(frozen), not frozen]]
+    assert live.tolist() == 1 - frozen and not live.is_inference()
 
 
 def test_weights_of_a_checksum_survive_32_bits():

@@ -24,7 +24,12 @@ BROKEN = 2
 """`live` of a mask whose state was averaged beyond repair."""
 
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
-_LIVE = {flag: torch.tensor(flag, dtype=torch.uint8) for flag in (0, 1)}  # on a CPU; never written
+with torch.inference_mode(
+    False
+):  # whoever imports this may be in it, or have another default device
+    _LIVE = {
+        flag: torch.tensor(flag, dtype=torch.uint8, device="cpu") for flag in (0, 1)
+    }  # never written
 _unsafe_view = torch.ops.aten._unsafe_view.default
 _functorch_interpreter = torch._C._functorch.peek_interpreter_stack
 
