@@ -269,7 +269,7 @@ class BlockSparsifier(BaseSparsifier):
         self._steps += 1
         for entry in self._loaded.values():
             entry.pop("mask", None)
-        if getattr(self.update_mask, "__func__", None) is BlockSparsifier.update_mask:
+        if getattr(self.update_mask, "__func__", None) is _UPDATE_MASK:
             self._update(found)
         else:  # somebody has a say in each mask
             super().step(use_path)
@@ -615,6 +615,9 @@ class BlockSparsifier(BaseSparsifier):
             mask = find_mask(group["module"], group["tensor_name"])
             if mask is not None:
                 yield group, mask
+
+
+_UPDATE_MASK = BlockSparsifier.update_mask  # ours, whatever others put in its place
 
 
 def _require_gradients(masks: list[BlockMask], name: str) -> None:

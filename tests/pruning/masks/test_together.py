@@ -162,8 +162,8 @@ def test_update_mask_is_a_step_of_one_group() -> None:
     assert any(not torch.equal(value, before[key]) for key, value in one[0].state_dict().items())
 
 
-@pytest.mark.parametrize("on_instance", [False, True])
-def test_a_step_calls_update_mask_where_somebody_has_his_own(monkeypatch, on_instance) -> None:
+@pytest.mark.parametrize("where", ["subclass", "instance", "base"])
+def test_a_step_calls_update_mask_where_somebody_has_his_own(monkeypatch, where) -> None:
     """As torch's own sparsifiers do: it is where a subclass has its say."""
     one, other = make("magnitude"), make("magnitude")
     sparsifier = one[1]
@@ -173,7 +173,10 @@ def test_a_step_calls_update_mask_where_somebody_has_his_own(monkeypatch, on_ins
         seen.append(tensor_fqn)
         own(self, module, tensor_name, tensor_fqn, 0.5 * sparsity_level, **kwargs)
 
-    if on_instance:
+    if where == "base":
+        monkeypatch.setattr(BlockSparsifier, "update_mask", update_mask)
+        other[1].update_mask = partial(own, other[1])
+    elif where == "instance":
         monkeypatch.setattr(sparsifier, "update_mask", partial(update_mask, sparsifier))
     else:
         named = {"update_mask": update_mask}
