@@ -21,6 +21,7 @@ from torchao_superblock.pruning import (
     SpartanSparsifier,
     SupermaskSparsifier,
 )
+from torchao_superblock.pruning.masks.together import carried
 
 RECIPES: dict[str, Callable[[], BlockSparsifier]] = {
     "supermask": lambda: SupermaskSparsifier(0.75, 8),
@@ -187,6 +188,20 @@ def test_a_step_calls_update_mask_where_somebody_has_his_own(monkeypatch, where)
         each.step()
     assert seen == [group["tensor_fqn"] for group in sparsifier.groups]
     assert_equal_states(one[0], other[0])
+
+
+@pytest.mark.parametrize("kind", ["supermask_ramp", "magnitude_weighted", "rigl"])
+def test_a_mask_finds_by_itself_what_its_carrier_has(kind: str) -> None:
+    """As kinds of version 0.2 do."""
+    model, _, _ = make(kind)
+    found = masks(model)
+    assert [mask.carried() for mask in found] == [None] * len(found) and not carried(found)
+    model(torch.randn(4, 5, 32)).square().mean().backward()
+    found[0].carrier.grad[0, 0] = torch.inf
+    together = carried(found)
+    assert list(together) == found and not together[found[0]].any()
+    for mask in found:
+        assert torch.equal(mask.carried(), together[mask])
 
 
 @pytest.mark.parametrize("kind", ["magnitude", "spartan"])

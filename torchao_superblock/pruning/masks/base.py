@@ -38,7 +38,11 @@ from torchao_superblock.ops.block_mask.guards import (
     pattern_checksum,
     settle,
 )
-from torchao_superblock.pruning.masks.product import MaskWeight, TransformableMaskWeight
+from torchao_superblock.pruning.masks.product import (
+    MaskWeight,
+    TransformableMaskWeight,
+    at_unit_scale,
+)
 from torchao_superblock.pruning.masks.settings import (
     Check,
     check_blocksize_setting,
@@ -282,6 +286,20 @@ class BlockMask(nn.Module):
         """
         carrier = torch.zeros(self.scores.shape, dtype=torch.float32, device=self.scores.device)
         self.carrier = nn.Parameter(carrier)
+
+    @torch.no_grad()
+    def carried(self) -> Tensor | None:
+        """What the last backwards left in the carrier, divided by its root mean square.
+
+        An :meth:`update` finds the same in `progress.carried`, computed for all masks at once.
+
+        Returns:
+            `(R, C)`, zeros where it is not finite (a scaled loss that overflowed); None if there was
+            no backward since gradients were last set to None.
+        """
+        if self.carrier is None or self.carrier.grad is None:
+            return None
+        return at_unit_scale([full_tensor(self.carrier.grad)])[0]
 
     @torch.no_grad()
     def block_mask(self) -> Tensor:

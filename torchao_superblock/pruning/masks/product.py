@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,23 @@ from torchao_superblock.ops.block_mask import mask_weight, mask_weight_backward
 
 STATISTIC_SCALE = 2.0**-60
 """Statistics travel as gradients; this small they move no norm that gradients are clipped by."""
+
+
+def at_unit_scale(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of carriers, each divided by its root mean square: new tensors.
+
+    Args:
+        gradients: of any shapes, on one device. Where one is not finite (a scaled loss that overflowed) it
+            counts as 0.
+    """
+    # In float64, since statistics travel small. A norm of 0, infinity or NaN scales all to 0.
+    double = torch.float32 if gradients[0].device.type == "mps" else torch.float64
+    scales = list(torch._foreach_norm(gradients, 2, dtype=double))
+    torch._foreach_reciprocal_(scales)
+    torch._foreach_mul_(scales, [gradient.numel() ** 0.5 for gradient in gradients])
+    scales = torch.stack(scales).nan_to_num_(0.0, 0.0, 0.0).unbind()
+    scaled = torch._foreach_mul(gradients, scales)
+    return [gradient.nan_to_num_(0.0, 0.0, 0.0) for gradient in scaled]
 
 
 class MaskWeight(torch.autograd.Function):

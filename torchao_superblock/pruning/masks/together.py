@@ -15,6 +15,7 @@ from torch import Tensor
 from torchao_superblock.common.sharding import full_tensor
 from torchao_superblock.ops.block_mask.guards import level_checksum
 from torchao_superblock.pruning.masks.base import BlockMask
+from torchao_superblock.pruning.masks.product import at_unit_scale
 
 
 @torch.no_grad()
@@ -31,19 +32,9 @@ def carried(masks: Iterable[BlockMask]) -> dict[BlockMask, Tensor]:
     found = [(m, m.carrier.grad) for m in masks if m.carrier is not None]
     values = {mask: full_tensor(grad) for mask, grad in found if grad is not None}
     result: dict[BlockMask, Tensor] = {}
-    for device, group in _by(values, lambda mask: values[mask].device):
-        tensors = [values[mask] for mask in group]
-        # In float64, since statistics travel small. A norm of 0, infinity or NaN scales all to 0.
-        double = torch.float32 if device.type == "mps" else torch.float64
-        scales = list(torch._foreach_norm(tensors, 2, dtype=double))
-        torch._foreach_reciprocal_(scales)
-        torch._foreach_mul_(scales, [tensor.numel() ** 0.5 for tensor in tensors])
-        scales = torch.stack(scales).nan_to_num_(0.0, 0.0, 0.0).unbind()
-        scaled = torch._foreach_mul(tensors, scales)
-        result.update(
-            (mask, tensor.nan_to_num_(0.0, 0.0, 0.0))
-            for mask, tensor in zip(group, scaled, strict=True)
-        )
+    for _, group in _by(values, lambda mask: values[mask].device):
+        scaled = at_unit_scale([values[mask] for mask in group])
+        result.update(zip(group, scaled, strict=True))
     return result
 
 
