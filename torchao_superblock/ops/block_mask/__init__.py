@@ -24,12 +24,9 @@ BROKEN = 2
 """`live` of a mask whose state was averaged beyond repair."""
 
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
-with torch.inference_mode(
-    False
-):  # whoever imports this may be in it, or have another default device
-    _LIVE = {
-        flag: torch.tensor(flag, dtype=torch.uint8, device="cpu") for flag in (0, 1)
-    }  # never written
+# Whoever imports this may be in inference mode, or have another default device. Never written.
+with torch.inference_mode(False), torch.device("cpu"):
+    _LIVE = {flag: torch.tensor(flag, dtype=torch.uint8) for flag in (0, 1)}
 _unsafe_view = torch.ops.aten._unsafe_view.default
 _functorch_interpreter = torch._C._functorch.peek_interpreter_stack
 
