@@ -34,6 +34,12 @@ def remember(*args) -> None:
     fast_path.remember_above(_apply, *args)
 
 
+def known_or_op(*args) -> Tensor:
+    """The op by what is remembered of calls like this one, or else by the dispatcher."""
+    y = fast_path.again(*args)
+    return _ops.bsr_linear.default(*args) if y is None else y
+
+
 def _differentiates(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -238,8 +244,7 @@ def keeping(
     ):
         return None
     if activation != "relu" and _recomputes(x.device.type, crow_indices, values):
-        y = fast_path.again(*args)
-        return _ops.bsr_linear.default(*args) if y is None else y
+        return known_or_op(*args)
     return _KeepingFunction.apply(*args, _nothing)
 
 

@@ -126,7 +126,7 @@ def bsr_linear(
     if unwatched:
         casts = _casts_of(x) if _autocasts() else None
         if casts is not None:
-            return casts(_known_or_op, *args)
+            return casts(autograd.known_or_op, *args)
         y = fast_path.again(
             x, crow_indices, col_indices, values, bias, out_features, activation, plan
         )
@@ -180,11 +180,6 @@ def _casts_of(x: Tensor) -> Callable[..., Any] | None:
     device_type = x.device.type
     casts = _autocast.get(device_type)
     return casts if casts is not None and torch.is_autocast_enabled(device_type) else None
-
-
-def _known_or_op(*args: Any) -> Tensor:
-    y = fast_path.again(*args)
-    return _forward_op(*args) if y is None else y
 
 
 # ---------------------------------------------------------------------------------------------------------------------
