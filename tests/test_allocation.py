@@ -107,6 +107,14 @@ def test_layers_slower_in_the_model_than_alone_are_made_up_for():
     assert config.loss > plain.loss
 
 
+def test_a_default_device_does_not_get_in_the_way():
+    model, x = small_model(), torch.randn(4, 64)
+    call = dict(model=model, example_input=x, speedup=1.5, timer=by_work())
+    expected = allocate(UNEVEN, **call)
+    with torch.device("meta"):
+        assert levels(allocate(UNEVEN, **call)) == levels(expected)
+
+
 def test_a_speedup_out_of_reach_says_what_can_be_had():
     model, x = small_model(), torch.randn(4, 64)
     with pytest.raises(

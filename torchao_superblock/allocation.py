@@ -200,7 +200,7 @@ def _time_layers(
     def time_of(x: Tensor, weight: Tensor, blocksize: tuple[int, int], level: float) -> float:
         kind = (x.shape, x.stride(), x.dtype, weight.shape, weight.dtype, blocksize, level)
         if kind not in times:
-            linear = nn.Linear(weight.shape[1], weight.shape[0]).to(weight)
+            linear = nn.Linear(weight.shape[1], weight.shape[0], device="cpu").to(weight)
             module = nn.Sequential(linear)
             if level:
                 _zero_blocks(linear.weight, blocksize, level)
@@ -258,8 +258,8 @@ def _zero_blocks(weight: Tensor, blocksize: tuple[int, int], level: float) -> No
     rows, cols = blocksize
     grid = block_grid(tuple(weight.shape), blocksize)
     n_blocks = grid[0] * grid[1]
-    order = torch.randperm(n_blocks, generator=torch.Generator().manual_seed(0))
-    kept = torch.zeros(n_blocks, dtype=torch.bool)
+    order = torch.randperm(n_blocks, generator=torch.Generator().manual_seed(0), device="cpu")
+    kept = torch.zeros(n_blocks, dtype=torch.bool, device="cpu")
     kept[order[: kept_blocks(n_blocks, level)]] = True
     full = kept.view(grid).repeat_interleave(rows, 0).repeat_interleave(cols, 1)
     weight.masked_fill_(~full[: weight.shape[0], : weight.shape[1]].to(weight.device), 0.0)

@@ -84,9 +84,9 @@ def block_masks(
 def _masks_of(module: nn.Module, blocksize: tuple[int, int] | None) -> list[tuple[Any, ...]]:
     if isinstance(module, BSRLinear):
         shape, (r, c) = (module.out_features, module.in_features), module.blocksize
-        mask = torch.zeros(block_grid(shape, (r, c)), dtype=torch.bool)
+        mask = torch.zeros(block_grid(shape, (r, c)), dtype=torch.bool, device="cpu")
         rows = torch.repeat_interleave(
-            torch.arange(len(mask)), module.crow_indices.cpu().diff().long()
+            torch.arange(len(mask), device="cpu"), module.crow_indices.cpu().diff().long()
         )
         mask[rows, module.col_indices.cpu().long()] = True
         return [("weight", mask, shape, (r, c))]
@@ -352,7 +352,7 @@ def plot_sensitivity(sensitivity: Sensitivity, *, title: str | None = None) -> F
         raise ValueError("plot_sensitivity: the sensitivity has no layers")
     from matplotlib.colors import LinearSegmentedColormap
 
-    changes = torch.tensor([layer.changes for layer in layers], dtype=torch.float64)
+    changes = torch.tensor([layer.changes for layer in layers], dtype=torch.float64, device="cpu")
     most = max(changes.max().item(), torch.finfo(torch.float64).tiny)
     levels = [f"{level:.0%}" for level in sensitivity.levels]
     names = [layer.fqn for layer in layers]

@@ -138,7 +138,7 @@ def read_tensor(file: BinaryIO, key: str, entry: Entry, expected: str | None) ->
     Raises:
         ValueError: the content does not fit.
     """
-    content = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+    content = torch.empty(entry.end - entry.begin, dtype=torch.uint8, device="cpu")
     view = memoryview(content.numpy())
     file.seek(entry.begin)
     if file.readinto(view) != len(view):

@@ -181,11 +181,11 @@ def _bsr_linear(
         parts.append(op.Transpose(op.MatMul(read, weight), perm=(1, 0, 2)))
         order.append((rows, torch.arange(B, device=rows.device)))
     y = parts[0] if len(parts) == 1 else op.Concat(*parts, axis=1)
-    place, start = torch.empty(R, dtype=torch.int64), 0
+    place, start = torch.empty(R, dtype=torch.int64, device="cpu"), 0
     for rows, within in order:
         place[rows.cpu()] = start + within.cpu()
         start += int(within[-1]) + 1
-    if start != R or not torch.equal(place, torch.arange(R)):
+    if start != R or not torch.equal(place, torch.arange(R, device="cpu")):
         y = op.Gather(y, ints(*place.tolist()), axis=1)
 
     y = op.Reshape(y, ints(-1, R * r))

@@ -333,7 +333,11 @@ class _Masked:
             )
         if sparsity_level is None:
             return
-        kept = int(superblock_mask(torch.arange(self.mask.numel()).double(), sparsity_level).sum())
+        kept = int(
+            superblock_mask(
+                torch.arange(self.mask.numel(), device="cpu").double(), sparsity_level
+            ).sum()
+        )
         if kept != int(self.mask.sum()):
             raise ValueError(
                 f"{where}sparsity_level={sparsity_level} keeps {kept} blocks, and {self.fqn!r} stores "
@@ -344,8 +348,12 @@ class _Masked:
 def _stored_blocks(key: str, weight: Tensor) -> _Masked:
     """The mask of a weight of the layout `torch.sparse_bsr`."""
     crow, col, blocks = weight.crow_indices(), weight.col_indices(), weight.values().shape[1:]
-    mask = torch.zeros(crow.numel() - 1, weight.shape[1] // blocks[1], dtype=torch.bool)
-    mask[torch.arange(len(mask)).repeat_interleave(crow.diff()), col.long()] = True
+    mask = torch.zeros(
+        crow.numel() - 1, weight.shape[1] // blocks[1], dtype=torch.bool, device=crow.device
+    )
+    mask[torch.arange(len(mask), device=crow.device).repeat_interleave(crow.diff()), col.long()] = (
+        True
+    )
     return _Masked(key, mask, tuple(blocks))
 
 

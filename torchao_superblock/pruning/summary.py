@@ -141,8 +141,8 @@ class MaskSummary:
 def _pruned_elements(block_mask: Tensor, mask: BlockMask) -> float:
     """Fraction of the elements that `block_mask`, `(R, C)`, prunes: edge blocks may be smaller."""
     heights, widths = (
-        torch.full((blocks,), size, dtype=torch.float64).clamp(
-            max=length - size * torch.arange(blocks)
+        torch.full((blocks,), size, dtype=torch.float64, device="cpu").clamp(
+            max=length - size * torch.arange(blocks, device="cpu")
         )
         for blocks, size, length in zip(mask.grid, mask.blocksize, mask.weight_shape, strict=True)
     )

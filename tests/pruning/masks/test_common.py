@@ -349,3 +349,26 @@ def test_on_a_gpu_masks_are_exact_and_forwards_wait_for_nothing(
     sparsifier.squash_mask()
     assert torch.equal(model[0].weight, weight)
     assert torch.equal(model(x), out)
+
+
+def test_a_default_device_does_not_get_in_the_way(kind: str) -> None:
+    states = []
+    for place in ("cpu", "meta"):
+        torch.manual_seed(0)
+        model, sparsifier, inputs = Model(), KINDS[kind](0.75, 8), [batch(i) for i in range(3)]
+        with torch.device(place):
+            sparsifier.prepare(model, CONFIG)
+            # Not AdamW, which makes numbers of its own where the default device is.
+            optimizer = torch.optim.SGD(sparsifier.param_groups(model), lr=1e-2)
+            for x in inputs:
+                optimizer.zero_grad()
+                model(x).square().mean().backward()
+                optimizer.step()
+                sparsifier.step()
+            assert str(sparsifier.summary())
+            states.append({key: value.clone() for key, value in model.state_dict().items()})
+            sparsifier.squash_mask()
+        states.append(model.state_dict())
+    plain, other = states[:2], states[2:]
+    for one, two in zip(plain, other, strict=True):
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)

@@ -94,7 +94,7 @@ def _known_block_mask(
     """The same where the host knows the level and whether the mask is held: a held one is no longer ranked."""
     if frozen:
         return held_mask.to(torch.bool, copy=True), _LIVE[0]
-    mask = torch.zeros(scores.numel(), dtype=torch.bool)
+    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     mask.index_fill_(0, _ranking(scores)[: max(n_kept, 0)], True)
     return mask.view(scores.shape), _LIVE[1]
 

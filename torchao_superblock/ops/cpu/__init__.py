@@ -28,7 +28,7 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16:
 def _empty_through_dispatcher(
     shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
-    return torch.empty_strided(shape, strides, dtype=dtype)
+    return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
 
 
 # As torch.compile's code allocates, past the dispatcher, where this torch can: half of the time.

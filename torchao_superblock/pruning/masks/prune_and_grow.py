@@ -181,10 +181,10 @@ def evenly_spread(like: Tensor) -> Tensor:
     n = R * C
     # Along wrapped diagonals each block of a row and of a column comes up as often as any other;
     # after lcm(R, C) blocks one is full and the next begins a column further.
-    i = torch.arange(n)
+    i = torch.arange(n, device="cpu")
     rows, cols = i % R, (i + i // math.lcm(R, C)) % C
-    order = torch.empty(R, C, dtype=torch.int64)
-    order[torch.randperm(R)[rows], torch.randperm(C)[cols]] = i
+    order = torch.empty(R, C, dtype=torch.int64, device="cpu")
+    order[torch.randperm(R, device="cpu")[rows], torch.randperm(C, device="cpu")[cols]] = i
     return (1 - order / n).to(like)
 
 

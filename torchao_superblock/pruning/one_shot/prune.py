@@ -292,7 +292,7 @@ def _global_levels(calibration: Calibration, damping: float, progress: bool) -> 
         for count, target in zip(counts, costs, strict=True)
     )
     order = torch.cat(list(costs.values())).argsort(descending=True, stable=True)
-    kept = torch.zeros(len(order), dtype=torch.bool)
+    kept = torch.zeros(len(order), dtype=torch.bool, device=order.device)
     kept[order[:n_kept]] = True
     return {
         target: min(1 - own.double().mean().item(), 1 - 1 / len(own))

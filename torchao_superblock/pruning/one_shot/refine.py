@@ -160,7 +160,7 @@ def _calls(calibration, stream, part: nn.Module, batch: int, count: int, *, inpu
 
 def _distance(output: object, wanted: object, mask: Tensor | None) -> Tensor:
     """Squared distance of the tensors of two outputs, as a fraction of the power of the second."""
-    distance = power = torch.zeros(())
+    distance = power = torch.zeros((), device="cpu")
     for a, b in zip(pytree.tree_leaves(output), pytree.tree_leaves(wanted), strict=True):
         if not isinstance(a, Tensor) or not a.is_floating_point():
             continue
